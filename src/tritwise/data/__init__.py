@@ -1,0 +1,10 @@
+"""What a model reads: bytes through a memory map, a split rule and a sampler that resumes exactly.
+
+The function `split` stays in `tritwise.data.split`: lifted up here it would hide the module of the same name.
+"""
+
+from tritwise.data.sampler import Sampler
+from tritwise.data.source import Source, describe, open_bytes
+from tritwise.data.split import Split
+
+__all__ = ["Sampler", "Source", "Split", "describe", "open_bytes"]

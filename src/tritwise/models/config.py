@@ -1,0 +1,65 @@
+"""The shape of a byte language model: one dial, `width` and `depth`, and everything else derived from it."""
+
+from dataclasses import dataclass
+
+from tritwise.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A byte LM. Set width and depth; a 0 elsewhere means "derive it".
+
+    width      channels; the size of a head is 32 below width 512, else 64
+    depth      blocks
+    ctx        bytes a position can look back on, itself included
+    heads      attention heads; 0: width / size of a head
+    kv_heads   key-value heads, a divisor of heads; 0: heads
+    mlp_ratio  hidden size of the MLP over width
+    window     sliding attention window in bytes; 0: none
+    vocab      symbols, 256 bytes
+    softcap    logits are softcap * tanh(z / softcap)
+    group      inputs that share one scale exponent
+    weights    "trit", or "float" for the baseline with the same shape
+    Raises UserError for a shape that cannot be built.
+    """
+
+    width: int = 128
+    depth: int = 4
+    ctx: int = 64
+    heads: int = 0
+    kv_heads: int = 0
+    mlp_ratio: int = 4
+    window: int = 0
+    vocab: int = 256
+    softcap: float = 15.0
+    group: int = 256
+    weights: str = "trit"
+    ngrams: int = 1
+    ngram_rows: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "ctx", "mlp_ratio", "vocab", "group"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("heads", "kv_heads", "window"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 (0 derives it)")
+        if not self.softcap > 0:
+            raise UserError(f"softcap is {self.softcap}; it must be above 0")
+        if self.weights not in ("trit", "float"):
+            raise UserError(f"weights is {self.weights!r}; choose trit or float")
+        heads = self.heads or max(1, self.width // (32 if self.width < 512 else 64))
+        kv_heads = self.kv_heads or heads
+        object.__setattr__(self, "heads", heads)
+        object.__setattr__(self, "kv_heads", kv_heads)
+        if self.width % heads or self.width // heads % 2:
+            raise UserError(
+                f"width {self.width} does not divide into {heads} heads of an even size; choose a multiple of 32"
+            )
+        if heads % kv_heads:
+            raise UserError(f"{heads} heads do not divide into {kv_heads} kv_heads; choose a divisor")
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.heads

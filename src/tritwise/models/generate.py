@@ -1,0 +1,47 @@
+"""Sampling from a byte model, one byte at a time, with a KV cache."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from tritwise.errors import UserError
+
+if TYPE_CHECKING:
+    from tritwise.models.byte_lm import ByteLM
+
+
+@torch.inference_mode()
+def generate(
+    model: "ByteLM", prompt: bytes, count: int, *, seed: int = 0, temperature: float = 0.8, top_k: int = 0
+) -> Iterator[int]:
+    """Yield `count` bytes that continue `prompt` (an empty prompt continues a newline).
+
+    temperature divides the logits; 0 takes the likeliest byte. top_k keeps the k likeliest bytes; 0 keeps all.
+    The same seed gives the same bytes on one machine. When the context is full, its last half is read again.
+    Raises UserError for a negative count or temperature.
+    """
+    if count < 0:
+        raise UserError(f"cannot sample {count} bytes; ask for 0 or more")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature is {temperature}; it must be 0 or more and finite")
+    if not 0 <= top_k <= model.config.vocab:
+        raise UserError(f"top_k is {top_k}; it must be between 0 (off) and {model.config.vocab}")
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    ctx = model.config.ctx
+    text = list(prompt or b"\n")
+    pending, caches = text[-ctx:], model.new_caches()
+    for _ in range(count):
+        if caches[0].used + len(pending) > ctx:
+            pending, caches = text[-max(1, ctx // 2) :], model.new_caches()
+        logits = model(torch.tensor([pending], device=device), caches)[0, -1].float().cpu()
+        if temperature == 0:
+            choice = int(logits.argmax())
+        else:
+            if top_k:
+                logits[logits < logits.topk(top_k).values[-1]] = -float("inf")
+            choice = int(torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=generator))
+        text.append(choice)
+        pending = [choice]
+        yield choice

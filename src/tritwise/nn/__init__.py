@@ -1,0 +1,24 @@
+"""Layers. A ternary layer holds int8 registers and int8 scale exponents, declares the role of each, and nothing else."""
+
+from tritwise.nn.attention import Attention, KVCache, Rotary
+from tritwise.nn.embedding import FloatEmbedding, TritEmbedding
+from tritwise.nn.linear import FloatLinear, TritLinear
+from tritwise.nn.mlp import MLP
+from tritwise.nn.norm import rms_norm
+from tritwise.nn.trit import ROLES, TritModule, tensor_roles, trit_modules
+
+__all__ = [
+    "MLP",
+    "ROLES",
+    "Attention",
+    "FloatEmbedding",
+    "FloatLinear",
+    "KVCache",
+    "Rotary",
+    "TritEmbedding",
+    "TritLinear",
+    "TritModule",
+    "rms_norm",
+    "tensor_roles",
+    "trit_modules",
+]

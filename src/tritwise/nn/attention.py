@@ -1,0 +1,106 @@
+"""Causal self-attention: rotary positions, query-key norm, grouped heads, an optional sliding window, a KV cache.
+
+Shape suffixes: B batch, T time, S time including the cache, H heads, K key-value heads, D size of a head, C width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from tritwise.nn.norm import rms_norm
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (Su et al. 2021) for positions 0 … length-1 and heads of size `size`.
+
+    The second half of a head is paired with its first half. Tables are constants (role "table"), not saved.
+    """
+
+    def __init__(self, size: int, length: int, base: float = 10000.0) -> None:
+        super().__init__()
+        self.roles = {"cos": "table", "sin": "table"}
+        frequency = base ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
+        angle_TD = torch.arange(length, dtype=torch.float32)[:, None] * frequency
+        self.register_buffer("cos", torch.cat((angle_TD.cos(), angle_TD.cos()), dim=1), persistent=False)
+        self.register_buffer("sin", torch.cat((-angle_TD.sin(), angle_TD.sin()), dim=1), persistent=False)
+
+    def forward(self, x_BTHD: Tensor, start: int = 0) -> Tensor:
+        """Rotate positions start … start+T-1; the same shape and dtype."""
+        stop = start + x_BTHD.shape[1]
+        cos = self.cos[start:stop, None].to(x_BTHD.dtype)
+        sin = self.sin[start:stop, None].to(x_BTHD.dtype)
+        half = x_BTHD.shape[-1] // 2
+        swapped = torch.cat((x_BTHD[..., half:], x_BTHD[..., :half]), dim=-1)
+        return x_BTHD * cos + swapped * sin
+
+
+class KVCache:
+    """Keys and values of one attention layer for up to `length` positions: two tensors [B, K, length, D]."""
+
+    def __init__(self, batch: int, kv_heads: int, length: int, size: int, device: torch.device, dtype: torch.dtype):
+        self.keys = torch.zeros(batch, kv_heads, length, size, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.used = 0
+
+    def append(self, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Add T positions and return all keys and values so far. The caller keeps used + T within the length."""
+        stop = self.used + k_BKTD.shape[2]
+        assert stop <= self.keys.shape[2], "the cache is full: start it again from the last half of the context"
+        self.keys[:, :, self.used : stop] = k_BKTD
+        self.values[:, :, self.used : stop] = v_BKTD
+        self.used = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+
+class Attention(nn.Module):
+    """out(attention(qkv(x))), queries and keys RMS-normalised per head and rotated.
+
+    width: C. heads: H, which divides C. kv_heads: K, which divides H (grouped-query attention, Ainslie et al. 2023).
+    window: a position sees itself and window-1 before it; None sees all. `linear`: TritLinear or FloatLinear.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        *,
+        linear: type[nn.Module],
+        window: int | None = None,
+        group: int = 256,
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.size, self.window = heads, kv_heads, width // heads, window
+        rows = (heads + 2 * kv_heads) * self.size
+        self.qkv = linear(width, rows, group=group, blocks=3 if heads == kv_heads else 1)
+        self.out = linear(width, width, group=group)
+
+    def forward(self, x_BTC: Tensor, rotary: Rotary, cache: KVCache | None = None) -> Tensor:
+        batch, time, width = x_BTC.shape
+        parts = self.qkv(x_BTC).view(batch, time, self.heads + 2 * self.kv_heads, self.size)
+        start = cache.used if cache is not None else 0
+        turned = rotary(rms_norm(parts[:, :, : self.heads + self.kv_heads]), start).transpose(1, 2)
+        q_BHTD, k_BKSD = turned[:, : self.heads], turned[:, self.heads :]
+        v_BKSD = parts[:, :, self.heads + self.kv_heads :].transpose(1, 2)
+        if cache is not None:
+            k_BKSD, v_BKSD = cache.append(k_BKSD, v_BKSD)
+        mask = self._mask(time, k_BKSD.shape[2], x_BTC.device)
+        y_BHTD = scaled_dot_product_attention(
+            q_BHTD,
+            k_BKSD,
+            v_BKSD,
+            attn_mask=mask,
+            is_causal=mask is None and time > 1,
+            enable_gqa=self.heads != self.kv_heads,
+        )
+        return self.out(rms_norm(y_BHTD.transpose(1, 2).reshape(batch, time, width)))
+
+    def _mask(self, time: int, total: int, device: torch.device) -> Tensor | None:
+        """True where a query may look. None where plain causality (or a single last query) says it all."""
+        windowed = self.window is not None and self.window < total
+        if not windowed and (time == total or time == 1):
+            return None
+        query = torch.arange(total - time, total, device=device)[:, None]
+        key = torch.arange(total, device=device)[None, :]
+        mask = key <= query
+        return mask & (key > query - self.window) if windowed and self.window is not None else mask

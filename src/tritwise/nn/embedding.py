@@ -1,0 +1,32 @@
+"""Embeddings: `TritEmbedding`, and `FloatEmbedding`, its float twin for baselines."""
+
+import torch
+from torch import Tensor, nn
+
+from tritwise import ops
+from tritwise.nn.trit import TritModule
+
+
+class TritEmbedding(TritModule):
+    """Rows of a ternary table W [num_embeddings, embedding_dim], of unit variance at the start.
+
+    ids: int64 [...] in 0 … num_embeddings-1 -> float32 [..., embedding_dim].
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, role: str = "embedding", group: int = 256) -> None:
+        super().__init__(num_embeddings, embedding_dim, role=role, fan_in=1, group=group)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return ops.embedding(ids, self.register, self.exponent, self.group, self.port)
+
+
+class FloatEmbedding(nn.Module):
+    """The same table with float weights, normal of unit variance."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, role: str = "embedding", group: int = 256) -> None:
+        super().__init__()
+        self.roles = {"weight": role}
+        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim).normal_())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self.weight)

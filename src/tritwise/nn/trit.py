@@ -1,0 +1,126 @@
+"""The base of every ternary layer: registers, scale exponents, the gradient port, and the roles of tensors."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritwise.registers import exponent_for, init_registers, make_key, zero_fraction
+
+ROLES = ("matrix", "embedding", "head", "vector", "scale", "table")
+"""matrix, embedding, head, vector: weights by what they do. scale: scale exponents. table: constants, not trained."""
+
+Consumer = Callable[["TritModule", Tensor], None]
+
+
+class TritModule(nn.Module):
+    """A layer with one ternary matrix W [rows, columns] = leading_trit(register) * 2**(exponent/8).
+
+    register  int8 Parameter [rows, columns], five-trit registers
+    exponent  int8 Parameter [rows, ceil(columns/group)], scale exponents; `group` inputs share one
+    port      float32 [rows, columns] of stride 0 and one element: autograd leaves dL/dW in `port.grad`. It is no
+              parameter, is never saved and holds no weight. None while the layer is frozen.
+
+    consumer: called with (layer, dL/dW) as soon as backward has made the gradient; set by the optimizer. Without one
+    the gradient stays in `port.grad`.
+
+    role: what the matrix is for, one of ROLES; the optimizer makes its groups from it.
+    fan_in: terms of the sum that the scale normalises; W starts with standard deviation 1/sqrt(fan_in).
+    blocks: how many matrices lie one above the other in the rows (3 for query, key and value in one).
+    Initial registers come from torch's default generator, so `torch.manual_seed` fixes them.
+    """
+
+    def __init__(self, rows: int, columns: int, *, role: str, fan_in: int, group: int = 256, blocks: int = 1) -> None:
+        super().__init__()
+        if rows < 1 or columns < 1:
+            raise ValueError(f"a ternary matrix needs at least one row and one column, not {rows} x {columns}")
+        if role not in ROLES:
+            raise ValueError(f"there is no role {role!r}; choose one of {', '.join(ROLES)}")
+        if rows % blocks:
+            raise ValueError(f"{rows} rows do not divide into {blocks} blocks; make rows a multiple of blocks")
+        self.group, self.blocks, self.fan_in = group, blocks, fan_in
+        self.roles = {"register": role, "exponent": "scale"}
+        groups = -(-columns // group)
+        self.register = nn.Parameter(torch.empty(rows, columns, dtype=torch.int8), requires_grad=False)
+        self.exponent = nn.Parameter(torch.empty(rows, groups, dtype=torch.int8), requires_grad=False)
+        self.port: Tensor | None = None
+        self.consumer: Consumer | None = None
+        self.reset_parameters()
+        self.trainable(True)
+
+    @property
+    def role(self) -> str:
+        """The role of the matrix, one of ROLES."""
+        return self.roles["register"]
+
+    @torch.no_grad()
+    def reset_parameters(self, span: float = 0.9) -> None:
+        """New registers, uniform within +-span of a leading trit, and the scale that gives W its standard deviation."""
+        key = make_key(int(torch.randint(2**62, ())))
+        self.register.copy_(init_registers(tuple(self.register.shape), key, span))
+        density = 1.0 - zero_fraction(self.register)
+        self.exponent.fill_(exponent_for(1.0 / math.sqrt(self.fan_in * max(density, 1e-6))))
+
+    def trainable(self, flag: bool = True) -> "TritModule":
+        """Open (True) or close (False) the gradient port. Closed, the layer is frozen and costs no weight gradient."""
+        if flag:
+            zero = torch.zeros(1, device=self.register.device)
+            self.port = zero.as_strided(tuple(self.register.shape), (0, 0)).requires_grad_()
+            self.port.register_post_accumulate_grad_hook(self._deliver)
+        else:
+            self.port = None
+        return self
+
+    def _deliver(self, port: Tensor) -> None:
+        """Hand a finished weight gradient to the consumer and let go of it. Called by autograd."""
+        if self.consumer is not None and port.grad is not None:
+            grad, port.grad = port.grad, None
+            self.consumer(self, grad)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and worker processes make their own port; an optimizer must be attached to them anew.
+        return self.__dict__ | {"port": None, "consumer": None, "_open": self.port is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        is_open = state.pop("_open")
+        super().__setstate__(state)
+        self.trainable(is_open)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TritModule":
+        # .to() and .cuda() change Parameters in place; the port is made again where the registers now are.
+        super()._apply(fn, recurse)
+        if self.register.dtype != torch.int8:
+            raise ValueError("ternary layers hold int8 registers; move them with .to(device), not .to(dtype)")
+        if self.port is not None and self.port.device != self.register.device:
+            self.trainable(True)
+        return self
+
+    def extra_repr(self) -> str:
+        rows, columns = self.register.shape
+        return f"rows={rows}, columns={columns}, role={self.role}, group={self.group}, blocks={self.blocks}"
+
+
+def trit_modules(model: nn.Module) -> Iterator[tuple[str, TritModule]]:
+    """(name, layer) of every ternary layer of `model`, each once, in the order of definition."""
+    for name, module in model.named_modules():
+        if isinstance(module, TritModule):
+            yield name, module
+
+
+def tensor_roles(model: nn.Module) -> dict[str, str]:
+    """Role of every parameter and buffer by its full name. ValueError naming the first tensor that declares none.
+
+    A module declares roles in an attribute `roles`: own tensor name -> one of ROLES.
+    """
+    found: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+        declared = getattr(module, "roles", {})
+        for name in own:
+            full = f"{prefix}.{name}" if prefix else name
+            if declared.get(name) not in ROLES:
+                raise ValueError(f"tensor {full} has no role; declare it in {type(module).__name__}.roles")
+            found[full] = declared[name]
+    return found

@@ -1,0 +1,99 @@
+"""Which implementation of an operation runs: `with backend("…")` > TRITWISE_BACKEND > priority.
+
+Asked for and impossible raises with the reason. Chosen automatically, the next one in priority is taken and the
+fallback is said once. `backend_table()` reports what was chosen, for the run's manifest.
+"""
+
+import contextlib
+import contextvars
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from tritwise.errors import UserError
+
+ENVIRONMENT = "TRITWISE_BACKEND"
+
+
+class Backend(NamedTuple):
+    """One implementation: a module with the operation's functions, and a reason to refuse a device (None: it can)."""
+
+    name: str
+    module: ModuleType
+    priority: int
+    refuses: Callable[[torch.device], str | None]
+
+
+_backends: dict[str, dict[str, Backend]] = {}
+_chosen: dict[str, str] = {}
+_warned: set[tuple[str, str, str]] = set()
+_asked: contextvars.ContextVar[str | None] = contextvars.ContextVar("tritwise_backend", default=None)
+
+
+def implement(
+    operation: str,
+    name: str,
+    module: ModuleType,
+    *,
+    priority: int = 0,
+    refuses: Callable[[torch.device], str | None] = lambda device: None,
+) -> None:
+    """Add an implementation of `operation`. Higher priority is tried first when nobody asks for a name."""
+    _backends.setdefault(operation, {})[name] = Backend(name, module, priority, refuses)
+
+
+def backends_of(operation: str) -> list[str]:
+    """Names of the implementations of `operation`, highest priority first."""
+    return [b.name for b in sorted(_backends[operation].values(), key=lambda b: -b.priority)]
+
+
+def backend_table() -> dict[str, str]:
+    """Operation -> name of the backend that last ran, for the manifest; operations that have not run are left out."""
+    return dict(sorted(_chosen.items()))
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Ask for one backend by name within the block. UserError at once if no operation has a backend of that name."""
+    _check_name(name)
+    token = _asked.set(name)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def _check_name(name: str) -> None:
+    known = sorted({b for table in _backends.values() for b in table})
+    if name not in known:
+        raise UserError(f"there is no backend {name!r}; choose one of: {', '.join(known)}")
+
+
+def choose(operation: str, device: torch.device) -> ModuleType:
+    """The module that runs `operation` on `device` now. UserError if the backend asked for cannot."""
+    table = _backends[operation]
+    asked = _asked.get() or os.environ.get(ENVIRONMENT) or None
+    if asked is not None:
+        _check_name(asked)
+        found = table.get(asked)
+        # A backend need not implement every operation; the reference serves the rest.
+        if found is not None:
+            reason = found.refuses(device)
+            if reason:
+                raise UserError(f"backend {asked!r} cannot run {operation} on {device}: {reason}")
+            _chosen[operation] = asked
+            return found.module
+    for candidate in sorted(table.values(), key=lambda b: -b.priority):
+        reason = candidate.refuses(device)
+        if reason is None:
+            _chosen[operation] = candidate.name
+            return candidate.module
+        mark = (operation, candidate.name, device.type)
+        if mark not in _warned:
+            _warned.add(mark)
+            warnings.warn(f"{operation} falls back from {candidate.name} on {device}: {reason}", stacklevel=2)
+    raise UserError(f"no backend can run {operation} on {device}; use a CPU or CUDA device")

@@ -1,0 +1,86 @@
+"""Ternary linear: y = x W^T with W[o, i] = leading_trit(register[o, i]) * scale(exponent[o, group of i]).
+
+Shape suffixes: x_NI inputs, y_NO outputs, register_OI and exponent_OG int8, G = ceil(I / group).
+
+Gradients leave through a *port*: a float tensor of shape [O, I] that takes no memory (stride 0, one element) and holds
+no weight. Autograd delivers dL/dW to it, the optimizer consumes it there as soon as backward has made it, and no
+float copy of a weight ever exists. Without a port (inference, frozen layers) the weight gradient is not computed.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritwise.ops.backends import choose, implement
+from tritwise.ops.library import LIBRARY, define
+from tritwise.ops.linear import reference
+
+implement("linear", "reference", reference)
+
+
+def _forward(x: Tensor, register: Tensor, exponent: Tensor, group: int, port: Tensor | None) -> Tensor:
+    return choose("linear", x.device).forward(x, register, exponent, group)
+
+
+def _input_grad(grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+    return choose("linear", grad.device).input_grad(grad, register, exponent, group)
+
+
+def _weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    return choose("linear", grad.device).weight_grad(grad, x)
+
+
+def _scale_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+    return choose("linear", weight_grad.device).scale_grad(weight_grad, register, exponent, group)
+
+
+_linear = define(
+    "linear(Tensor x, Tensor register, Tensor exponent, int group, Tensor? port) -> Tensor",
+    _forward,
+    lambda x, register, exponent, group, port: x.new_empty(*x.shape[:-1], register.shape[0]),
+)
+_linear_input_grad = define(
+    "linear_input_grad(Tensor grad, Tensor register, Tensor exponent, int group) -> Tensor",
+    _input_grad,
+    lambda grad, register, exponent, group: grad.new_empty(*grad.shape[:-1], register.shape[1]),
+)
+_linear_weight_grad = define(
+    "linear_weight_grad(Tensor grad, Tensor x) -> Tensor",
+    _weight_grad,
+    lambda grad, x: grad.new_empty(grad.shape[-1], x.shape[-1], dtype=torch.float32),
+)
+_linear_scale_grad = define(
+    "linear_scale_grad(Tensor weight_grad, Tensor register, Tensor exponent, int group) -> Tensor",
+    _scale_grad,
+    lambda weight_grad, register, exponent, group: weight_grad.new_empty(exponent.shape),
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, register, exponent, ctx.group, port = inputs
+    keeps_x = port is not None and ctx.needs_input_grad[4]
+    ctx.save_for_backward(x if keeps_x else None, register, exponent)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, register, exponent = ctx.saved_tensors
+    x_grad = _linear_input_grad(grad, register, exponent, ctx.group) if ctx.needs_input_grad[0] else None
+    port_grad = _linear_weight_grad(grad, x) if x is not None else None
+    return x_grad, None, None, None, port_grad
+
+
+torch.library.register_autograd("tritwise::linear", _backward, setup_context=_setup, lib=LIBRARY)
+
+
+def linear(x: Tensor, register: Tensor, exponent: Tensor, group: int = 256, port: Tensor | None = None) -> Tensor:
+    """y = x W^T. x: float [..., I]; register: int8 [O, I]; exponent: int8 [O, ceil(I/group)] -> x's dtype [..., O].
+
+    group: inputs that share one scale exponent. port: receives dL/dW as float32 [O, I] in backward, or None.
+    """
+    return _linear(x, register, exponent, group, port)
+
+
+def linear_scale_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int = 256) -> Tensor:
+    """dL/d(log2 scale) / ln 2 for each exponent: the sum of dL/dW * W over its group, float32 [O, G]."""
+    return _linear_scale_grad(weight_grad, register, exponent, group)

@@ -1,0 +1,7 @@
+"""Optimizers: the register rule, and float baselines. They know layers and roles, never a model."""
+
+from tritwise.optim.muon import Muon
+from tritwise.optim.schedule import rate_factor
+from tritwise.optim.trit import TritOptimizer
+
+__all__ = ["Muon", "TritOptimizer", "rate_factor"]

@@ -1,0 +1,66 @@
+"""The arithmetic of trits: registers, packing, scale exponents and counter-based randomness. No kernels, no layers.
+
+Everything here is exact integer arithmetic, the same bits on every device. Floats appear only as the values a scale
+exponent stands for (bf16-exact) and as the real number that stochastic rounding is given.
+"""
+
+from tritwise.registers.packing import (
+    PACKINGS,
+    pack_base3,
+    pack_twobit,
+    packed_bytes,
+    unpack_base3,
+    unpack_twobit,
+)
+from tritwise.registers.random import Key, make_key, random_bits16, random_words
+from tritwise.registers.register import (
+    EVIDENCE_LIMIT,
+    LEAD,
+    REGISTER_LIMIT,
+    evidence,
+    init_registers,
+    join,
+    leading_trit,
+    move,
+    to_trits,
+    zero_fraction,
+)
+from tritwise.registers.rounding import FRACTION_BITS, round_stochastic, to_fixed_point
+from tritwise.registers.scales import (
+    EXPONENT_LIMIT,
+    EXPONENTS_PER_OCTAVE,
+    exponent_for,
+    scale_table,
+    scale_values,
+)
+
+__all__ = [
+    "EVIDENCE_LIMIT",
+    "EXPONENTS_PER_OCTAVE",
+    "EXPONENT_LIMIT",
+    "FRACTION_BITS",
+    "LEAD",
+    "PACKINGS",
+    "REGISTER_LIMIT",
+    "Key",
+    "evidence",
+    "exponent_for",
+    "init_registers",
+    "join",
+    "leading_trit",
+    "make_key",
+    "move",
+    "pack_base3",
+    "pack_twobit",
+    "packed_bytes",
+    "random_bits16",
+    "random_words",
+    "round_stochastic",
+    "scale_table",
+    "scale_values",
+    "to_fixed_point",
+    "to_trits",
+    "unpack_base3",
+    "unpack_twobit",
+    "zero_fraction",
+]

@@ -1,0 +1,35 @@
+"""Scale exponents: one int8 E stands for the scale 2**(E/8), rounded to bfloat16.
+
+Because the value is bf16-exact, trit * scale is exact in bf16, fp16 (within its range) and fp32: what is trained is
+what ships, in any of those types. Eight steps an octave are steps of 9 %. E covers 2**-16 … 2**15.875.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+EXPONENTS_PER_OCTAVE = 8
+EXPONENT_LIMIT = 127
+
+
+@functools.cache
+def scale_table(device: torch.device | str = "cpu") -> Tensor:
+    """All 256 scales as float32 [256]; entry E + 128 is bf16(2**(E/8)). Kept per device; do not change it."""
+    # 2.0 ** (E / 8) is computed by Python in double precision: no device's own exp2 takes part.
+    values = [2.0 ** (e / EXPONENTS_PER_OCTAVE) for e in range(-128, 128)]
+    return torch.tensor(values, dtype=torch.float64).to(torch.bfloat16).to(torch.float32).to(device)
+
+
+def scale_values(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The scales that int8 exponents stand for: same shape, `dtype` (exact in float32 and bfloat16)."""
+    return scale_table(exponent.device)[exponent.to(torch.int64) + 128].to(dtype)
+
+
+def exponent_for(scale: float) -> int:
+    """The exponent E whose 2**(E/8) is nearest to `scale` in ratio, clamped to +-127. Raises ValueError if scale <= 0."""
+    if not scale > 0 or math.isinf(scale):
+        raise ValueError(f"a scale must be positive and finite, not {scale}; give the absolute size you want")
+    exponent = round(EXPONENTS_PER_OCTAVE * math.log2(scale))
+    return max(-EXPONENT_LIMIT, min(EXPONENT_LIMIT, exponent))
