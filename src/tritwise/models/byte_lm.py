@@ -13,6 +13,7 @@ from tritwise.nn import (
     FloatEmbedding,
     FloatLinear,
     KVCache,
+    NGramEmbedding,
     Rotary,
     TritEmbedding,
     TritLinear,
@@ -40,10 +41,23 @@ class Block(nn.Module):
         return x_BTC + self.mlp(rms_norm(x_BTC))
 
 
+class DecodeState:
+    """What a model remembers between calls while it reads one sequence: KV caches, and the last few ids."""
+
+    def __init__(self, caches: list[KVCache], history_BP: Tensor) -> None:
+        self.caches, self.history_BP = caches, history_BP
+
+    @property
+    def used(self) -> int:
+        """Positions read so far."""
+        return self.caches[0].used
+
+
 class ByteLM(nn.Module):
     """A causal language model over bytes.
 
     ids: int64 [B, T], T <= config.ctx -> logits float32 [B, T, V]; logits at t depend on ids up to t.
+    With a `state` from `new_state`, ids continue what the state has read.
     `dtype` is the type of the activations (float32 or bfloat16); weights have none.
     """
 
@@ -52,24 +66,28 @@ class ByteLM(nn.Module):
         self.config, self.dtype = config, dtype
         ternary = config.weights == "trit"
         linear: type[nn.Module] = TritLinear if ternary else FloatLinear
-        self.embed = (TritEmbedding if ternary else FloatEmbedding)(config.vocab, config.width, group=config.group)
-        self.ngrams = nn.ModuleList(
-            (TritEmbedding if ternary else FloatEmbedding)(config.ngram_rows, config.width, group=config.group)
-            for _ in range(config.ngrams - 1)
+        embedding: type[nn.Module] = TritEmbedding if ternary else FloatEmbedding
+        self.embed = embedding(config.vocab, config.width, group=config.group)
+        self.ngrams = (
+            NGramEmbedding(config.ngram_rows, config.width, config.ngrams, embedding=embedding, group=config.group)
+            if config.ngrams > 1
+            else None
         )
         self.blocks = nn.ModuleList(Block(config, linear) for _ in range(config.depth))
         self.head = linear(config.width, config.vocab, role="head", group=config.group)
         self.rotary = Rotary(config.head_size, config.ctx)
 
-    def forward(self, ids: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+    def forward(self, ids: Tensor, state: DecodeState | None = None) -> Tensor:
         x_BTC = self.embed(ids)
-        h = ids
-        for n, table in enumerate(self.ngrams, 1):
-            h = h * 1000003 + torch.nn.functional.pad(ids, (n, 0))[:, : ids.shape[1]] + 1
-            x_BTC = x_BTC + table(((h * 2654435761) >> 12) % self.config.ngram_rows)
+        if self.ngrams is not None:
+            time, read = ids.shape[1], ids
+            if state is not None:
+                read = torch.cat((state.history_BP, ids), dim=1)
+                state.history_BP = read[:, -(self.config.ngrams - 1) :]
+            x_BTC = x_BTC + self.ngrams(read, time)
         x_BTC = rms_norm(x_BTC.to(self.dtype))
         for index, block in enumerate(self.blocks):
-            x_BTC = block(x_BTC, self.rotary, caches[index] if caches else None)
+            x_BTC = block(x_BTC, self.rotary, state.caches[index] if state is not None else None)
         z_BTV = self.head(rms_norm(x_BTC)).float()
         return self.config.softcap * torch.tanh(z_BTV / self.config.softcap)
 
@@ -78,7 +96,8 @@ class ByteLM(nn.Module):
         logits = self(ids)
         return nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
 
-    def new_caches(self, batch: int = 1) -> list[KVCache]:
-        """Empty KV caches for config.ctx positions, one per block."""
+    def new_state(self, batch: int = 1) -> DecodeState:
+        """An empty state for up to config.ctx positions."""
         c, device = self.config, next(self.parameters()).device
-        return [KVCache(batch, c.kv_heads, c.ctx, c.head_size, device, self.dtype) for _ in self.blocks]
+        caches = [KVCache(batch, c.kv_heads, c.ctx, c.head_size, device, self.dtype) for _ in self.blocks]
+        return DecodeState(caches, torch.empty(batch, 0, dtype=torch.int64, device=device))

@@ -19,6 +19,8 @@ class ModelConfig:
     vocab      symbols, 256 bytes
     softcap    logits are softcap * tanh(z / softcap)
     group      inputs that share one scale exponent
+    ngrams     longest n-gram of bytes with a hashed embedding table of its own, 2 … ngrams; 1: none
+    ngram_rows entries of each such table
     weights    "trit", or "float" for the baseline with the same shape
     Raises UserError for a shape that cannot be built.
     """
@@ -33,12 +35,12 @@ class ModelConfig:
     vocab: int = 256
     softcap: float = 15.0
     group: int = 256
-    weights: str = "trit"
     ngrams: int = 1
     ngram_rows: int = 4096
+    weights: str = "trit"
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "ctx", "mlp_ratio", "vocab", "group"):
+        for name in ("width", "depth", "ctx", "mlp_ratio", "vocab", "group", "ngrams", "ngram_rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("heads", "kv_heads", "window"):

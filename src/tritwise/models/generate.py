@@ -31,11 +31,11 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     ctx = model.config.ctx
     text = list(prompt or b"\n")
-    pending, caches = text[-ctx:], model.new_caches()
+    pending, state = text[-ctx:], model.new_state()
     for _ in range(count):
-        if caches[0].used + len(pending) > ctx:
-            pending, caches = text[-max(1, ctx // 2) :], model.new_caches()
-        logits = model(torch.tensor([pending], device=device), caches)[0, -1].float().cpu()
+        if state.used + len(pending) > ctx:
+            pending, state = text[-max(1, ctx // 2) :], model.new_state()
+        logits = model(torch.tensor([pending], device=device), state)[0, -1].float().cpu()
         if temperature == 0:
             choice = int(logits.argmax())
         else:

@@ -4,7 +4,8 @@ from tritwise.nn.attention import Attention, KVCache, Rotary
 from tritwise.nn.embedding import FloatEmbedding, TritEmbedding
 from tritwise.nn.linear import FloatLinear, TritLinear
 from tritwise.nn.mlp import MLP
-from tritwise.nn.norm import rms_norm
+from tritwise.nn.ngram import NGramEmbedding
+from tritwise.nn.norm import relu_squared_norm, rms_norm
 from tritwise.nn.trit import ROLES, TritModule, tensor_roles, trit_modules
 
 __all__ = [
@@ -14,10 +15,12 @@ __all__ = [
     "FloatEmbedding",
     "FloatLinear",
     "KVCache",
+    "NGramEmbedding",
     "Rotary",
     "TritEmbedding",
     "TritLinear",
     "TritModule",
+    "relu_squared_norm",
     "rms_norm",
     "tensor_roles",
     "trit_modules",

@@ -3,8 +3,11 @@
 Shape suffixes: B batch, T time, S time including the cache, H heads, K key-value heads, D size of a head, C width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from tritwise.nn.norm import rms_norm
@@ -21,17 +24,36 @@ class Rotary(nn.Module):
         self.roles = {"cos": "table", "sin": "table"}
         frequency = base ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
         angle_TD = torch.arange(length, dtype=torch.float32)[:, None] * frequency
-        self.register_buffer("cos", torch.cat((angle_TD.cos(), angle_TD.cos()), dim=1), persistent=False)
-        self.register_buffer("sin", torch.cat((-angle_TD.sin(), angle_TD.sin()), dim=1), persistent=False)
+        self.register_buffer("cos", angle_TD.cos(), persistent=False)
+        self.register_buffer("sin", angle_TD.sin(), persistent=False)
 
     def forward(self, x_BTHD: Tensor, start: int = 0) -> Tensor:
         """Rotate positions start … start+T-1; the same shape and dtype."""
         stop = start + x_BTHD.shape[1]
         cos = self.cos[start:stop, None].to(x_BTHD.dtype)
         sin = self.sin[start:stop, None].to(x_BTHD.dtype)
-        half = x_BTHD.shape[-1] // 2
-        swapped = torch.cat((x_BTHD[..., half:], x_BTHD[..., :half]), dim=-1)
-        return x_BTHD * cos + swapped * sin
+        return _Rotate.apply(x_BTHD, cos, sin)  # type: ignore[no-any-return]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of the last dimension; a new tensor."""
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), dim=-1)
+
+
+class _Rotate(torch.autograd.Function):
+    # The gradient of a rotation is the rotation back: cheaper than autograd's account of every product.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -sin), None, None
 
 
 class KVCache:

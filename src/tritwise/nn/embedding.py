@@ -11,19 +11,37 @@ class TritEmbedding(TritModule):
     """Rows of a ternary table W [num_embeddings, embedding_dim], of unit variance at the start.
 
     ids: int64 [...] in 0 … num_embeddings-1 -> float32 [..., embedding_dim].
+    sparse: rows that a step did not use keep their momentum and do not move, which costs nothing in large tables.
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, *, role: str = "embedding", group: int = 256) -> None:
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        role: str = "embedding",
+        group: int = 256,
+        sparse: bool = False,
+    ) -> None:
         super().__init__(num_embeddings, embedding_dim, role=role, fan_in=1, group=group)
+        self.sparse = sparse
 
     def forward(self, ids: Tensor) -> Tensor:
         return ops.embedding(ids, self.register, self.exponent, self.group, self.port)
 
 
 class FloatEmbedding(nn.Module):
-    """The same table with float weights, normal of unit variance."""
+    """The same table with float weights, normal of unit variance. `group` and `sparse` mean nothing here."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, *, role: str = "embedding", group: int = 256) -> None:
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        role: str = "embedding",
+        group: int = 256,
+        sparse: bool = False,
+    ) -> None:
         super().__init__()
         self.roles = {"weight": role}
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim).normal_())

@@ -1,7 +1,8 @@
-"""The feed-forward half of a block: up, relu squared, down."""
+"""The feed-forward half of a block: up, relu squared, norm, down."""
 
-import torch
 from torch import Tensor, nn
+
+from tritwise.nn.norm import relu_squared_norm
 
 
 class MLP(nn.Module):
@@ -16,10 +17,4 @@ class MLP(nn.Module):
         self.down = linear(hidden, width, group=group)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(_relu_squared_norm(self.up(x)))
-
-
-def _relu_squared_norm(h: Tensor) -> Tensor:
-    # The square of a ReLU has a heavy tail; normalised, `down` sees inputs of unit RMS like every other linear.
-    h = torch.relu(h)
-    return torch.nn.functional.rms_norm(h * h, (h.shape[-1],), eps=1e-6)
+        return self.down(relu_squared_norm(self.up(x)))

@@ -1,9 +1,67 @@
-"""Normalisation without learned gain: there is nothing to train and nothing to ship."""
+"""Normalisation without learned gain, alone and behind a squared ReLU: there is nothing to train and nothing to ship.
+
+Both are written as one function with its own backward. On a CPU torch's composite RMSNorm walks memory about ten times
+a pass and takes 4 to 10 times as long; here forward reads x twice and backward four times.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+EPS = 1e-6
+
+
+def _inverse_rms(x: Tensor) -> Tensor:
+    """1 / sqrt(mean(x^2) + EPS) over the last dimension, kept as size 1, float32."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return torch.rsqrt(norm * norm / x.shape[-1] + EPS)
+
+
+def _norm_grad(grad: Tensor, y: Tensor) -> Tensor:
+    """dL/dy - y * mean(dL/dy * y): the gradient of y = x * inverse_rms(x) up to that factor. A new tensor."""
+    product = grad * y
+    return torch.addcmul(grad, y, product.mean(dim=-1, keepdim=True), value=-1)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        inverse = _inverse_rms(x).to(x.dtype)
+        y = x * inverse
+        ctx.save_for_backward(y, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        y, inverse = ctx.saved_tensors
+        return _norm_grad(grad, y).mul_(inverse)
+
+
+class _ReLUSquaredNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        positive = torch.relu(h)
+        y = positive * positive
+        inverse = _inverse_rms(y).to(h.dtype)
+        y.mul_(inverse)
+        ctx.save_for_backward(positive, y, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        positive, y, inverse = ctx.saved_tensors
+        return _norm_grad(grad, y).mul_(positive).mul_(2 * inverse)
 
 
 def rms_norm(x: Tensor) -> Tensor:
     """x over the root mean square of its last dimension (Zhang and Sennrich 2019), eps 1e-6; same shape and dtype."""
-    return torch.nn.functional.rms_norm(x, (x.shape[-1],), eps=1e-6)
+    return _RMSNorm.apply(x)  # type: ignore[no-any-return]
+
+
+def relu_squared_norm(h: Tensor) -> Tensor:
+    """rms_norm(relu(h)^2): the square has a heavy tail; normalised, the next linear sees inputs of unit RMS."""
+    return _ReLUSquaredNorm.apply(h)  # type: ignore[no-any-return]

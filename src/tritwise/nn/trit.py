@@ -28,6 +28,7 @@ class TritModule(nn.Module):
 
     role: what the matrix is for, one of ROLES; the optimizer makes its groups from it.
     fan_in: terms of the sum that the scale normalises; W starts with standard deviation 1/sqrt(fan_in).
+    sparse: only rows that received a gradient are updated (large embeddings).
     blocks: how many matrices lie one above the other in the rows (3 for query, key and value in one).
     Initial registers come from torch's default generator, so `torch.manual_seed` fixes them.
     """
@@ -40,7 +41,7 @@ class TritModule(nn.Module):
             raise ValueError(f"there is no role {role!r}; choose one of {', '.join(ROLES)}")
         if rows % blocks:
             raise ValueError(f"{rows} rows do not divide into {blocks} blocks; make rows a multiple of blocks")
-        self.group, self.blocks, self.fan_in = group, blocks, fan_in
+        self.group, self.blocks, self.fan_in, self.sparse = group, blocks, fan_in, False
         self.roles = {"register": role, "exponent": "scale"}
         groups = -(-columns // group)
         self.register = nn.Parameter(torch.empty(rows, columns, dtype=torch.int8), requires_grad=False)

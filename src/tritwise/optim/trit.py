@@ -29,6 +29,12 @@ from tritwise.registers import EXPONENT_LIMIT, EXPONENTS_PER_OCTAVE, LEAD, make_
 # Streams of randomness of one tensor at one step; micro-batches count up from the last.
 _MOVE, _MOVE_SCALE, _ACCUMULATE = 0, 1, 2
 
+# Row/column beats Newton-Schulz where rows are symbols: a rare row gets its step whatever the others do.
+ROLE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "embedding": {"direction": "row_column"},
+    "head": {"direction": "row_column"},
+}
+
 
 class TritOptimizer(torch.optim.Optimizer):
     """Trains every ternary layer of a model. State: 1 byte a weight for momentum, beside the register's own byte.
@@ -37,7 +43,8 @@ class TritOptimizer(torch.optim.Optimizer):
         an iterable is split into one group per declared role (matrix, embedding, head).
     rate: step of a register in leading-trit units for a direction of 1; stored as "lr", so torch's schedulers work.
     momentum: decay of the int8 momentum. scale_rate: step of a scale in octaves (0: scales stay).
-    direction: one of `tritwise.ops.direction.METHODS`; steps: Newton-Schulz steps.
+    direction: of the groups that have no other by default (ROLE_DEFAULTS), one of `tritwise.ops.direction.METHODS`;
+        steps: Newton-Schulz steps.
     roles: settings for single roles, such as {"embedding": {"direction": "row_column", "rate": 0.01}}.
     interval: a layer moves at every interval-th step, by interval times as much; layers take turns.
     seed: of the stochastic rounding.
@@ -74,8 +81,8 @@ class TritOptimizer(torch.optim.Optimizer):
         self._layers: dict[Tensor, TritModule] = {}
         self._number: dict[Tensor, int] = {}
         self._received: dict[Tensor, int] = {}
-        self._refused: list[Tensor] = []
-        self._flips: list[Tensor] = []
+        self._taken: list[Tensor] = []
+        self._touched: dict[Tensor, Tensor] = {}
         self.flips_by_layer: dict[TritModule, Tensor] = {}
         super().__init__(_groups(layers, roles or {}), defaults)
 
@@ -110,7 +117,7 @@ class TritOptimizer(torch.optim.Optimizer):
     @property
     def flips(self) -> int:
         """Leading trits that changed at the last step."""
-        return sum(int(f) for f in self._flips)
+        return sum(int(flips) for flips in self.flips_by_layer.values())
 
     def _state_of(self, layer: TritModule, scales: bool) -> dict[str, Tensor]:
         state = self.state[layer.register]
@@ -126,21 +133,47 @@ class TritOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _consume(self, layer: TritModule, grad: Tensor, group: dict[str, Any]) -> None:
-        """Take one layer's gradient into its momentum. Called from backward."""
+        """Take one layer's gradient into its momentum. Called from backward, once for every micro-batch."""
         register = layer.register
         micro = self._received.get(register, 0)
         self._received[register] = micro + 1
         decay = group["momentum"] if micro == 0 else 1.0
         scales = group["scale_rate"] > 0
         state = self._state_of(layer, scales)
-        number = self._number[register]
-        key = make_key(group["seed"], group["step"], number, _ACCUMULATE + 2 * micro)
-        taken = ops.accumulate_momentum(state["momentum"], state["row_exponent"], grad, decay, key)
-        self._refused.append(~taken)
+        stream = _ACCUMULATE + 3 * micro
+        where = (group["seed"], group["step"], self._number[register])
+        if layer.sparse:
+            self._accumulate_rows(register, state, grad, group["momentum"], where, stream)
+        else:
+            key = make_key(*where, stream)
+            taken = ops.accumulate_momentum(state["momentum"], state["row_exponent"], grad, decay, key)
+            self._taken.append(taken)
         if scales:
             scale_grad = ops.linear_scale_grad(grad, register, layer.exponent, layer.group).view(1, -1)
-            key = make_key(group["seed"], group["step"], number, _ACCUMULATE + 2 * micro + 1)
+            key = make_key(*where, stream + 2)
             ops.accumulate_momentum(state["scale_momentum"], state["scale_row_exponent"], scale_grad, decay, key)
+
+    def _accumulate_rows(
+        self,
+        register: Tensor,
+        state: dict[str, Tensor],
+        grad: Tensor,
+        decay: float,
+        where: tuple[int, int, int],
+        stream: int,
+    ) -> None:
+        """The same for the rows that have a gradient, and only those. A row decays when a step first touches it."""
+        used_V = grad.abs().amax(dim=1) != 0  # true for NaN as well: such a row is refused below
+        known_V = self._touched.get(register)
+        parts = [(used_V, decay)] if known_V is None else [(used_V & ~known_V, decay), (used_V & known_V, 1.0)]
+        for part, (mask_V, factor) in enumerate(parts):
+            rows = mask_V.nonzero()[:, 0]
+            if rows.numel():
+                momentum, exponent = state["momentum"][rows], state["row_exponent"][rows]
+                key = make_key(*where, stream + part)
+                self._taken.append(ops.accumulate_momentum(momentum, exponent, grad[rows], factor, key))
+                state["momentum"][rows], state["row_exponent"][rows] = momentum, exponent
+        self._touched[register] = used_V if known_V is None else used_V | known_V
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -152,8 +185,8 @@ class TritOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        skip = bool(self._refused) and bool(torch.stack(self._refused).any())
-        self._flips, self.flips_by_layer = [], {}
+        skip = bool(self._taken) and not bool(torch.stack(self._taken).all())
+        self.flips_by_layer = {}
         for group in self.param_groups:
             if skip:
                 group["skipped"] += 1
@@ -163,7 +196,8 @@ class TritOptimizer(torch.optim.Optimizer):
                         self._move(self._layers[register], group)
             group["step"] += 1
         self._received.clear()
-        self._refused.clear()
+        self._taken.clear()
+        self._touched.clear()
         return loss
 
     def _move(self, layer: TritModule, group: dict[str, Any]) -> None:
@@ -175,20 +209,23 @@ class TritOptimizer(torch.optim.Optimizer):
         )
         if (step + number) % interval:
             return
-        state = self._state_of(layer, scales=False)
+        state, method = self._state_of(layer, scales=False), group["direction"]
         rate = group["lr"] * interval
-        u = ops.direction(state["momentum"], state["row_exponent"], group["direction"], group["steps"], layer.blocks)
-        key = make_key(group["seed"], step, number, _MOVE)
-        flips = ops.move_registers(register, u, rate * LEAD, key)
-        self._flips.append(flips)
+        momentum, exponent, moved = state["momentum"], state["row_exponent"], register
+        rows = self._touched[register].nonzero()[:, 0] if layer.sparse else None
+        if rows is not None:
+            momentum, exponent, moved = momentum[rows], exponent[rows], register[rows]
+        u = ops.direction(momentum, exponent, method, group["steps"], layer.blocks)
+        flips = ops.move_registers(moved, u, rate * LEAD, make_key(group["seed"], step, number, _MOVE))
+        if rows is not None:
+            register[rows] = moved
         self.flips_by_layer[layer] = flips
         if group["scale_rate"] > 0:
-            u = ops.direction(state["scale_momentum"], state["scale_row_exponent"], "rms")
-            key = make_key(group["seed"], step, number, _MOVE_SCALE)
+            u = ops.direction(state["scale_momentum"], state["scale_row_exponent"], "rms").view_as(layer.exponent)
+            # Scales follow the schedule of the rate.
             scale_rate = group["scale_rate"] * rate / group.get("initial_lr", group["lr"])
-            ops.move_registers(
-                layer.exponent, u.view_as(layer.exponent), scale_rate * EXPONENTS_PER_OCTAVE, key, limit=EXPONENT_LIMIT
-            )
+            key = make_key(group["seed"], step, number, _MOVE_SCALE)
+            ops.move_registers(layer.exponent, u, scale_rate * EXPONENTS_PER_OCTAVE, key, limit=EXPONENT_LIMIT)
 
 
 def _groups(
@@ -210,7 +247,10 @@ def _groups(
     unknown = set(roles) - set(groups)
     if unknown:
         raise ValueError(f"no layer has the role {sorted(unknown)[0]!r}; the model has {', '.join(groups)}")
-    return [{"params": members, "role": role, **roles.get(role, {})} for role, members in groups.items()]
+    return [
+        {"params": members, "role": role, **ROLE_DEFAULTS.get(role, {}), **roles.get(role, {})}
+        for role, members in groups.items()
+    ]
 
 
 def _check(group: dict[str, Any]) -> None:

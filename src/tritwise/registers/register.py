@@ -47,7 +47,9 @@ def move(register: Tensor, steps: Tensor) -> Tensor:
 
     Clamping saturates the evidence of a weight that is already as sure as it can be; it never changes a trit's sign.
     """
-    return (register.to(torch.int32) + steps).clamp_(-REGISTER_LIMIT, REGISTER_LIMIT).to(torch.int8)
+    # Steps are cut to the width of the range first, so that no sum can overflow and turn back.
+    whole = steps.to(torch.int64).clamp(-2 * REGISTER_LIMIT, 2 * REGISTER_LIMIT)
+    return whole.add_(register).clamp_(-REGISTER_LIMIT, REGISTER_LIMIT).to(torch.int8)
 
 
 def init_registers(shape: tuple[int, ...], key: Key, span: float = 0.9) -> Tensor:

@@ -18,7 +18,7 @@ def to_fixed_point(x: Tensor, scale: float = 1.0, limit: int = 127) -> Tensor:
 
     limit is in whole units and at most 255, so that every value is exact in float32 before it becomes an integer.
     """
-    assert 0 < limit <= 255, "fixed point holds at most 255 units, the exact range of float32"
+    assert 0 < limit <= 255, "up to 255 units every value is exact in float32 before it becomes an integer"
     return torch.mul(x, scale * _ONE).round_().clamp_(-limit * _ONE, limit * _ONE).to(torch.int32)
 
 

@@ -28,7 +28,7 @@ def scale_values(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 def exponent_for(scale: float) -> int:
-    """The exponent E whose 2**(E/8) is nearest to `scale` in ratio, clamped to +-127. Raises ValueError if scale <= 0."""
+    """The exponent E whose 2**(E/8) is nearest to `scale` in ratio, clamped to +-127. ValueError if scale <= 0."""
     if not scale > 0 or math.isinf(scale):
         raise ValueError(f"a scale must be positive and finite, not {scale}; give the absolute size you want")
     exponent = round(EXPONENTS_PER_OCTAVE * math.log2(scale))

@@ -63,4 +63,5 @@ def direction(momentum: Tensor, row_exponent: Tensor, method: str, steps: int, b
     if method == "row_column":
         return unit_rms(row_column(value_OI))
     rows, columns = value_OI.shape
-    return unit_rms(newton_schulz(value_OI.view(blocks, rows // blocks, columns), steps).reshape(rows, columns))
+    turned_OI = newton_schulz(value_OI.view(blocks, rows // blocks, columns), steps).reshape(rows, columns)
+    return unit_rms(turned_OI).contiguous()  # a tall matrix comes back as a transposed view

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tritwise.registers import leading_trit, scale_values
+from tritwise.registers import LEAD, leading_trit, scale_values
 
 
 def _spread(values_OG: Tensor, columns: int, group: int) -> Tensor:
@@ -15,7 +15,8 @@ def _spread(values_OG: Tensor, columns: int, group: int) -> Tensor:
 
 def decode(register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     """The weight W = trit * scale as `dtype` [O, I]; exact in float32 and bfloat16."""
-    weight_OI = leading_trit(register).to(dtype)
+    # round(R / 81) is the leading trit: exact in every float type, and a third of the passes of two comparisons.
+    weight_OI = register.to(dtype).mul_(1.0 / LEAD).round_()
     return weight_OI.mul_(_spread(scale_values(exponent, dtype), register.shape[1], group))
 
 

@@ -46,7 +46,7 @@ def accumulate_momentum(momentum: Tensor, row_exponent: Tensor, grad: Tensor, de
 
     momentum: int8 [O, I] meaning momentum * 2**row_exponent; row_exponent: int8 [O, 1]; grad: float32 [O, I].
     decay is the coefficient for the first micro-batch of a step and 1.0 for the others: that is true accumulation.
-    Returns a bool 0-d tensor: True if the gradient was taken, False if it held a NaN or infinity and nothing changed.
+    Returns a bool 0-d tensor: True if the gradient was taken, False if a NaN or infinity came of it and nothing changed.
     """
     return _accumulate_op(momentum, row_exponent, grad, decay, key.first, key.second)
 

@@ -16,13 +16,14 @@ def power_of_two(exponent: Tensor) -> Tensor:
 
 def accumulate_momentum(momentum: Tensor, row_exponent: Tensor, grad: Tensor, decay: float, key: Key) -> Tensor:
     """See `tritwise.ops.update.accumulate_momentum`."""
-    if not torch.isfinite(grad.sum()):  # one pass; finite numbers that overflow their sum are refused as well
-        return torch.zeros((), dtype=torch.bool, device=momentum.device)
     # decay * momentum is formed first and alone, so that a fused multiply-add cannot change the sum.
     value_OI = momentum.to(torch.float32).mul_(power_of_two(row_exponent) * decay).add_(grad)
-    peak_O1 = value_OI.abs().amax(dim=1, keepdim=True)
-    # The least e with peak * 2**-e <= 127: frexp gives peak/127 = f * 2**e with 0.5 <= f < 1, exactly.
-    exponent_O1 = torch.frexp(peak_O1 / MOMENTUM_LIMIT).exponent.clamp_(EXPONENT_FLOOR, EXPONENT_CEILING)
+    # A sum that overflowed counts as the largest float: what frexp says of infinity differs between machines.
+    peak_O1 = value_OI.abs().amax(dim=1, keepdim=True).clamp_(max=torch.finfo(torch.float32).max)
+    # The least e with peak * 2**-e < 127: frexp gives peak/127 = f * 2**e with 0.5 <= f < 1, exactly. A row of zeros
+    # takes the floor; frexp's 0 would stand above tiny rows and push them out of float range in the direction.
+    exponent_O1 = torch.frexp(peak_O1 / MOMENTUM_LIMIT).exponent.masked_fill_(peak_O1 == 0, EXPONENT_FLOOR)
+    exponent_O1.clamp_(EXPONENT_FLOOR, EXPONENT_CEILING)
     fixed_OI = to_fixed_point(value_OI.mul_(power_of_two(-exponent_O1)), limit=MOMENTUM_LIMIT)
     steps_OI = round_stochastic(fixed_OI, random_bits16(momentum.numel(), key, momentum.device))
     momentum.copy_(steps_OI.clamp_(-MOMENTUM_LIMIT, MOMENTUM_LIMIT))
