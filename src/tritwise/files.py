@@ -103,6 +103,23 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
+def cache_folder(asked: str | Path | None = None) -> Path:
+    """The folder of files that can be made again: `asked`, else $TRITWISE_CACHE, else the user's cache folder.
+
+    The last is $XDG_CACHE_HOME/tritwise, else ~/.cache/tritwise. The folder need not exist.
+
+    Raises:
+        UserError: there is no home folder.
+    """
+    try:
+        chosen = asked or os.environ.get("TRITWISE_CACHE")
+        if chosen:
+            return Path(chosen).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tritwise"
+    except RuntimeError as error:
+        raise UserError(f"no cache folder: {error}; set TRITWISE_CACHE to a folder that can be written") from error
+
+
 def read_bytes(path: str | Path, first: int = -1) -> bytes:
     """The whole of a file, or its `first` bytes.
 

@@ -40,6 +40,7 @@ import numpy as np
 import zstandard
 
 from tritwise.errors import UserError
+from tritwise.files import cache_folder
 
 BUNDLED = Path(__file__).parent / "tinyshakespeare.txt"
 BUNDLED_NAMES = ("shakespeare", "tinyshakespeare")
@@ -93,7 +94,7 @@ def open_bytes(path: Path | str, *, cache: Path | str | None = None) -> np.ndarr
         _refuse_packed(file, file.name)
     if files == [located] and (status.st_size == 0 or located.suffix.lower() not in COMPRESSED):
         return _map(located)
-    target = _cache_folder(cache) / _cache_name(files)
+    target = cache_folder(cache) / _cache_name(files)
     _write_once(target, _joined(part for file in files for part in _parts(file)), located)
     return _map(target)
 
@@ -258,16 +259,6 @@ def _joined(parts: Iterable[Iterator[bytes]]) -> Iterator[bytes]:
             opening = False
             last = piece[-1:]
             yield piece
-
-
-def _cache_folder(cache: Path | str | None) -> Path:
-    try:
-        chosen = cache or os.environ.get("TRITWISE_CACHE")
-        if chosen:
-            return Path(chosen).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tritwise"
-    except RuntimeError as error:
-        raise UserError(f"no cache folder: {error}; set TRITWISE_CACHE to a folder that can be written") from error
 
 
 def _cache_name(files: list[Path]) -> str:

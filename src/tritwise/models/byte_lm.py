@@ -96,6 +96,15 @@ class ByteLM(nn.Module):
         logits = self(ids)
         return nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
 
+    @property
+    def context(self) -> int:
+        """Bytes that one call can read: the scorer's window."""
+        return self.config.ctx
+
+    def log_probs(self, ids: Tensor) -> Tensor:
+        """Natural logs of the probabilities of the next byte, float32 [B, T, V]."""
+        return torch.log_softmax(self(ids), dim=-1)
+
     def new_state(self, batch: int = 1) -> DecodeState:
         """An empty state for up to config.ctx positions."""
         c, device = self.config, next(self.parameters()).device

@@ -9,7 +9,7 @@ from tritwise.errors import UserError
 class ModelConfig:
     """A byte LM. Set width and depth; a 0 elsewhere means "derive it".
 
-    width      channels; the size of a head is 32 below width 512, else 64
+    width      channels; the size of a head is 32 below width 128, else 64
     depth      blocks
     ctx        bytes a position can look back on, itself included
     heads      attention heads; 0: width / size of a head
@@ -50,13 +50,13 @@ class ModelConfig:
             raise UserError(f"softcap is {self.softcap}; it must be above 0")
         if self.weights not in ("trit", "float"):
             raise UserError(f"weights is {self.weights!r}; choose trit or float")
-        heads = self.heads or max(1, self.width // (32 if self.width < 512 else 64))
+        heads = self.heads or max(1, self.width // (32 if self.width < 128 else 64))
         kv_heads = self.kv_heads or heads
         object.__setattr__(self, "heads", heads)
         object.__setattr__(self, "kv_heads", kv_heads)
         if self.width % heads or self.width // heads % 2:
             raise UserError(
-                f"width {self.width} does not divide into {heads} heads of an even size; choose a multiple of 32"
+                f"width {self.width} does not divide into {heads} heads of an even size; choose a multiple of 64"
             )
         if heads % kv_heads:
             raise UserError(f"{heads} heads do not divide into {kv_heads} kv_heads; choose a divisor")

@@ -1,4 +1,4 @@
-"""Layers. A ternary layer holds int8 registers and int8 scale exponents, declares the role of each, and nothing else."""
+"""Layers. A ternary layer holds int8 registers and int8 scale exponents, and declares the role of each."""
 
 from tritwise.nn.attention import Attention, KVCache, Rotary
 from tritwise.nn.embedding import FloatEmbedding, TritEmbedding

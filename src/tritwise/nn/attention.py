@@ -19,6 +19,9 @@ class Rotary(nn.Module):
     The second half of a head is paired with its first half. Tables are constants (role "table"), not saved.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, size: int, length: int, base: float = 10000.0) -> None:
         super().__init__()
         self.roles = {"cos": "table", "sin": "table"}

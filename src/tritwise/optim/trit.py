@@ -175,6 +175,10 @@ class TritOptimizer(torch.optim.Optimizer):
                 state["momentum"][rows], state["row_exponent"][rows] = momentum, exponent
         self._touched[register] = used_V if known_V is None else used_V | known_V
 
+    def refuse(self) -> None:
+        """Let the next `step()` move nothing and count as skipped: for a loss that is no number, before backward."""
+        self._taken.append(torch.zeros((), dtype=torch.bool, device=next(iter(self._layers)).device))
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the registers of every layer that received a gradient since the last step; returns closure's loss.

@@ -1,1 +1,40 @@
-"""TODO room."""
+"""Named runs: a recipe is a function that returns a config. Few flags change it; everything else is code."""
+
+import difflib
+from collections.abc import Callable
+
+from tritwise.errors import UserError
+from tritwise.models import ModelConfig
+from tritwise.train import Config, TrainConfig
+
+
+def shakespeare() -> Config:
+    """The demo: the bundled text, about two minutes on two laptop cores, below the 5-gram's 1.669 nats per byte."""
+    return Config(
+        "shakespeare",
+        ModelConfig(width=128, depth=4, ctx=64, ngrams=3),
+        TrainConfig(steps=800, batch=32, rate=0.015, interval=2),
+    )
+
+
+def tiny() -> Config:
+    """A few seconds of training, to see that everything works."""
+    return Config(
+        "tiny",
+        ModelConfig(width=32, depth=2, ctx=32),
+        TrainConfig(
+            steps=60, batch=16, log_interval=10, eval_interval=30, save_interval=20, eval_bytes=4096, sample_bytes=40
+        ),
+    )
+
+
+RECIPES: dict[str, Callable[[], Config]] = {"shakespeare": shakespeare, "tiny": tiny}
+
+
+def recipe(name: str) -> Config:
+    """The config of the recipe called `name`. Raises UserError, naming the nearest, if there is none."""
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(RECIPES)}"
+        raise UserError(f"there is no recipe {name!r}; {hint}")
+    return RECIPES[name]()

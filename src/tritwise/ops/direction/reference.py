@@ -55,13 +55,15 @@ def direction(momentum: Tensor, row_exponent: Tensor, method: str, steps: int, b
     value_OI = momentum.to(torch.float32)
     if method == "sign":
         return unit_rms(value_OI.sign_())
-    # Relative to the largest row exponent nothing overflows; rows 2**126 below it are zero for every purpose.
-    relative_O1 = (row_exponent.to(torch.int32) - row_exponent.max().to(torch.int32)).clamp_(min=-126)
-    value_OI = value_OI.mul_(power_of_two(relative_O1))
+    if method == "row_column":  # each row is divided by its own RMS: its exponent would cancel
+        return unit_rms(row_column(value_OI))
+    # Relative to the largest row exponent of a matrix nothing overflows; rows 2**126 below it are as good as zero.
+    rows, columns = value_OI.shape
+    matrices = blocks if method == "newton_schulz" else 1
+    exponent_MR = row_exponent.to(torch.int32).view(matrices, rows // matrices)
+    relative_MR = (exponent_MR - exponent_MR.amax(dim=1, keepdim=True)).clamp_(min=-126)
+    value_OI = value_OI.mul_(power_of_two(relative_MR).view(rows, 1))
     if method == "rms":
         return unit_rms(value_OI)
-    if method == "row_column":
-        return unit_rms(row_column(value_OI))
-    rows, columns = value_OI.shape
     turned_OI = newton_schulz(value_OI.view(blocks, rows // blocks, columns), steps).reshape(rows, columns)
     return unit_rms(turned_OI).contiguous()  # a tall matrix comes back as a transposed view

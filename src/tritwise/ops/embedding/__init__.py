@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritwise.ops import native
 from tritwise.ops.backends import choose, implement
-from tritwise.ops.embedding import reference
+from tritwise.ops.embedding import cpu, reference
 from tritwise.ops.library import LIBRARY, define
 
 implement("embedding", "reference", reference)
+implement("embedding", "cpu", cpu, priority=10, refuses=native.refuses)
 
 
 def _forward(ids: Tensor, register: Tensor, exponent: Tensor, group: int, port: Tensor | None) -> Tensor:

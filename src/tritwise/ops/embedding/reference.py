@@ -12,7 +12,7 @@ def forward(ids: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tens
     if flat.numel() >= register.shape[0]:  # a small table: decode it once, then gather
         rows = torch.nn.functional.embedding(flat, decode(register, exponent, group, torch.float32))
     else:
-        rows = decode(register[flat], exponent[flat], group, torch.float32)
+        rows = decode(register.index_select(0, flat), exponent.index_select(0, flat), group, torch.float32)
     return rows.view(*ids.shape, register.shape[1])
 
 

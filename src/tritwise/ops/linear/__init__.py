@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritwise.ops import native
 from tritwise.ops.backends import choose, implement
 from tritwise.ops.library import LIBRARY, define
-from tritwise.ops.linear import reference
+from tritwise.ops.linear import cpu, reference
 
 implement("linear", "reference", reference)
+implement("linear", "cpu", cpu, priority=10, refuses=native.refuses)
 
 
 def _forward(x: Tensor, register: Tensor, exponent: Tensor, group: int, port: Tensor | None) -> Tensor:

@@ -7,12 +7,14 @@ inputs give equal bits on every backend.
 import torch
 from torch import Tensor
 
+from tritwise.ops import native
 from tritwise.ops.backends import choose, implement
 from tritwise.ops.library import define
-from tritwise.ops.update import reference
+from tritwise.ops.update import cpu, reference
 from tritwise.registers import REGISTER_LIMIT, Key
 
 implement("update", "reference", reference)
+implement("update", "cpu", cpu, priority=10, refuses=native.refuses)
 
 
 def _accumulate(
@@ -46,7 +48,7 @@ def accumulate_momentum(momentum: Tensor, row_exponent: Tensor, grad: Tensor, de
 
     momentum: int8 [O, I] meaning momentum * 2**row_exponent; row_exponent: int8 [O, 1]; grad: float32 [O, I].
     decay is the coefficient for the first micro-batch of a step and 1.0 for the others: that is true accumulation.
-    Returns a bool 0-d tensor: True if the gradient was taken, False if a NaN or infinity came of it and nothing changed.
+    Returns a bool 0-d tensor: True if the gradient was taken, False if a NaN or infinity came of it (nothing changed).
     """
     return _accumulate_op(momentum, row_exponent, grad, decay, key.first, key.second)
 

@@ -18,9 +18,8 @@ def accumulate_momentum(momentum: Tensor, row_exponent: Tensor, grad: Tensor, de
     """See `tritwise.ops.update.accumulate_momentum`."""
     # decay * momentum is formed first and alone, so that a fused multiply-add cannot change the sum.
     value_OI = momentum.to(torch.float32).mul_(power_of_two(row_exponent) * decay).add_(grad)
-    # A sum that overflowed counts as the largest float: what frexp says of infinity differs between machines.
     peak_O1 = torch.linalg.vector_norm(value_OI, ord=float("inf"), dim=1, keepdim=True)
-    if not torch.isfinite(peak_O1).all():  # the norm hands a NaN on
+    if not torch.isfinite(peak_O1).all():  # the norm hands a NaN on; an overflowed sum is refused too
         return torch.zeros((), dtype=torch.bool, device=momentum.device)
     # The least e with peak * 2**-e < 127: frexp gives peak/127 = f * 2**e with 0.5 <= f < 1, exactly. A row of zeros
     # takes the floor; frexp's 0 would stand above tiny rows and push them out of float range in the direction.

@@ -1,0 +1,54 @@
+"""What commands print: tables for people on stdout, or, with --json, one JSON object on its last line."""
+
+import json
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def console(as_json: bool) -> Console:
+    """Where a command talks to a person: stdout, or stderr when stdout belongs to JSON."""
+    return Console(stderr=as_json, highlight=False, soft_wrap=True)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One line of strict JSON; a number that is none becomes null."""
+    print(json.dumps(_finite(value), ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    """A table whose first column is text and whose others are numbers, set to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def score_table(name: str, nats: float, ladder: list[dict[str, Any]]) -> Table:
+    """The model among the rungs of the ladder, from worst to best."""
+    rungs = [(str(row["name"]), float(row["nats"])) for row in ladder] + [(name, nats)]
+    rows = [
+        [f"[bold]{rung}[/bold]" if rung == name else rung, f"{value:.4f}", f"{value / math.log(2):.4f}"]
+        for rung, value in sorted(rungs, key=lambda entry: -entry[1])
+    ]
+    return table("", ["", "nats/byte", "bits/byte"], rows)
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1,234 B, 12.3 kB, 4.5 MB (decimal)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= 10 * scale or (unit != "kB" and count >= scale):
+            return f"{count / scale:.1f} {unit}"
+    return f"{count:,.0f} B"

@@ -1,0 +1,36 @@
+"""Embeddings of the last few bytes: hashed tables for pairs, triples, … added to the embedding of the byte itself.
+
+A lookup costs no arithmetic, so on a small budget of time this is the cheapest context there is. Hash collisions are
+left to the layers above, as in hashed n-gram embeddings generally (Huang et al. 2025, "Over-tokenized transformer").
+"""
+
+from torch import Tensor, nn
+
+_FACTOR = 1000003
+_SPREAD = 0x9E3779B1
+
+
+class NGramEmbedding(nn.Module):
+    """Sum over n = 2 … longest of table_n[hash of the last n ids].
+
+    rows: entries of each table. embedding: TritEmbedding or FloatEmbedding.
+    ids: int64 [B, P + T], the last T of which are embedded; earlier ones are context -> float32 [B, T, width].
+    Ids before the start count as a symbol of their own.
+    """
+
+    def __init__(self, rows: int, width: int, longest: int, *, embedding: type[nn.Module], group: int = 256) -> None:
+        super().__init__()
+        self.rows = rows
+        self.tables = nn.ModuleList(embedding(rows, width, group=group, sparse=True) for _ in range(longest - 1))
+
+    def forward(self, ids: Tensor, time: int) -> Tensor:
+        # int64 products wrap modulo 2**64 on every device; the top bits are the well-mixed ones.
+        shifted, code, total = ids + 1, ids + 1, None
+        for table in self.tables:
+            shifted = nn.functional.pad(shifted[:, :-1], (1, 0))
+            code = code * _FACTOR + shifted
+            slot = ((code * _SPREAD) >> 20) % self.rows
+            rows = table(slot[:, -time:])
+            total = rows if total is None else total + rows
+        assert total is not None, "an n-gram embedding needs longest >= 2"
+        return total

@@ -1,0 +1,46 @@
+"""The ternary linear on a CPU: the weight is decoded in C, in one pass, and torch multiplies. The reference's bits."""
+
+import torch
+from torch import Tensor
+
+from tritwise.ops.linear import reference
+from tritwise.ops.native import kernels
+from tritwise.registers import scale_table
+
+CPU = torch.device("cpu")
+
+
+def is_served(register: Tensor, exponent: Tensor, group: int) -> bool:
+    """Whether C can decode these: int8 [O, I] and int8 [O, ceil(I / group)] on the CPU. The reference does the rest."""
+    return (
+        register.dtype is torch.int8
+        and exponent.dtype is torch.int8
+        and register.is_cpu
+        and exponent.is_cpu
+        and exponent.shape == (register.shape[0], -(-register.shape[1] // group))
+    )
+
+
+def decode(register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """The weight W = trit * scale as `dtype` [O, I]; exact in float32 and bfloat16."""
+    if dtype is not torch.float32 or not is_served(register, exponent, group):
+        return reference.decode(register, exponent, group, dtype)
+    r, e, scales = register.contiguous(), exponent.contiguous(), scale_table(CPU)
+    rows, columns = r.shape
+    weight_OI = torch.empty(rows, columns, dtype=torch.float32, device=CPU)
+    kernels().decode(r.data_ptr(), e.data_ptr(), scales.data_ptr(), weight_OI.data_ptr(), rows, columns, group)
+    return weight_OI
+
+
+def forward(x: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+    """y [..., O] = x [..., I] W^T."""
+    return torch.nn.functional.linear(x, decode(register, exponent, group, x.dtype))
+
+
+def input_grad(grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+    """dL/dx [..., I] = dL/dy [..., O] W."""
+    return grad @ decode(register, exponent, group, grad.dtype)
+
+
+weight_grad = reference.weight_grad
+scale_grad = reference.scale_grad

@@ -1,0 +1,196 @@
+"""What a run is: the shape of the model and how it is trained, as two frozen dataclasses that can be diffed."""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from tritwise.data.split import Split
+from tritwise.errors import UserError
+from tritwise.models import ModelConfig
+from tritwise.ops.direction import METHODS
+
+OPTIMIZERS = ("trit", "adamw", "muon")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. Raises UserError for a value that cannot work.
+
+    data           text to learn: a file or folder (plain, .gz, .zst, .xz, .zip), or "shakespeare", the bundled text
+    split          how train, val and test are cut from it, e.g. 90/10 or 90/5/5
+    steps          optimizer steps; batch: sequences a step and micro-batch; accum: micro-batches a step
+    seed           of the initial registers, the batches and the rounding
+    optimizer      trit (ternary weights), adamw or muon (float weights)
+    rate           step of a register in leading-trit units (learning rate of a float optimizer)
+    momentum       decay of the momentum (beta1 of AdamW)
+    direction      newton_schulz, row_column, rms or sign, for matrices
+    interval       a layer moves at every interval-th step; layers take turns
+    scale_rate     step of a scale in octaves; 0: scales stay as they start
+    embedding_rate, head_rate   rates of these roles over `rate`
+    warmup         steps of linear rise; decay: share of the steps, at the end, of linear fall
+    weight_decay   of the float optimizers
+    eval_bytes     bytes of val scored at an evaluation during training; 0: all
+    stride         of the final score's window; 0: half the context
+    log_interval, eval_interval, save_interval   in steps; eval and save 0: only at the end
+    keep           checkpoints that stay; 0: all
+    save           False: no checkpoint is ever written
+    sample_bytes   length of the samples; 0: none
+    device         auto, cpu or cuda
+    """
+
+    data: str = "shakespeare"
+    split: str = "90/10"
+    steps: int = 1000
+    batch: int = 32
+    accum: int = 1
+    seed: int = 0
+    optimizer: str = "trit"
+    rate: float = 0.015
+    momentum: float = 0.9
+    direction: str = "newton_schulz"
+    interval: int = 1
+    scale_rate: float = 0.0
+    embedding_rate: float = 1.0
+    head_rate: float = 1.0
+    warmup: int = 20
+    decay: float = 0.5
+    weight_decay: float = 0.0
+    eval_bytes: int = 32768
+    stride: int = 0
+    log_interval: int = 20
+    eval_interval: int = 200
+    save_interval: int = 200
+    keep: int = 2
+    save: bool = True
+    sample_bytes: int = 200
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("steps", 1),
+            ("batch", 1),
+            ("accum", 1),
+            ("interval", 1),
+            ("log_interval", 1),
+            ("seed", 0),
+            ("warmup", 0),
+            ("eval_bytes", 0),
+            ("stride", 0),
+            ("eval_interval", 0),
+            ("save_interval", 0),
+            ("keep", 0),
+            ("sample_bytes", 0),
+        ):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("rate", "scale_rate", "embedding_rate", "head_rate", "weight_decay"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"{name} is {value}; it must be a finite number, 0 or more")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum is {self.momentum}; it must be at least 0 and below 1")
+        if not 0 <= self.decay <= 1:
+            raise UserError(f"decay is {self.decay}; it is a share of the steps, 0 to 1")
+        for name, known in (
+            ("optimizer", OPTIMIZERS),
+            ("direction", METHODS),
+            ("device", ("auto", "cpu", "cuda")),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
+        Split(self.split)  # says what is wrong with a rule before any data is read
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run: the recipe's name, the model and its training."""
+
+    recipe: str = "custom"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if (self.model.weights == "trit") != (self.train.optimizer == "trit"):
+            raise UserError(
+                f"optimizer {self.train.optimizer} does not train {self.model.weights} weights; "
+                "use trit with weights=trit, adamw or muon with weights=float"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON; `from_dict` reads it back."""
+        return {
+            "format": 1,
+            "recipe": self.recipe,
+            "model": dataclasses.asdict(self.model),
+            "train": dataclasses.asdict(self.train),
+        }
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "Config":
+        """The config in a run's config.json. Raises UserError if it is none this version understands."""
+        try:
+            if values["format"] != 1:
+                raise UserError(f"this run's config has format {values['format']}; upgrade tritwise to read it")
+            return Config(values["recipe"], ModelConfig(**values["model"]), TrainConfig(**values["train"]))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"this run's config is damaged or from another version ({error}); train again") from None
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting of the model and its training by its key."""
+    return dataclasses.asdict(config.model) | dataclasses.asdict(config.train)
+
+
+def _types() -> dict[str, tuple[str, type]]:
+    """Every key -> (part of the config, its type). Keys are unique across the parts."""
+    found: dict[str, tuple[str, type]] = {}
+    for part, cls in (("model", ModelConfig), ("train", TrainConfig)):
+        for name, kind in get_type_hints(cls).items():
+            assert name not in found, f"{name} is in two parts of the config"
+            found[name] = (part, kind)
+    return found
+
+
+def override(config: Config, changes: dict[str, Any]) -> Config:
+    """`config` with changed values. Values may be strings, as given on a command line.
+
+    Raises UserError for an unknown key (naming the nearest) or a value of the wrong type.
+    """
+    types = _types()
+    parts: dict[str, dict[str, Any]] = {"model": {}, "train": {}}
+    for key, value in changes.items():
+        if key not in types:
+            near = difflib.get_close_matches(key, types, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(types))}"
+            raise UserError(f"there is no setting {key!r}; {hint}")
+        part, kind = types[key]
+        parts[part][key] = _parse(key, value, kind)
+    # What was derived from a changed value is derived again, unless it was given too.
+    if "width" in parts["model"]:
+        parts["model"].setdefault("heads", 0)
+    if "heads" in parts["model"]:
+        parts["model"].setdefault("kv_heads", 0)
+    return Config(config.recipe, _replace(config.model, parts["model"]), _replace(config.train, parts["train"]))
+
+
+def _replace(instance: Any, changes: dict[str, Any]) -> Any:
+    return dataclasses.replace(instance, **changes) if changes else instance
+
+
+def _parse(key: str, value: Any, kind: type) -> Any:
+    if isinstance(value, bool) and kind is not bool:
+        raise UserError(f"{key} is {value}; it must be {_KINDS[kind]}")
+    if not isinstance(value, str):
+        return kind(value)
+    text = value.strip()
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError):
+        raise UserError(f"{key} is {value!r}; it must be {_KINDS[kind]}") from None
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -1,0 +1,195 @@
+"""The training loop: batches in, registers moved, numbers written down. Everything a run does is in `train`."""
+
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from tritwise.data.sampler import Sampler
+from tritwise.data.source import describe
+from tritwise.data.split import split
+from tritwise.errors import UserError
+from tritwise.files import JsonLines
+from tritwise.models import ByteLM, generate
+from tritwise.optim import TritOptimizer, rate_factor
+from tritwise.score import score
+from tritwise.train.config import Config
+from tritwise.train.finish import finish
+from tritwise.train.meter import Meter
+from tritwise.train.optimizers import build_optimizers, set_rates
+from tritwise.train.progress import Display, Quiet
+from tritwise.train.restore import pack_state, unpack_state
+from tritwise.train.run import RunFolder
+
+
+def train(config: Config, out: Path | str, *, resume: bool = False, display: Display | None = None) -> dict[str, Any]:
+    """Train `config` in the run folder `out` to its last step, then score, ship and audit; returns result.json.
+
+    resume: go on from the newest checkpoint in `out`; the registers end bit-equal to an uninterrupted run on the same
+    machine and thread count. Ctrl-C finishes the step, saves, and returns {"interrupted": True, "steps": …}.
+    Raises UserError for data, folders and checkpoints that cannot be used; the previous checkpoint stays intact.
+    """
+    settings, folder, display = config.train, RunFolder(out), display or Quiet()
+    device = _device(settings.device)
+    source = describe(settings.data)
+    parts = split(source.data, settings.split)
+    if "train" not in parts:
+        raise UserError(f"split {settings.split} leaves nothing to train on; use 90/10")
+    sampler = Sampler(parts["train"], settings.batch, config.model.ctx, settings.seed, accum=settings.accum)
+
+    torch.manual_seed(settings.seed)
+    model = ByteLM(config.model).to(device)
+    optimizers = build_optimizers(model, settings)
+    store = folder.store(settings.keep)
+    step, seconds = 0, 0.0
+    folder.begin(config, resume=resume)
+    if resume and store.steps():
+        checkpoint = store.load()
+        sampler.check(checkpoint.meta["sampler"])
+        unpack_state(checkpoint, model, optimizers)
+        step, seconds = checkpoint.step, checkpoint.meta["seconds"]
+    folder.write_manifest(config, device)
+
+    def save() -> None:
+        tensors, meta = pack_state(model, optimizers)
+        store.save(step, tensors, meta | {"seconds": seconds, "sampler": sampler.state()})
+
+    def where() -> dict[str, Any]:
+        return {"step": step, "bytes": step * bytes_a_step, "seconds": round(seconds, 3)}
+
+    def log(record: dict[str, Any]) -> None:
+        metrics.write(record)
+        display.record(record)
+
+    bytes_a_step = settings.batch * settings.accum * config.model.ctx
+    meter, since, began = Meter(model), 0, time.perf_counter() - seconds
+    with JsonLines(folder.metrics) as metrics, StopSignal() as stop:
+        if resume:
+            metrics.truncate_after(step)
+            log({"kind": "event", **where(), "message": f"resumed from step {step}"})
+            display.say(f"resumed from step {step}")
+        display.start(step, settings.steps)
+        try:
+            while step < settings.steps and not stop.asked:
+                step_began = time.perf_counter()
+                set_rates(optimizers, rate_factor(step, settings.steps, settings.warmup, settings.decay))
+                rate = optimizers[0].param_groups[0]["lr"]
+                loss = train_step(model, optimizers, sampler, step, settings.accum)
+                step, since = step + 1, since + 1
+                now = time.perf_counter()
+                seconds = now - began
+                meter.add(loss, bytes_a_step, now - step_began, optimizers[0])
+                last = step == settings.steps
+                if last or step % settings.log_interval == 0:
+                    for record in meter.records(since, where(), rate, _skipped(optimizers)):
+                        log(record)
+                    since = 0
+                if last or (settings.eval_interval and step % settings.eval_interval == 0):
+                    log(_evaluate(model, parts, settings.eval_bytes, where(), device))
+                    if settings.sample_bytes:
+                        log(_sample(model, settings.sample_bytes, settings.seed, where()))
+                    seconds = time.perf_counter() - began
+                due = last or stop.asked or (settings.save_interval and step % settings.save_interval == 0)
+                if settings.save and due:
+                    save()
+                    seconds = time.perf_counter() - began
+        finally:
+            display.stop()
+        folder.write_manifest(config, device)  # again: now the backends that ran are known
+        if stop.asked and step < settings.steps:
+            saved = "saved; go on with --resume" if settings.save else "not saved (--no-save)"
+            log({"kind": "event", **where(), "message": f"stopped at step {step}"})
+            display.say(f"stopped at step {step}, {saved}")
+            return {"interrupted": True, "steps": step, "seconds": seconds, "run": str(folder.path)}
+    done = {"steps": step, "seconds": round(seconds, 3), "bytes_seen": step * bytes_a_step}
+    return finish(config, folder, model, optimizers, parts, done, device)
+
+
+def train_step(
+    model: ByteLM, optimizers: list[torch.optim.Optimizer], sampler: Sampler, step: int, accum: int = 1
+) -> float:
+    """One optimizer step over `accum` micro-batches; returns the mean loss in nats per byte.
+
+    A loss or a float gradient that is no number moves nothing; ternary optimizers count such steps as skipped.
+    """
+    total, device = 0.0, next(model.parameters()).device
+    for micro in range(accum):
+        inputs, targets = sampler.batch_at(step, micro)
+        loss = model.loss(inputs.to(device), targets.to(device))
+        total += loss.item() / accum
+        if not math.isfinite(total):
+            break
+        (loss / accum).backward()
+    for optimizer in optimizers:
+        if isinstance(optimizer, TritOptimizer):
+            if not math.isfinite(total):
+                optimizer.refuse()
+            optimizer.step()
+        elif math.isfinite(total) and _gradients_are_finite(optimizer):
+            optimizer.step()
+        else:
+            optimizer.param_groups[0]["skipped"] = optimizer.param_groups[0].get("skipped", 0) + 1
+        optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def _gradients_are_finite(optimizer: torch.optim.Optimizer) -> bool:
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return bool(torch.isfinite(torch.stack([g.sum() for g in gradients])).all()) if gradients else True
+
+
+def _skipped(optimizers: list[torch.optim.Optimizer]) -> int:
+    return max(optimizer.param_groups[0].get("skipped", 0) for optimizer in optimizers)
+
+
+def _evaluate(
+    model: ByteLM, parts: dict[str, np.ndarray], count: int, where: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """Chunked score (stride = window) of the first `count` bytes of val: quick, and the same bytes every time."""
+    part = parts["val"][: count or None]
+    result = score(model, part, stride=model.context, device=device)
+    return {"kind": "eval", **where, "split": "val", "loss": result.nats, "bpb": result.bpb, "scored": result.bytes}
+
+
+def _sample(model: ByteLM, count: int, seed: int, where: dict[str, Any]) -> dict[str, Any]:
+    text = bytes(generate(model, b"\n", count, seed=seed)).decode("utf-8", errors="replace")
+    return {"kind": "sample", **where, "prompt": "\n", "text": text}
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for but torch sees no GPU; use --set device=cpu")
+    return torch.device(name)
+
+
+class StopSignal:
+    """While entered, the first Ctrl-C (or SIGTERM) sets `asked`; a second Ctrl-C stops at once, unsaved."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

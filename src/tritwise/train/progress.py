@@ -1,0 +1,134 @@
+"""What a person sees during training: a live line on a terminal, plain lines elsewhere, nothing when quiet."""
+
+import math
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Display(Protocol):
+    """Told by the loop what happens. `record` is a line of metrics.jsonl."""
+
+    def start(self, done: int, total: int) -> None: ...
+
+    def record(self, record: dict[str, Any]) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Quiet:
+    """Shows nothing."""
+
+    def start(self, done: int, total: int) -> None: ...
+
+    def record(self, record: dict[str, Any]) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def _clock(seconds: float) -> str:
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def _amount(rate: float) -> str:
+    """12.3k, 4.5M: bytes per second."""
+    if rate >= 1e6:
+        return f"{rate / 1e6:.2f}M"
+    return f"{rate / 1e3:.1f}k" if rate >= 1e3 else f"{rate:.0f}"
+
+
+class PlainLines:
+    """One line for every record, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.total = console, 0
+        self._per_step: float | None = None
+
+    def start(self, done: int, total: int) -> None:
+        self.total = total
+
+    def record(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "train":
+            left = record["step_seconds"] * (self.total - record["step"])
+            line = (
+                f"step {record['step']:>6}/{self.total}  loss {record['loss']:.3f}  bpb {record['bpb']:.3f}  "
+                f"{_amount(record['bytes_per_second'])} B/s"
+            )
+            if record.get("flips") is not None:
+                line += f"  flips {record['flips']:.0f}  zeros {record['zero_fraction']:.1%}"
+            if record["skipped"]:
+                line += f"  skipped {record['skipped']}"
+            self.say(f"{line}  left {_clock(left)}")
+        elif record["kind"] == "eval":
+            self.say(f"step {record['step']:>6}  val loss {record['loss']:.4f}  val bpb {record['bpb']:.4f}")
+
+    def say(self, message: str) -> None:
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def stop(self) -> None: ...
+
+
+class LiveLine:
+    """A bar with the newest numbers, redrawn in place; messages and evaluations scroll by above it."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.task = self.bar.add_task("train", total=1)
+        self.live = Live(self.bar, console=console, refresh_per_second=4, transient=True)
+        self.best = math.inf
+
+    def start(self, done: int, total: int) -> None:
+        self.bar.update(self.task, total=total, completed=done)
+        self.live.start()
+
+    def record(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "train":
+            self.bar.update(self.task, completed=record["step"])
+            cells = {
+                "loss": f"{record['loss']:.3f}",
+                "bpb": f"{record['bpb']:.3f}",
+                "bytes/s": _amount(record["bytes_per_second"]),
+            }
+            if record.get("flips") is not None:
+                cells["flips/step"] = f"{record['flips']:.0f}"
+                cells["zeros"] = f"{record['zero_fraction']:.1%}"
+            if record["skipped"]:
+                cells["skipped"] = str(record["skipped"])
+            if math.isfinite(self.best):
+                cells["best val bpb"] = f"{self.best:.4f}"
+            grid = Table.grid(padding=(0, 2))
+            grid.add_row(*(f"[dim]{name}[/dim] [bold]{value}[/bold]" for name, value in cells.items()))
+            page = Table.grid()
+            page.add_row(self.bar)
+            page.add_row(grid)
+            self.live.update(page)
+        elif record["kind"] == "eval":
+            self.best = min(self.best, record["bpb"])
+            self.say(f"step {record['step']:>6}  val loss {record['loss']:.4f}  val bpb {record['bpb']:.4f}")
+
+    def say(self, message: str) -> None:
+        self.live.console.print(message, markup=False, highlight=False)
+
+    def stop(self) -> None:
+        self.live.stop()
+
+
+def make_display(console: Console) -> Display:
+    """Live on a terminal, plain lines elsewhere."""
+    return LiveLine(console) if console.is_terminal else PlainLines(console)

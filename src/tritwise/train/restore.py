@@ -1,0 +1,73 @@
+"""Between live objects and checkpoints: what is saved, and how a run or its model comes back from the disk."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritwise.errors import UserError
+from tritwise.models import ByteLM
+from tritwise.nn import trit_modules
+from tritwise.train.checkpoint import Checkpoint
+from tritwise.train.config import Config
+from tritwise.train.optimizers import build_optimizers
+from tritwise.train.run import RunFolder
+
+
+def pack_state(model: ByteLM, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by name, plain JSON) that `unpack_state` needs to bring model and optimizers back bit for bit."""
+    tensors = {f"model.{name}": tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    groups: list[list[dict[str, Any]]] = []
+    for number, optimizer in enumerate(optimizers):
+        state = optimizer.state_dict()
+        for index, values in state["state"].items():
+            for key, value in values.items():
+                tensors[f"optimizer.{number}.{index}.{key}"] = value.detach().cpu()
+        groups.append([_plain(group) for group in state["param_groups"]])
+    return tensors, {"groups": groups}
+
+
+def _plain(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
+
+
+def unpack_state(checkpoint: Checkpoint, model: ByteLM, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
+    """Put a checkpoint into a model and optimizers built from the same config. Raises UserError if it does not fit."""
+    try:
+        weights = {
+            name.removeprefix("model."): tensor
+            for name, tensor in checkpoint.tensors.items()
+            if name.startswith("model.")
+        }
+        model.load_state_dict(weights)
+        for number, optimizer in enumerate(optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in checkpoint.tensors.items():
+                kind, _, rest = name.partition(".")
+                if kind == "optimizer" and rest.startswith(f"{number}."):
+                    _, index, key = rest.split(".", 2)
+                    state.setdefault(int(index), {})[key] = tensor
+            optimizer.load_state_dict({"state": state, "param_groups": checkpoint.meta["groups"][number]})
+    except (RuntimeError, KeyError, IndexError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"checkpoint {checkpoint.step} does not fit the run's config ({reason}); train again") from None
+
+
+def load_run(path: Any, *, with_optimizers: bool = False) -> tuple[Config, ByteLM, list[Any], Checkpoint]:
+    """(config, model, optimizers, newest checkpoint) of the run folder at `path`; optimizers is [] unless asked for.
+
+    Ternary layers come frozen (no gradient ports) unless optimizers are asked for.
+    Raises UserError if there is no run, no checkpoint, or it is damaged.
+    """
+    folder = RunFolder(path)
+    config = folder.config()
+    checkpoint = folder.store().load()
+    model = ByteLM(config.model)
+    optimizers = build_optimizers(model, config.train) if with_optimizers else []
+    unpack_state(checkpoint, model, optimizers)
+    if not with_optimizers:
+        for _, layer in trit_modules(model):
+            layer.trainable(False)
+        model.eval()
+    return config, model, optimizers, checkpoint

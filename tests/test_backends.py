@@ -1,0 +1,173 @@
+"""Choice of a backend: context manager over environment variable over priority, refusals with a reason, the table."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tritwise import ops
+from tritwise.errors import UserError
+from tritwise.ops import backends
+from tritwise.ops.linear import reference
+from tritwise.registers import make_key
+
+CPU = torch.device("cpu")
+Add = Callable[..., ModuleType]
+
+
+@pytest.fixture(autouse=True)
+def no_wish(monkeypatch) -> None:
+    monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
+
+
+@pytest.fixture
+def add() -> Iterator[Add]:
+    """Registers a fake backend; what the tests did to the tables is undone."""
+    kept = {operation: dict(table) for operation, table in backends._backends.items()}
+    kept_chosen, kept_warned = dict(backends._chosen), set(backends._warned)
+
+    def implement(operation: str, name: str, **options: Any) -> Any:
+        module = SimpleNamespace(forward=lambda x, register, *_: torch.full((*x.shape[:-1], len(register)), 7.0))
+        backends.implement(operation, name, module, **options)  # type: ignore[arg-type]
+        return module
+
+    yield implement
+    for mutable, before in ((backends._backends, kept), (backends._chosen, kept_chosen)):
+        mutable.clear()
+        mutable.update(before)  # type: ignore[arg-type]
+    backends._warned.clear()
+    backends._warned.update(kept_warned)
+
+
+def run_linear() -> float:
+    """1.0 from the reference, 7.0 from a fake."""
+    register = torch.full((1, 1), 81, dtype=torch.int8)
+    return ops.linear(torch.ones(1, 1), register, torch.zeros(1, 1, dtype=torch.int8)).item()
+
+
+def test_every_operation_has_a_reference():
+    assert sorted(backends._backends) == ["direction", "embedding", "linear", "update"]
+    for operation in backends._backends:
+        assert "reference" in ops.backends_of(operation)
+
+
+def test_priority(add):
+    low, high = add("linear", "slow", priority=-5), add("linear", "fast", priority=5)
+    assert ops.backends_of("linear") == ["fast", "reference", "slow"]
+    assert backends.choose("linear", CPU) is high
+    assert run_linear() == 7.0
+    assert low is not high
+
+
+def test_the_fixture_removes_what_it_added():
+    assert ops.backends_of("linear") == ["reference"] and run_linear() == 1.0
+
+
+def test_the_context_manager_asks_for_a_backend(add):
+    add("linear", "fake", priority=5)
+    with ops.backend("reference"):
+        assert run_linear() == 1.0
+        with ops.backend("fake"):
+            assert run_linear() == 7.0
+        assert run_linear() == 1.0
+    assert run_linear() == 7.0
+
+
+def test_the_wish_ends_with_an_exception(add):
+    add("linear", "fake", priority=-5)
+    with pytest.raises(RuntimeError), ops.backend("fake"):
+        raise RuntimeError
+    assert run_linear() == 1.0
+
+
+def test_the_environment_variable_asks_for_a_backend(add, monkeypatch):
+    add("linear", "fake", priority=-5)
+    monkeypatch.setenv("TRITWISE_BACKEND", "fake")
+    assert run_linear() == 7.0
+    with ops.backend("reference"):  # stronger than the variable
+        assert run_linear() == 1.0
+    monkeypatch.setenv("TRITWISE_BACKEND", "")
+    assert run_linear() == 1.0
+
+
+def test_a_backend_need_not_implement_every_operation(add):
+    add("linear", "fake", priority=-5)
+    with ops.backend("fake"):
+        row = ops.embedding(
+            torch.zeros(1, dtype=torch.int64),
+            torch.full((1, 1), 81, dtype=torch.int8),
+            torch.zeros(1, 1, dtype=torch.int8),
+        )
+    assert row.item() == 1.0
+
+
+def test_an_unknown_name_is_refused(monkeypatch):
+    with pytest.raises(UserError, match=r"no backend 'cuda9'; choose one of: reference"), ops.backend("cuda9"):
+        pytest.fail("the block must not run")
+    monkeypatch.setenv("TRITWISE_BACKEND", "cuda9")
+    with pytest.raises(UserError, match="cuda9"):
+        run_linear()
+
+
+def test_asked_for_and_impossible_raises_with_the_reason(add, monkeypatch):
+    add("linear", "fake", priority=5, refuses=lambda device: f"{device.type} has no trits")
+    with (
+        ops.backend("fake"),
+        pytest.raises(UserError, match="backend 'fake' cannot run linear on cpu: cpu has no trits"),
+    ):
+        run_linear()
+    monkeypatch.setenv("TRITWISE_BACKEND", "fake")
+    with pytest.raises(UserError, match="no trits"):
+        run_linear()
+
+
+def test_a_fallback_is_said_once(add):
+    add("linear", "fake", priority=5, refuses=lambda device: "out of order")
+    with pytest.warns(UserWarning, match="linear falls back from fake on cpu: out of order") as caught:
+        assert run_linear() == 1.0
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run_linear() == 1.0
+        assert backends.choose("linear", CPU) is reference
+    assert ops.backend_table()["linear"] == "reference"
+
+
+def test_a_backend_that_was_not_needed_says_nothing(add):
+    add("linear", "fake", priority=-5, refuses=lambda device: "out of order")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run_linear() == 1.0
+
+
+def test_no_backend_at_all(add):
+    add("nothing", "fake", refuses=lambda device: "never")
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="no backend can run nothing on cpu"):
+        backends.choose("nothing", CPU)
+
+
+def test_refusal_is_by_device(add):
+    add("linear", "fake", priority=5, refuses=lambda device: None if device.type == "cuda" else "needs CUDA")
+    assert backends.choose("linear", torch.device("cuda")) is not reference
+    with pytest.warns(UserWarning, match="needs CUDA"):
+        assert backends.choose("linear", CPU) is reference
+
+
+def test_the_table_names_what_ran_last(add):
+    backends._chosen.clear()
+    assert ops.backend_table() == {}
+    run_linear()
+    momentum, exponent = torch.ones(2, 3, dtype=torch.int8), torch.zeros(2, 1, dtype=torch.int8)
+    ops.direction(momentum, exponent)
+    assert ops.backend_table() == {"direction": "reference", "linear": "reference"}
+    ops.move_registers(momentum, torch.ones(2, 3), 1.0, make_key(0))
+    add("linear", "fake", priority=-5)
+    with ops.backend("fake"):
+        run_linear()
+    table = ops.backend_table()
+    assert list(table.items()) == [("direction", "reference"), ("linear", "fake"), ("update", "reference")]
+    table.clear()  # a copy
+    assert ops.backend_table()

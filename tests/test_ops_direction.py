@@ -1,0 +1,234 @@
+"""Directions: unit RMS from any momentum, Newton-Schulz against a float64 SVD, and row exponents from end to end."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tritwise import ops
+from tritwise.ops.direction import METHODS
+from tritwise.ops.direction.reference import newton_schulz
+
+SHAPES = [(1, 1), (1, 7), (7, 1), (8, 8), (13, 17), (17, 13), (16, 32), (31, 97), (97, 31), (128, 384), (300, 64)]
+
+
+def state(rows: int, columns: int, seed: int = 0, lowest: int = -20, highest: int = -10) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    momentum = torch.randn(rows, columns, generator=generator).mul_(40).round_().clamp_(-127, 127).to(torch.int8)
+    momentum[0, 0] = 100  # never all zero
+    exponent = torch.randint(lowest, highest, (rows, 1), dtype=torch.int8, generator=generator)
+    return momentum, exponent
+
+
+def flat(rows: int, value: int = 0) -> Tensor:
+    return torch.full((rows, 1), value, dtype=torch.int8)
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def quintic(s: Tensor, steps: int) -> Tensor:
+    """What `steps` of Muon's polynomial make of a singular value."""
+    for _ in range(steps):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return s
+
+
+def spectral_oracle(x: Tensor, steps: int) -> Tensor:
+    """U p(S) V^T in float64, S being the singular values over the Frobenius norm."""
+    u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
+    return u @ torch.diag(quintic(s / s.norm(), steps)) @ vh
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fresh memory is filled with NaN (floats) or the largest number (integers)."""
+    torch.use_deterministic_algorithms(True)
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_unit_rms(method, shape, poisoned):
+    momentum, exponent = state(*shape)
+    kept = momentum.clone(), exponent.clone()
+    u = ops.direction(momentum, exponent, method)
+    assert u.dtype == torch.float32 and u.shape == shape and u.is_contiguous()
+    assert rms(u) == pytest.approx(1, abs=1e-5)
+    assert torch.equal(momentum, kept[0]) and torch.equal(exponent, kept[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(1, 1), (6, 4), (4, 20)])
+def test_zero_stays_zero(method, shape):
+    for e in (-126, 0, 120):
+        u = ops.direction(torch.zeros(shape, dtype=torch.int8), flat(shape[0], e), method)
+        assert u.shape == shape and u.count_nonzero() == 0  # a NaN counts as not zero
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_row_or_column_of_zeros_stays_zero(method):
+    momentum, exponent = state(12, 20)
+    momentum[3], momentum[:, 5] = 0, 0
+    u = ops.direction(momentum, exponent, method)
+    assert torch.isfinite(u).all() and rms(u) == pytest.approx(1, abs=1e-5)
+    assert u[3].abs().max().item() < 1e-5 and u[:, 5].abs().max().item() < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shift", [-100, -3, 60, 120])
+def test_the_overall_size_does_not_matter(method, shift):
+    momentum, exponent = state(10, 14, lowest=-6, highest=0)
+    u = ops.direction(momentum, exponent, method)
+    assert torch.equal(ops.direction(momentum, exponent + shift, method), u)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (6, 40), (40, 6)])
+def test_a_power_of_two_may_stand_in_the_momentum_or_in_the_exponent(method, shape):
+    momentum, exponent = state(*shape)
+    momentum.clamp_(-31, 31)
+    moved, lower = momentum.clone(), exponent.clone()
+    moved[::2] *= 4
+    lower[::2] -= 2
+    u = ops.direction(momentum, exponent, method)
+    assert torch.equal(ops.direction(moved, lower, method), u)
+
+
+def test_row_exponents_are_respected():
+    """Newton-Schulz and rms see the numbers that momentum and exponents mean."""
+    momentum, exponent = state(9, 15, lowest=-8, highest=0)
+    value = momentum.double() * torch.exp2(exponent.double())
+    u = ops.direction(momentum, exponent, "rms").double()
+    assert torch.allclose(u, value / rms(value), rtol=1e-6, atol=0)
+    expected = spectral_oracle(value, 3)
+    u = ops.direction(momentum, exponent, "newton_schulz").double()
+    assert (u - expected / rms(expected)).norm() < 1e-5 * u.norm()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+@pytest.mark.parametrize("columns", [3, 8, 40])
+def test_exponents_far_apart(method, blocks, columns):
+    """Rows from 2**-126 to 2**100, in any order: finite and of unit RMS."""
+    momentum, _ = state(8, columns)
+    exponent = torch.tensor([-126, 100, 0, -60, 99, -126, -90, -30], dtype=torch.int8).view(8, 1)
+    for rolled in range(8):
+        u = ops.direction(momentum, exponent.roll(rolled, 0), method, blocks=blocks)
+        assert torch.isfinite(u).all() and rms(u) == pytest.approx(1, abs=1e-5)
+
+
+def test_row_column_is_blind_to_exponents():
+    """Rows are divided by their own size: one that has decayed for thousands of steps must not disturb the others."""
+    momentum, exponent = state(20, 30)
+    u = ops.direction(momentum, exponent, "row_column")
+    for low in (-60, -100, -105, -115, -126):
+        exponent[7] = low
+        assert torch.equal(ops.direction(momentum, exponent, "row_column"), u)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 5), (24, 24), (24, 36), (36, 24), (24, 48), (48, 24), (16, 200)])
+def test_newton_schulz_is_the_polynomial_of_the_singular_values(shape, steps):
+    """Both ways of computing it: plain below twice as many columns as rows, through the Gram matrix from there on."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    found, expected = newton_schulz(x, steps), spectral_oracle(x, steps)
+    assert found.shape == shape
+    assert (found - expected).norm() < 2e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("columns", [32, 48, 63, 64, 96, 200])
+def test_three_steps_bring_singular_values_into_the_band(columns):
+    """Of a matrix with condition at most 3 (Frobenius-normalised: above 0.03), all land in 0.68 … 1.2025."""
+    generator = torch.Generator().manual_seed(columns)
+    u = torch.linalg.qr(torch.randn(32, 32, generator=generator))[0]
+    v = torch.linalg.qr(torch.randn(columns, 32, generator=generator))[0]
+    x = u @ torch.diag(torch.linspace(1, 3, 32)) @ v.T
+    for matrix in (x, x.T, 1e-6 * x, 1e6 * x):
+        values = torch.linalg.svdvals(newton_schulz(matrix, 3))
+        assert values.min().item() > 0.68 and values.max().item() < 1.2025
+    assert torch.linalg.svdvals(newton_schulz(x, 3)).min() > 4 * torch.linalg.svdvals(x / x.norm()).min()
+
+
+@pytest.mark.parametrize("columns", [40, 79, 80, 81, 160, 400])
+def test_the_gram_path_equals_the_plain_path(columns):
+    """At 80 columns the way of computing changes; a matrix padded with columns of zeros takes the other way."""
+    x = torch.randn(40, columns, generator=torch.Generator().manual_seed(0))
+    padded = torch.cat((x, torch.zeros(40, 400)), dim=1)
+    gram = newton_schulz(padded, 3)
+    assert gram[:, columns:].count_nonzero() == 0
+    plain = newton_schulz(x, 3)
+    assert (gram[:, :columns] - plain).norm() < 1e-5 * plain.norm()
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 36), (24, 48), (24, 200)])
+def test_tall_is_the_transpose_of_wide(shape):
+    momentum, _ = state(*shape)
+    wide = ops.direction(momentum, flat(shape[0]))
+    tall = ops.direction(momentum.T.contiguous(), flat(shape[1]))
+    assert (tall.T - wide).norm() < 1e-5 * wide.norm()
+
+
+@pytest.mark.parametrize(("blocks", "rows", "columns"), [(3, 16, 16), (3, 8, 40), (2, 40, 8), (4, 5, 7)])
+def test_blocks_are_independent_matrices(blocks, rows, columns):
+    momentum, exponent = state(blocks * rows, columns)
+    exponent[:rows] += 30  # a block that is much larger than the others changes nothing for them
+    exponent[rows : 2 * rows] -= 70
+    u = ops.direction(momentum, exponent, blocks=blocks)
+    parts = [
+        newton_schulz(m * torch.exp2(e.double()), 3).double()
+        for m, e in zip(momentum.double().split(rows), exponent.split(rows), strict=True)
+    ]
+    expected = torch.cat(parts)
+    expected /= rms(expected)
+    assert (u - expected).norm() < 1e-5 * expected.norm()
+    for other in ("row_column", "rms", "sign"):
+        assert torch.equal(
+            ops.direction(momentum, exponent, other, 3, blocks), ops.direction(momentum, exponent, other)
+        )
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (40, 120), (120, 40)])
+def test_row_column_evens_out_rows_and_columns(shape):
+    momentum, exponent = state(*shape, lowest=-60, highest=20)
+    momentum[3] = momentum[3].div(10, rounding_mode="trunc")  # a rare row
+    momentum[:, 5] = momentum[:, 5].div(5, rounding_mode="trunc")
+    u = ops.direction(momentum, exponent, "row_column").double()
+    assert (u.square().mean(1).sqrt() - 1).abs().max().item() < 0.02
+    assert (u.square().mean(0).sqrt() - 1).abs().max().item() < 0.02
+    assert torch.equal(u.sign(), momentum.double().sign())
+
+
+def test_sign():
+    momentum, exponent = state(10, 14)
+    momentum[:, 3:7] = 0
+    u = ops.direction(momentum, exponent, "sign")
+    assert torch.allclose(u, momentum.sign() * (1 / (momentum != 0).float().mean()).sqrt(), rtol=1e-6)
+
+
+def test_defaults():
+    momentum, exponent = state(12, 18)
+    u = ops.direction(momentum, exponent)
+    assert torch.equal(u, ops.direction(momentum, exponent, "newton_schulz", 3, 1))
+    assert not torch.equal(u, ops.direction(momentum, exponent, steps=5))
+    assert not torch.equal(u, ops.direction(momentum, exponent, blocks=3))
+
+
+@pytest.mark.parametrize("method", ["muon", "", "Sign", "newton-schulz"])
+def test_unknown_method(method):
+    momentum, exponent = state(3, 4)
+    with pytest.raises(ValueError, match="newton_schulz, row_column, rms, sign"):
+        ops.direction(momentum, exponent, method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("shape", "blocks"), [((6, 10), 1), ((20, 3), 1), ((3, 20), 1), ((6, 10), 3), ((60, 3), 3)])
+def test_opcheck(method, shape, blocks):
+    momentum, exponent = state(*shape)
+    torch.library.opcheck(torch.ops.tritwise.direction.default, (momentum, exponent, method, 3, blocks))

@@ -1,0 +1,251 @@
+"""Ternary linear: forward and every gradient against dense float64 autograd, the port, and torch.library's checks."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tritwise import ops
+from tritwise.ops.linear import reference
+from tritwise.registers import scale_table
+
+OPS = torch.ops.tritwise
+
+
+def registers(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-121, 122, shape, dtype=torch.int8, generator=generator)
+
+
+def exponents(*shape: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-20, 9, shape, dtype=torch.int8, generator=generator)
+
+
+def normal(*shape: int, seed: int = 2) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def open_port(rows: int, columns: int) -> Tensor:
+    return torch.zeros(1).as_strided((rows, columns), (0, 0)).requires_grad_()
+
+
+def dense(register: Tensor, exponent: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """(trits, scales spread over their groups) as float64 [O, I], element by element."""
+    table, rows, columns = scale_table().tolist(), *register.shape
+    trits = [[(r > 40) - (r < -40) for r in row] for row in register.tolist()]
+    scales = [[table[exponent[o, i // group].item() + 128] for i in range(columns)] for o in range(rows)]
+    return torch.tensor(trits, dtype=torch.float64), torch.tensor(scales, dtype=torch.float64)
+
+
+def assert_close(found: Tensor, oracle: Tensor, tolerance: float = 2e-6) -> None:
+    """Within `tolerance` of the oracle's size: errors of a sum go with its terms, not with what is left of it."""
+    assert found.shape == oracle.shape
+    assert (found.double() - oracle).norm() <= tolerance * oracle.norm()
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fresh memory is filled with NaN (floats) or the largest number (integers)."""
+    torch.use_deterministic_algorithms(True)
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(False)
+
+
+SHAPES = [  # leading dimensions, inputs, outputs, group
+    ((1,), 1, 1, 256),
+    ((4,), 1, 9, 256),
+    ((4,), 9, 1, 256),
+    ((7,), 13, 11, 256),
+    ((), 13, 11, 4),
+    ((2, 3), 17, 5, 5),
+    ((2, 3), 256, 3, 256),
+    ((3,), 257, 4, 256),
+    ((2, 2), 600, 7, 256),  # three groups, the last one of 88
+    ((2, 1, 3), 12, 8, 4),
+    ((0,), 5, 3, 256),
+    ((5,), 6, 3, 1),
+]
+
+
+@pytest.mark.parametrize(("leading", "inputs", "outputs", "group"), SHAPES)
+def test_forward_and_gradients_against_dense_autograd(leading, inputs, outputs, group, poisoned):
+    register, exponent = registers(outputs, inputs), exponents(outputs, -(-inputs // group))
+    x = normal(*leading, inputs).requires_grad_()
+    upstream = normal(*leading, outputs, seed=3)
+    port = open_port(outputs, inputs)
+    y = ops.linear(x, register, exponent, group, port)
+    y.backward(upstream)
+
+    trits, scales = dense(register, exponent, group)
+    x64 = x.detach().double().requires_grad_()
+    weight = (trits * scales).requires_grad_()
+    y64 = x64 @ weight.T
+    y64.backward(upstream.double())
+    assert y.dtype == torch.float32
+    assert_close(y.detach(), y64.detach())
+    assert_close(x.grad, x64.grad)
+    assert_close(port.grad, weight.grad)
+    assert port.grad.shape == (outputs, inputs) and port.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("leading", "inputs", "outputs", "group"), SHAPES[:10])
+def test_scale_gradient_against_dense_autograd(leading, inputs, outputs, group, poisoned):
+    register, exponent = registers(outputs, inputs), exponents(outputs, -(-inputs // group))
+    x, upstream = normal(*leading, inputs), normal(*leading, outputs, seed=3)
+    trits, _ = dense(register, exponent, group)
+    # The oracle differentiates by the natural logarithm of each scale, through which W = trit * exp(log).
+    log = torch.from_numpy(scale_table()[exponent.long() + 128].double().log().numpy()).requires_grad_()
+    spread = torch.stack([log[:, i // group] for i in range(inputs)], dim=1)
+    ((x.double() @ (trits * spread.exp()).T) * upstream.double()).sum().backward()
+    weight_grad = OPS.linear_weight_grad(upstream, x)
+    found = ops.linear_scale_grad(weight_grad, register, exponent, group)
+    assert found.dtype == torch.float32
+    assert_close(found, log.grad, 1e-5)
+
+
+def test_default_group_is_256():
+    register, x = registers(3, 300), normal(2, 300)
+    for exponent in (exponents(3, 2), exponents(3, 2, seed=9)):
+        assert torch.equal(ops.linear(x, register, exponent), ops.linear(x, register, exponent, 256))
+        weight_grad = normal(3, 300)
+        assert torch.equal(
+            ops.linear_scale_grad(weight_grad, register, exponent),
+            ops.linear_scale_grad(weight_grad, register, exponent, 256),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_decoded_weight_is_exact(dtype):
+    """Every register with every exponent: an identity matrix in gives the weight out, bit for bit."""
+    register = torch.arange(-121, 122, dtype=torch.int8).view(3, 81)
+    for e in range(-128, 128):
+        exponent = torch.full((3, 3), e, dtype=torch.int8)
+        y = ops.linear(torch.eye(81, dtype=dtype), register, exponent, 27)
+        trits, scales = dense(register, exponent, 27)
+        assert y.dtype == dtype and torch.equal(y.T.double(), trits * scales)
+
+
+@pytest.mark.parametrize("group", [256, 64])
+def test_bfloat16_activations(group, poisoned):
+    register, exponent = registers(31, 300), exponents(31, -(-300 // group))
+    x = normal(4, 5, 300).bfloat16().requires_grad_()
+    upstream = normal(4, 5, 31, seed=3).bfloat16()
+    port = open_port(31, 300)
+    y = ops.linear(x, register, exponent, group, port)
+    y.backward(upstream)
+    trits, scales = dense(register, exponent, group)
+    weight, flat = trits * scales, upstream.double().view(20, 31)
+    assert y.dtype == x.grad.dtype == torch.bfloat16 and port.grad.dtype == torch.float32
+    assert_close(y.detach(), x.detach().double() @ weight.T, 2**-8)
+    assert_close(x.grad, upstream.double() @ weight, 2**-8)
+    assert_close(port.grad, flat.T @ x.detach().double().view(20, 300), 2**-8)
+
+
+def test_inputs_that_are_not_contiguous():
+    register, exponent = registers(5, 7), exponents(5, 2)
+    x = normal(7, 6).T
+    port, same = open_port(5, 7), open_port(5, 7)
+    upstream = normal(5, 6).T
+    ops.linear(x, register, exponent, 4, port).backward(upstream)
+    ops.linear(x.contiguous(), register, exponent, 4, same).backward(upstream.contiguous())
+    assert_close(port.grad, same.grad.double(), 1e-6)
+    ops.linear(normal(6, 7), register, exponent, 4, port).sum().backward()  # an upstream of stride 0
+    assert torch.isfinite(port.grad).all()
+
+
+def test_the_port_takes_no_memory_and_holds_no_weight():
+    port = open_port(40, 30)
+    y = ops.linear(normal(2, 30), registers(40, 30), exponents(40, 1), 256, port)
+    y.sum().backward()
+    assert port.stride() == (0, 0) and port.untyped_storage().nbytes() == 4
+    assert port.count_nonzero() == 0
+    assert port.grad.shape == (40, 30) and port.grad.is_contiguous()
+
+
+def test_the_forward_does_not_depend_on_the_port():
+    x, register, exponent = normal(3, 9), registers(4, 9), exponents(4, 1)
+    with_port = ops.linear(x, register, exponent, 256, open_port(4, 9))
+    assert torch.equal(with_port, ops.linear(x, register, exponent))
+    assert with_port.requires_grad and not ops.linear(x, register, exponent).requires_grad
+
+
+def test_two_uses_of_a_layer_add_up_in_the_port():
+    register, exponent, port = registers(4, 9), exponents(4, 1), open_port(4, 9)
+    a, b = normal(3, 9), normal(2, 9, seed=5)
+    (
+        ops.linear(a, register, exponent, 256, port).sum() + 2 * ops.linear(b, register, exponent, 256, port).sum()
+    ).backward()
+    assert_close(port.grad, (a.double().sum(0) + 2 * b.double().sum(0)).expand(4, 9))
+
+
+def test_without_a_port_there_is_no_weight_gradient(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a weight gradient was computed")
+
+    monkeypatch.setattr(reference, "weight_grad", refuse)
+    x = normal(3, 9).requires_grad_()
+    register, exponent = registers(4, 9), exponents(4, 1)
+    for port in (None, open_port(4, 9).detach()):  # no port, or one that wants no gradient
+        x.grad = None
+        ops.linear(x, register, exponent, 256, port).sum().backward()
+        assert x.grad is not None
+    with pytest.raises(AssertionError, match="weight gradient"):  # the patch does reach the op
+        ops.linear(x, register, exponent, 256, open_port(4, 9)).sum().backward()
+
+
+def test_without_a_wish_there_is_no_input_gradient(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("an input gradient was computed")
+
+    monkeypatch.setattr(reference, "input_grad", refuse)
+    port = open_port(4, 9)
+    ops.linear(normal(3, 9), registers(4, 9), exponents(4, 1), 256, port).sum().backward()
+    assert port.grad is not None
+
+
+def test_activations_are_kept_only_for_a_port():
+    x, register, exponent = normal(3, 9).requires_grad_(), registers(4, 9), exponents(4, 1)
+    for port, kept in ((None, []), (open_port(4, 9), [(3, 9)])):
+        shapes: list[tuple[int, ...]] = []
+
+        def pack(tensor: Tensor, shapes: list[tuple[int, ...]] = shapes) -> Tensor:
+            shapes.append(tuple(tensor.shape) if tensor.is_floating_point() else ())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            ops.linear(x, register, exponent, 256, port)
+        assert [s for s in shapes if s] == kept
+
+
+def test_nothing_is_changed():
+    x, register, exponent = normal(3, 9), registers(4, 9), exponents(4, 3)
+    kept = x.clone(), register.clone(), exponent.clone()
+    weight_grad = normal(4, 9)
+    kept_grad = weight_grad.clone()
+    ops.linear(x.requires_grad_(), register, exponent, 3, open_port(4, 9)).sum().backward()
+    ops.linear_scale_grad(weight_grad, register, exponent, 3)
+    assert all(torch.equal(a, b) for a, b in zip((x, register, exponent), kept, strict=True))
+    assert torch.equal(weight_grad, kept_grad)
+
+
+@pytest.mark.parametrize("ported", [False, True])
+@pytest.mark.parametrize(("leading", "inputs", "outputs", "group"), [((3, 5), 7, 4, 256), ((2,), 300, 3, 256)])
+def test_opcheck_linear(leading, inputs, outputs, group, ported):
+    arguments = (registers(outputs, inputs), exponents(outputs, -(-inputs // group)), group)
+    port = open_port(outputs, inputs) if ported else None
+    torch.library.opcheck(OPS.linear.default, (normal(*leading, inputs).requires_grad_(), *arguments, port))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_gradients(dtype):
+    register, exponent = registers(4, 7), exponents(4, 3)
+    grad, x = normal(2, 5, 4).to(dtype), normal(2, 5, 7).to(dtype)
+    torch.library.opcheck(OPS.linear.default, (x, register, exponent, 3, None))
+    torch.library.opcheck(OPS.linear_input_grad.default, (grad, register, exponent, 3))
+    torch.library.opcheck(OPS.linear_weight_grad.default, (grad, x))
+    torch.library.opcheck(OPS.linear_scale_grad.default, (normal(4, 7), register, exponent, 3))

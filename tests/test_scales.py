@@ -1,0 +1,117 @@
+"""Scale exponents: the table against integer arithmetic, exactness in three float types, and the way back."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tritwise.registers import EXPONENT_LIMIT, EXPONENTS_PER_OCTAVE, exponent_for, scale_table, scale_values
+
+EXPONENTS = range(-128, 128)
+
+
+def bf16_of_power(exponent: int) -> float:
+    """bf16(2**(exponent/8)) without any float rounding: the nearest n/128 * 2**octave with 128 <= n < 256.
+
+    n is the number for which (n - 1/2)/128 < 2**(eighth/8) <= (n + 1/2)/128; both sides to the eighth power are whole.
+    """
+    octave, eighth = divmod(exponent, 8)
+    target = 256**8 << eighth
+    n = next(n for n in range(128, 256) if (2 * n - 1) ** 8 < target < (2 * n + 1) ** 8)
+    return n / 128 * 2.0**octave
+
+
+def test_the_numbers_of_the_design():
+    assert (EXPONENTS_PER_OCTAVE, EXPONENT_LIMIT) == (8, 127)
+
+
+def test_every_entry_is_the_bf16_rounding_of_its_power():
+    table = scale_table()
+    assert table.dtype == torch.float32 and table.shape == (256,)
+    assert table.tolist() == [bf16_of_power(e) for e in EXPONENTS]
+    assert table[128].item() == 1.0 and table[0].item() == 2.0**-16
+    # Files are read with this table: a few entries by hand.
+    assert [table[128 + e].item() for e in (1, 2, 4, 7, -1, 127)] == [
+        1.09375,
+        1.1875,
+        1.4140625,
+        1.8359375,
+        0.91796875,
+        60160.0,
+    ]
+
+
+def test_exact_in_bf16_fp32_and_fp16():
+    table = scale_table()
+    assert torch.equal(table.to(torch.bfloat16).float(), table)
+    half = table.to(torch.float16).float()
+    normal = table >= 2.0**-14  # below, fp16 has fewer than 8 bits left
+    assert torch.equal(half[normal], table[normal]) and torch.isfinite(half).all()
+    assert normal.sum().item() == 256 - 16
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        scales = table[normal].to(dtype)
+        for trit in (-1, 0, 1):
+            assert torch.equal((trit * scales).double(), trit * table[normal].double())
+
+
+def test_steps_of_nine_percent():
+    table = scale_table().double()
+    assert (table[1:] > table[:-1]).all()
+    assert torch.equal(table[8:], 2 * table[:-8])  # eight steps are exactly an octave
+    ratio = table[1:] / table[:-1]
+    assert ratio.min().item() > 1.08 and ratio.max().item() < 1.10
+    true = torch.tensor([2.0 ** (e / 8) for e in EXPONENTS], dtype=torch.float64)
+    assert ((table / true) - 1).abs().max().item() <= 2**-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_scale_values_reads_the_table(dtype):
+    exponents = torch.arange(-128, 128, dtype=torch.int8).view(4, 64)
+    values = scale_values(exponents, dtype)
+    assert values.dtype == dtype and values.shape == (4, 64)
+    assert values.double().flatten().tolist() == [bf16_of_power(e) for e in EXPONENTS]
+    values.zero_()  # what was read may be written to
+    assert scale_values(exponents).min().item() > 0
+
+
+def test_a_table_made_in_inference_mode_serves_training():
+    scale_table.cache_clear()
+    with torch.inference_mode():
+        scale_values(torch.zeros(3, dtype=torch.int8))
+    values = scale_values(torch.zeros(3, dtype=torch.int8))
+    assert not values.is_inference() and values.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+def test_the_table_is_kept(device):
+    assert scale_table(device) is scale_table(device)
+
+
+def test_exponent_for_finds_every_entry_again():
+    for e in range(-127, 128):
+        assert exponent_for(scale_table()[e + 128].item()) == e
+        assert exponent_for(2.0 ** (e / 8)) == e
+
+
+@given(st.floats(2**-15.9, 2**15.9))
+def test_exponent_for_is_the_nearest_in_ratio(scale):
+    found = exponent_for(scale)
+    assert isinstance(found, int)
+    distance = {e: abs(math.log2(scale) - e / 8) for e in range(-127, 128)}
+    assert distance[found] <= min(distance.values()) + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [(1e-30, -127), (5e-324, -127), (2.0**-16, -127), (1e30, 127), (1.7e308, 127), (65536, 127), (1, 0), (2, 8)],
+)
+def test_exponent_for_stays_within_the_limit(scale, expected):
+    assert exponent_for(scale) == expected
+
+
+@pytest.mark.parametrize("scale", [0, 0.0, -0.0, -1.0, math.nan, math.inf, -math.inf])
+def test_exponent_for_refuses_what_is_no_scale(scale):
+    with pytest.raises(ValueError, match="positive and finite"):
+        exponent_for(scale)
