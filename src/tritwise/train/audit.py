@@ -30,7 +30,9 @@ def audit(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) ->
     rows: list[dict[str, Any]] = []
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         names[tensor] = name
-        rows.append(_row(name, tensor, roles[name], trains=roles[name] != "table", state=False))
+        # A float that autograd trains counts whatever role it was given.
+        trains = roles[name] != "table" or tensor.requires_grad
+        rows.append(_row(name, tensor, roles[name], trains=trains, state=False))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -26,7 +26,8 @@ class TrainConfig:
     rate           step of a register in leading-trit units (learning rate of a float optimizer)
     momentum       decay of the momentum (beta1 of AdamW)
     direction      newton_schulz, row_column, rms or sign, for matrices
-    interval       a layer moves at every interval-th step; layers take turns
+    interval       a matrix moves at every interval-th step, by interval times as much, and matrices take turns;
+                   0: as often as keeps the directions near a seventh of the time of a step, 8 at the most
     scale_rate     step of a scale in octaves; 0: scales stay as they start
     embedding_rate, head_rate   rates of these roles over `rate`
     warmup         steps of linear rise; decay: share of the steps, at the end, of linear fall
@@ -50,7 +51,7 @@ class TrainConfig:
     rate: float = 0.015
     momentum: float = 0.9
     direction: str = "newton_schulz"
-    interval: int = 1
+    interval: int = 0
     scale_rate: float = 0.0
     embedding_rate: float = 1.0
     head_rate: float = 1.0
@@ -72,7 +73,7 @@ class TrainConfig:
             ("steps", 1),
             ("batch", 1),
             ("accum", 1),
-            ("interval", 1),
+            ("interval", 0),
             ("log_interval", 1),
             ("seed", 0),
             ("warmup", 0),
