@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tritwise import ops
+from tritwise.ops import backends
 from tritwise.ops.direction import METHODS
 from tritwise.ops.direction.reference import newton_schulz
 
@@ -42,14 +43,23 @@ def spectral_oracle(x: Tensor, steps: int) -> Tensor:
     return u @ torch.diag(quintic(s / s.norm(), steps)) @ vh
 
 
+@pytest.fixture(scope="module", autouse=True, params=ops.backends_of("direction"))
+def each_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here is asked of every backend that this machine can run."""
+    reason = backends._backends["direction"][request.param].refuses(torch.device("cpu"))
+    if reason:
+        pytest.skip(reason)
+    with ops.backend(request.param):
+        yield
+
+
 @pytest.fixture
-def poisoned() -> Iterator[None]:
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh memory is filled with NaN (floats) or the largest number (integers)."""
+    monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
     yield
-    torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(False)
 
 

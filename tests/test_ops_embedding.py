@@ -1,13 +1,13 @@
 """Ternary embedding: rows and their gradient against dense float64 autograd, the port, and torch.library's checks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from tritwise import ops
-from tritwise.ops.embedding import reference
+from tritwise.ops import backends
 from tritwise.registers import scale_table
 
 OPS = torch.ops.tritwise
@@ -24,6 +24,11 @@ def draw_ids(rows: int, *shape: int) -> Tensor:
     return torch.randint(0, rows, shape, generator=torch.Generator().manual_seed(7))
 
 
+def grad_of(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def open_port(rows: int, columns: int) -> Tensor:
     return torch.zeros(1).as_strided((rows, columns), (0, 0)).requires_grad_()
 
@@ -33,21 +38,30 @@ def dense(register: Tensor, exponent: Tensor, group: int) -> Tensor:
     scales = scale_table().tolist()
     return torch.tensor(
         [
-            [((r > 40) - (r < -40)) * scales[exponent[v, d // group].item() + 128] for d, r in enumerate(row)]
+            [((r > 40) - (r < -40)) * scales[int(exponent[v, d // group]) + 128] for d, r in enumerate(row)]
             for v, row in enumerate(register.tolist())
         ],
         dtype=torch.float64,
     )
 
 
+@pytest.fixture(scope="module", autouse=True, params=ops.backends_of("embedding"))
+def each_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here is asked of every backend that this machine can run."""
+    reason = backends._backends["embedding"][request.param].refuses(torch.device("cpu"))
+    if reason:
+        pytest.skip(reason)
+    with ops.backend(request.param):
+        yield
+
+
 @pytest.fixture
-def poisoned() -> Iterator[None]:
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh memory is filled with NaN (floats) or the largest number (integers)."""
+    monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
     yield
-    torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(False)
 
 
@@ -76,9 +90,9 @@ def test_rows_and_gradient_against_dense_autograd(rows, columns, group, shape, p
     y64.backward(upstream.double())
     assert y.dtype == torch.float32 and y.shape == (*shape, columns)
     assert torch.equal(y.detach().double(), y64.detach())  # a gather of exact numbers is exact
-    assert port.grad.shape == (rows, columns) and port.grad.dtype == torch.float32
-    assert (port.grad.double() - weight.grad).norm() <= 1e-6 * weight.grad.norm()
-    assert torch.equal(port.grad == 0, weight.grad == 0)  # rows that were not used get nothing
+    assert grad_of(port).shape == (rows, columns) and grad_of(port).dtype == torch.float32
+    assert (grad_of(port).double() - grad_of(weight)).norm() <= 1e-6 * grad_of(weight).norm()
+    assert torch.equal(grad_of(port) == 0, grad_of(weight) == 0)  # rows that were not used get nothing
 
 
 def test_both_ways_of_decoding_agree():
@@ -95,7 +109,7 @@ def test_a_row_used_often_sums_its_gradients():
     port = open_port(9, 4)
     y = ops.embedding(torch.tensor([[3, 3, 8], [3, 0, 8]]), register, exponent, 256, port)
     y.sum().backward()
-    assert port.grad.tolist() == [[float(n)] * 4 for n in (1, 0, 0, 3, 0, 0, 0, 0, 2)]
+    assert grad_of(port).tolist() == [[float(n)] * 4 for n in (1, 0, 0, 3, 0, 0, 0, 0, 2)]
 
 
 def test_bfloat16_gradient_is_summed_in_float32():
@@ -114,11 +128,16 @@ def test_the_port_takes_no_memory_and_changes_no_row():
     assert port.stride() == (0, 0) and port.untyped_storage().nbytes() == 4 and port.count_nonzero() == 0
 
 
+def patch_all(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., None]) -> None:
+    for entry in backends._backends["embedding"].values():
+        monkeypatch.setattr(entry.module, name, function)
+
+
 def test_without_a_port_there_is_no_weight_gradient(monkeypatch):
     def refuse(*_):
         raise AssertionError("a weight gradient was computed")
 
-    monkeypatch.setattr(reference, "weight_grad", refuse)
+    patch_all(monkeypatch, "weight_grad", refuse)
     register, exponent = table(20, 30, 256)
     ids = draw_ids(20, 5)
     factor = torch.ones(30, requires_grad=True)

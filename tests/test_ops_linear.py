@@ -1,13 +1,13 @@
 """Ternary linear: forward and every gradient against dense float64 autograd, the port, and torch.library's checks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from tritwise import ops
-from tritwise.ops.linear import reference
+from tritwise.ops import backends
 from tritwise.registers import scale_table
 
 OPS = torch.ops.tritwise
@@ -27,6 +27,11 @@ def normal(*shape: int, seed: int = 2) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def grad_of(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def open_port(rows: int, columns: int) -> Tensor:
     return torch.zeros(1).as_strided((rows, columns), (0, 0)).requires_grad_()
 
@@ -35,7 +40,7 @@ def dense(register: Tensor, exponent: Tensor, group: int) -> tuple[Tensor, Tenso
     """(trits, scales spread over their groups) as float64 [O, I], element by element."""
     table, rows, columns = scale_table().tolist(), *register.shape
     trits = [[(r > 40) - (r < -40) for r in row] for row in register.tolist()]
-    scales = [[table[exponent[o, i // group].item() + 128] for i in range(columns)] for o in range(rows)]
+    scales = [[table[int(exponent[o, i // group]) + 128] for i in range(columns)] for o in range(rows)]
     return torch.tensor(trits, dtype=torch.float64), torch.tensor(scales, dtype=torch.float64)
 
 
@@ -45,14 +50,23 @@ def assert_close(found: Tensor, oracle: Tensor, tolerance: float = 2e-6) -> None
     assert (found.double() - oracle).norm() <= tolerance * oracle.norm()
 
 
+@pytest.fixture(scope="module", autouse=True, params=ops.backends_of("linear"))
+def each_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here is asked of every backend that this machine can run."""
+    reason = backends._backends["linear"][request.param].refuses(torch.device("cpu"))
+    if reason:
+        pytest.skip(reason)
+    with ops.backend(request.param):
+        yield
+
+
 @pytest.fixture
-def poisoned() -> Iterator[None]:
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh memory is filled with NaN (floats) or the largest number (integers)."""
+    monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
     yield
-    torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(False)
 
 
@@ -88,9 +102,9 @@ def test_forward_and_gradients_against_dense_autograd(leading, inputs, outputs, 
     y64.backward(upstream.double())
     assert y.dtype == torch.float32
     assert_close(y.detach(), y64.detach())
-    assert_close(x.grad, x64.grad)
-    assert_close(port.grad, weight.grad)
-    assert port.grad.shape == (outputs, inputs) and port.grad.dtype == torch.float32
+    assert_close(grad_of(x), grad_of(x64))
+    assert_close(grad_of(port), grad_of(weight))
+    assert grad_of(port).shape == (outputs, inputs) and grad_of(port).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("leading", "inputs", "outputs", "group"), SHAPES[:10])
@@ -105,7 +119,7 @@ def test_scale_gradient_against_dense_autograd(leading, inputs, outputs, group, 
     weight_grad = OPS.linear_weight_grad(upstream, x)
     found = ops.linear_scale_grad(weight_grad, register, exponent, group)
     assert found.dtype == torch.float32
-    assert_close(found, log.grad, 1e-5)
+    assert_close(found, grad_of(log), 1e-5)
 
 
 def test_default_group_is_256():
@@ -122,12 +136,16 @@ def test_default_group_is_256():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_decoded_weight_is_exact(dtype):
     """Every register with every exponent: an identity matrix in gives the weight out, bit for bit."""
-    register = torch.arange(-121, 122, dtype=torch.int8).view(3, 81)
-    for e in range(-128, 128):
-        exponent = torch.full((3, 3), e, dtype=torch.int8)
-        y = ops.linear(torch.eye(81, dtype=dtype), register, exponent, 27)
-        trits, scales = dense(register, exponent, 27)
-        assert y.dtype == dtype and torch.equal(y.T.double(), trits * scales)
+    register = torch.arange(-121, 122, dtype=torch.int8).repeat(256, 1)
+    trits = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64).repeat_interleave(81)
+    exponent = torch.arange(-128, 128, dtype=torch.int8)
+    scales = scale_table().double()
+    y = ops.linear(torch.eye(243, dtype=dtype), register, exponent.view(256, 1))
+    assert y.dtype == dtype and torch.equal(y.T.double(), trits * scales[:, None])
+    # And in groups of 81 that have different exponents.
+    y = ops.linear(torch.eye(243, dtype=dtype), register, torch.stack((exponent, -1 - exponent, exponent), dim=1), 81)
+    spread = torch.stack((scales, scales.flip(0), scales), dim=1).repeat_interleave(81, dim=1)
+    assert torch.equal(y.T.double(), trits * spread)
 
 
 @pytest.mark.parametrize("group", [256, 64])
@@ -140,10 +158,10 @@ def test_bfloat16_activations(group, poisoned):
     y.backward(upstream)
     trits, scales = dense(register, exponent, group)
     weight, flat = trits * scales, upstream.double().view(20, 31)
-    assert y.dtype == x.grad.dtype == torch.bfloat16 and port.grad.dtype == torch.float32
+    assert y.dtype == grad_of(x).dtype == torch.bfloat16 and grad_of(port).dtype == torch.float32
     assert_close(y.detach(), x.detach().double() @ weight.T, 2**-8)
-    assert_close(x.grad, upstream.double() @ weight, 2**-8)
-    assert_close(port.grad, flat.T @ x.detach().double().view(20, 300), 2**-8)
+    assert_close(grad_of(x), upstream.double() @ weight, 2**-8)
+    assert_close(grad_of(port), flat.T @ x.detach().double().view(20, 300), 2**-8)
 
 
 def test_inputs_that_are_not_contiguous():
@@ -153,9 +171,9 @@ def test_inputs_that_are_not_contiguous():
     upstream = normal(5, 6).T
     ops.linear(x, register, exponent, 4, port).backward(upstream)
     ops.linear(x.contiguous(), register, exponent, 4, same).backward(upstream.contiguous())
-    assert_close(port.grad, same.grad.double(), 1e-6)
+    assert_close(grad_of(port), grad_of(same).double(), 1e-6)
     ops.linear(normal(6, 7), register, exponent, 4, port).sum().backward()  # an upstream of stride 0
-    assert torch.isfinite(port.grad).all()
+    assert torch.isfinite(grad_of(port)).all()
 
 
 def test_the_port_takes_no_memory_and_holds_no_weight():
@@ -164,7 +182,7 @@ def test_the_port_takes_no_memory_and_holds_no_weight():
     y.sum().backward()
     assert port.stride() == (0, 0) and port.untyped_storage().nbytes() == 4
     assert port.count_nonzero() == 0
-    assert port.grad.shape == (40, 30) and port.grad.is_contiguous()
+    assert grad_of(port).shape == (40, 30) and grad_of(port).is_contiguous()
 
 
 def test_the_forward_does_not_depend_on_the_port():
@@ -180,14 +198,19 @@ def test_two_uses_of_a_layer_add_up_in_the_port():
     (
         ops.linear(a, register, exponent, 256, port).sum() + 2 * ops.linear(b, register, exponent, 256, port).sum()
     ).backward()
-    assert_close(port.grad, (a.double().sum(0) + 2 * b.double().sum(0)).expand(4, 9))
+    assert_close(grad_of(port), (a.double().sum(0) + 2 * b.double().sum(0)).expand(4, 9))
+
+
+def patch_all(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., None]) -> None:
+    for entry in backends._backends["linear"].values():
+        monkeypatch.setattr(entry.module, name, function)
 
 
 def test_without_a_port_there_is_no_weight_gradient(monkeypatch):
     def refuse(*_):
         raise AssertionError("a weight gradient was computed")
 
-    monkeypatch.setattr(reference, "weight_grad", refuse)
+    patch_all(monkeypatch, "weight_grad", refuse)
     x = normal(3, 9).requires_grad_()
     register, exponent = registers(4, 9), exponents(4, 1)
     for port in (None, open_port(4, 9).detach()):  # no port, or one that wants no gradient
@@ -202,7 +225,7 @@ def test_without_a_wish_there_is_no_input_gradient(monkeypatch):
     def refuse(*_):
         raise AssertionError("an input gradient was computed")
 
-    monkeypatch.setattr(reference, "input_grad", refuse)
+    patch_all(monkeypatch, "input_grad", refuse)
     port = open_port(4, 9)
     ops.linear(normal(3, 9), registers(4, 9), exponents(4, 1), 256, port).sum().backward()
     assert port.grad is not None

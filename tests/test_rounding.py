@@ -110,10 +110,10 @@ def test_unbiased_over_keys():
     """The mean over many steps and tensors is the number itself, within 5 sigma of the coins, for each and for all."""
     numbers = torch.linspace(-2.5, 2.5, 41)
     grid = to_fixed_point(numbers)
-    draws = 6000
+    draws = 3000
     total = torch.zeros(41, dtype=torch.int64)
     for n in range(draws):
-        total += round_stochastic(grid.clone(), random_bits16(41, make_key(1, step=n % 600, tensor=n // 600)))
+        total += round_stochastic(grid.clone(), random_bits16(41, make_key(1, step=n % 300, tensor=n // 300)))
     share = (grid % 65536).double() / 65536
     sigma = (share * (1 - share) / draws).sqrt()
     error = total.double() / draws - grid.double() / 65536

@@ -46,8 +46,8 @@ class ModelConfig:
         for name in ("heads", "kv_heads", "window"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 (0 derives it)")
-        if not self.softcap > 0:
-            raise UserError(f"softcap is {self.softcap}; it must be above 0")
+        if not 0 < self.softcap < float("inf"):
+            raise UserError(f"softcap is {self.softcap}; it must be above 0 and finite")
         if self.weights not in ("trit", "float"):
             raise UserError(f"weights is {self.weights!r}; choose trit or float")
         heads = self.heads or max(1, self.width // (32 if self.width < 128 else 64))

@@ -41,7 +41,9 @@ def generate(
         else:
             if top_k:
                 logits[logits < logits.topk(top_k).values[-1]] = -float("inf")
-            choice = int(torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=generator))
+            # The likeliest byte at 0, in double precision: no temperature, however small, overflows.
+            scaled = (logits - logits.max()).double() / temperature
+            choice = int(torch.multinomial(torch.softmax(scaled, 0), 1, generator=generator))
         text.append(choice)
         pending = [choice]
         yield choice

@@ -39,6 +39,8 @@ class TritModule(nn.Module):
             raise ValueError(f"a ternary matrix needs at least one row and one column, not {rows} x {columns}")
         if role not in ROLES:
             raise ValueError(f"there is no role {role!r}; choose one of {', '.join(ROLES)}")
+        if group < 1 or blocks < 1:
+            raise ValueError(f"group is {group} and blocks is {blocks}; both must be at least 1")
         if rows % blocks:
             raise ValueError(f"{rows} rows do not divide into {blocks} blocks; make rows a multiple of blocks")
         self.group, self.blocks, self.fan_in, self.sparse = group, blocks, fan_in, False

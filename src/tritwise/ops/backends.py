@@ -20,17 +20,19 @@ ENVIRONMENT = "TRITWISE_BACKEND"
 
 
 class Backend(NamedTuple):
-    """One implementation: a module with the operation's functions, and a reason to refuse a device (None: it can)."""
+    """One implementation: a module with the operation's functions, the device types it is made for (none: all), and a
+    function that gives the reason why it cannot run on a device (None: it can)."""
 
     name: str
     module: ModuleType
     priority: int
+    devices: tuple[str, ...]
     refuses: Callable[[torch.device], str | None]
 
 
-_backends: dict[str, dict[str, Backend]] = {}
+_backends: dict[str, dict[str, Backend]] = {}  # operation -> name -> backend, highest priority first
 _chosen: dict[str, str] = {}
-_warned: set[tuple[str, str, str]] = set()
+_warned: set[tuple[str, str]] = set()
 _asked: contextvars.ContextVar[str | None] = contextvars.ContextVar("tritwise_backend", default=None)
 
 
@@ -40,15 +42,20 @@ def implement(
     module: ModuleType,
     *,
     priority: int = 0,
+    devices: tuple[str, ...] = (),
     refuses: Callable[[torch.device], str | None] = lambda device: None,
 ) -> None:
-    """Add an implementation of `operation`. Higher priority is tried first when nobody asks for a name."""
-    _backends.setdefault(operation, {})[name] = Backend(name, module, priority, refuses)
+    """Add an implementation of `operation`. Higher priority is tried first when nobody asks for a name.
+
+    A backend made for other `devices` is passed over in silence then; one that refuses its own device says why.
+    """
+    table = _backends.get(operation, {}) | {name: Backend(name, module, priority, devices, refuses)}
+    _backends[operation] = dict(sorted(table.items(), key=lambda entry: -entry[1].priority))
 
 
 def backends_of(operation: str) -> list[str]:
     """Names of the implementations of `operation`, highest priority first."""
-    return [b.name for b in sorted(_backends[operation].values(), key=lambda b: -b.priority)]
+    return list(_backends[operation])
 
 
 def backend_table() -> dict[str, str]:
@@ -87,13 +94,15 @@ def choose(operation: str, device: torch.device) -> ModuleType:
                 raise UserError(f"backend {asked!r} cannot run {operation} on {device}: {reason}")
             _chosen[operation] = asked
             return found.module
-    for candidate in sorted(table.values(), key=lambda b: -b.priority):
+    for candidate in table.values():
+        if candidate.devices and device.type not in candidate.devices:
+            continue
         reason = candidate.refuses(device)
         if reason is None:
             _chosen[operation] = candidate.name
             return candidate.module
-        mark = (operation, candidate.name, device.type)
-        if mark not in _warned:
+        mark = (candidate.name, reason)
+        if mark not in _warned:  # once, not once for each operation
             _warned.add(mark)
             warnings.warn(f"{operation} falls back from {candidate.name} on {device}: {reason}", stacklevel=2)
     raise UserError(f"no backend can run {operation} on {device}; use a CPU or CUDA device")

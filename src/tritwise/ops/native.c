@@ -93,7 +93,8 @@ static int32_t peak_of_row(const int8_t *restrict momentum, const float *restric
 /* The least e with peak * 2**-e < 127, within its limits: what frexp says of peak / 127. */
 static int32_t exponent_of_peak(int32_t peak)
 {
-    int32_t exponent = (bits_of(float_of((uint32_t)peak) / (float)MOMENTUM_LIMIT) >> 23) - 126;
+    int32_t ratio = bits_of(float_of((uint32_t)peak) / (float)MOMENTUM_LIMIT);
+    int32_t exponent = (ratio >> 23) - 126;
     exponent = exponent < EXPONENT_FLOOR ? EXPONENT_FLOOR : exponent; /* zeros and subnormals come out at the floor */
     return exponent > EXPONENT_CEILING ? EXPONENT_CEILING : exponent;
 }

@@ -98,11 +98,12 @@ class TritOptimizer(torch.optim.Optimizer):
         merged = self.defaults | settings
         _check(merged)
         super().add_param_group({"params": [layer.register for layer in layers], **settings})
-        group = self.param_groups[-1]
+        index = len(self.param_groups) - 1
         for layer in layers:
             self._layers[layer.register] = layer
             self._number[layer.register] = len(self._number)
-            layer.consumer = lambda layer, grad, group=group: self._consume(layer, grad, group)
+            # By index: load_state_dict puts new dicts in the place of the groups.
+            layer.consumer = lambda layer, grad: self._consume(layer, grad, self.param_groups[index])
 
     @property
     def step_count(self) -> int:
@@ -218,6 +219,8 @@ class TritOptimizer(torch.optim.Optimizer):
         momentum, exponent, moved = state["momentum"], state["row_exponent"], register
         rows = self._touched[register].nonzero()[:, 0] if layer.sparse else None
         if rows is not None:
+            if not rows.numel():
+                return
             momentum, exponent, moved = momentum[rows], exponent[rows], register[rows]
         u = ops.direction(momentum, exponent, method, group["steps"], layer.blocks)
         flips = ops.move_registers(moved, u, rate * LEAD, make_key(group["seed"], step, number, _MOVE))
@@ -226,10 +229,16 @@ class TritOptimizer(torch.optim.Optimizer):
         self.flips_by_layer[layer] = flips
         if group["scale_rate"] > 0:
             u = ops.direction(state["scale_momentum"], state["scale_row_exponent"], "rms").view_as(layer.exponent)
-            # Scales follow the schedule of the rate.
-            scale_rate = group["scale_rate"] * rate / group.get("initial_lr", group["lr"])
+            # Scales follow the schedule of the rate; at a rate of 0 they stay.
+            initial = group.get("initial_lr", group["lr"])
+            scale_rate = group["scale_rate"] * rate / initial if initial else 0.0
+            moved = layer.exponent
+            if rows is not None:
+                u, moved = u[rows], moved[rows]
             key = make_key(group["seed"], step, number, _MOVE_SCALE)
-            ops.move_registers(layer.exponent, u, scale_rate * EXPONENTS_PER_OCTAVE, key, limit=EXPONENT_LIMIT)
+            ops.move_registers(moved, u, scale_rate * EXPONENTS_PER_OCTAVE, key, limit=EXPONENT_LIMIT)
+            if rows is not None:
+                layer.exponent[rows] = moved
 
 
 def _groups(

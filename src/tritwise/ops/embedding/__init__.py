@@ -11,7 +11,7 @@ from tritwise.ops.embedding import cpu, reference
 from tritwise.ops.library import LIBRARY, define
 
 implement("embedding", "reference", reference)
-implement("embedding", "cpu", cpu, priority=10, refuses=native.refuses)
+implement("embedding", "cpu", cpu, priority=10, devices=("cpu",), refuses=native.refuses)
 
 
 def _forward(ids: Tensor, register: Tensor, exponent: Tensor, group: int, port: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ from tritwise.ops.library import LIBRARY, define
 from tritwise.ops.linear import cpu, reference
 
 implement("linear", "reference", reference)
-implement("linear", "cpu", cpu, priority=10, refuses=native.refuses)
+implement("linear", "cpu", cpu, priority=10, devices=("cpu",), refuses=native.refuses)
 
 
 def _forward(x: Tensor, register: Tensor, exponent: Tensor, group: int, port: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from tritwise.ops.update import cpu, reference
 from tritwise.registers import REGISTER_LIMIT, Key
 
 implement("update", "reference", reference)
-implement("update", "cpu", cpu, priority=10, refuses=native.refuses)
+implement("update", "cpu", cpu, priority=10, devices=("cpu",), refuses=native.refuses)
 
 
 def _accumulate(

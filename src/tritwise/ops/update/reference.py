@@ -23,7 +23,8 @@ def accumulate_momentum(momentum: Tensor, row_exponent: Tensor, grad: Tensor, de
         return torch.zeros((), dtype=torch.bool, device=momentum.device)
     # The least e with peak * 2**-e < 127: frexp gives peak/127 = f * 2**e with 0.5 <= f < 1, exactly. A row of zeros
     # takes the floor; frexp's 0 would stand above tiny rows and push them out of float range in the direction.
-    exponent_O1 = torch.frexp(peak_O1 / MOMENTUM_LIMIT).exponent.masked_fill_(peak_O1 == 0, EXPONENT_FLOOR)
+    ratio_O1 = peak_O1 / MOMENTUM_LIMIT
+    exponent_O1 = torch.frexp(ratio_O1).exponent.masked_fill_(ratio_O1 == 0, EXPONENT_FLOOR)
     exponent_O1.clamp_(EXPONENT_FLOOR, EXPONENT_CEILING)
     fixed_OI = to_fixed_point(value_OI.mul_(power_of_two(-exponent_O1)), limit=MOMENTUM_LIMIT)
     steps_OI = round_stochastic(fixed_OI, random_bits16(momentum.numel(), key, momentum.device))
