@@ -85,7 +85,7 @@ def run(changes: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Run a sweep with several processes and write its lines as they come."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("sweep", choices=sorted(SWEEPS))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=16)

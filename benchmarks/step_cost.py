@@ -74,7 +74,7 @@ def measure(width: int, batch: int, ctx: int, depth: int, rounds: int) -> dict[s
 
 def main() -> int:
     """Measure the grid, print a table, write JSON and plot."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--widths", default="64,128,192,256,384")
     parser.add_argument("--batches", default="8,16,32,64")
     parser.add_argument("--ctx", type=int, default=64)

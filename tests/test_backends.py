@@ -144,6 +144,24 @@ def test_refusal_is_by_device():
         assert backends.choose("linear", CPU) is reference
 
 
+def test_a_backend_for_other_devices_is_passed_over_in_silence():
+    other = add("linear", "fake", priority=5, devices=("cuda", "xpu"), refuses=lambda device: pytest.fail("asked"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run_linear() == 1.0
+    fake = add("linear", "fake", priority=5, devices=("cpu",))
+    assert backends.choose("linear", CPU) is fake is not other
+
+
+def test_one_reason_is_said_once_for_all_operations():
+    for operation in ("linear", "update"):
+        add(operation, "fake", priority=5, refuses=lambda device: "out of order")
+    with pytest.warns(UserWarning, match="out of order") as caught:
+        backends.choose("linear", CPU)
+        backends.choose("update", CPU)
+    assert len(caught) == 1
+
+
 def test_the_table_names_what_ran_last():
     assert ops.backend_table() == {}
     run_linear()

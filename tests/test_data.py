@@ -152,8 +152,11 @@ def test_where_the_cache_lies(tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_names_the_remedy(tmp_path):
     file, blocked = put(tmp_path / "a.gz", TEXT), put(tmp_path / "file", b"x")
-    with pytest.raises(UserError, match=r"cannot write the cache .*set TRITWISE_CACHE"):
+    remedy = "; set TRITWISE_CACHE to a writable folder with room$"
+    with pytest.raises(UserError, match=f"cannot write {blocked}/inside: a file is in the way .*{remedy}"):
         open_bytes(file, cache=blocked / "inside")
+    with pytest.raises(UserError, match=f"cannot write .*: the name is too long{remedy}"):
+        open_bytes(file, cache=tmp_path / ("n" * 256))
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, cache, monkeypatch):
@@ -161,7 +164,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, cache, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(source.os, "fsync", full)
-    with pytest.raises(UserError, match=r"No space left on device; set TRITWISE_CACHE"):
+    with pytest.raises(UserError, match=r"no space left on the disk .*; set TRITWISE_CACHE"):
         open_bytes(put(tmp_path / "a.gz", TEXT))
     assert list(cache.iterdir()) == []
 
@@ -323,8 +326,11 @@ def test_files_without_permission_are_refused(tmp_path, monkeypatch, name):
         raise PermissionError(errno.EACCES, "Permission denied", str(file))
 
     # The superuser may read everything, so the refusal is played.
+    really = Path.open
     monkeypatch.setattr(source.np, "memmap", refuse)
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(
+        Path, "open", lambda path, *more, **named: (refuse if path == file else really)(path, *more, **named)
+    )
     monkeypatch.setattr(source.zipfile, "ZipFile", refuse)
     with pytest.raises(UserError, match=r"cannot read .*: Permission denied; check its permissions"):
         open_bytes(file)

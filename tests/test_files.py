@@ -117,6 +117,24 @@ def test_refused_write_keeps_the_old_file(tmp_path: Path, monkeypatch, call: str
     assert names(tmp_path) == ["a.bin"]
 
 
+@pytest.mark.parametrize(
+    "code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EIO]
+)
+def test_a_remedy_of_the_caller_takes_the_place_of_the_usual_one(tmp_path: Path, monkeypatch, code: int):
+    error = OSError(code, os.strerror(code))
+    usual, what = str(files.explain(error, "a", "write")).split("; ")[::-1]
+    assert str(files.explain(error, "a", "write", "buy a disk")) == f"{what}; buy a disk" and usual != "buy a disk"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"; buy a disk$"):
+        patch.setattr(os, "fsync", refuse(code))
+        atomic_write(tmp_path / "a.bin", b"new", "buy a disk")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"; buy a disk$"):
+        patch.setattr(os, "mkdir", refuse(code))
+        files.make_folder(tmp_path / "folder", "buy a disk")
+    for action in ("read", "write"):
+        gone = files.explain(FileNotFoundError(errno.ENOENT, "gone"), "a", action, "buy a disk")
+        assert str(gone).endswith("does not exist; buy a disk")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
 def test_really_full_device(tmp_path: Path, monkeypatch):
     path = tmp_path / "a.bin"

@@ -1,6 +1,8 @@
 """The house: README tells the truth, its generated numbers are current, the layers hold, nothing can hide a pickle."""
 
 import ast
+import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -20,8 +22,11 @@ from tritwise import __version__
 from tritwise.cli.app import app
 from tritwise.errors import UserError
 from tritwise.files import write_json
-from tritwise.recipes import recipe
-from tritwise.train import override, train
+from tritwise.models import ModelConfig
+from tritwise.ops.direction import METHODS
+from tritwise.recipes import RECIPES, recipe
+from tritwise.train import TrainConfig, override, train
+from tritwise.train.config import OPTIMIZERS
 
 pytest.importorskip("matplotlib")
 
@@ -162,6 +167,30 @@ def test_docstrings(path):
     assert [node.name for node in offered if not ast.get_docstring(node)] == []
 
 
+def offered(room: str) -> list[str]:
+    return importlib.import_module(f"tritwise.{room}").__all__
+
+
+@pytest.mark.parametrize("room", ["ops", "nn", "models", "optim"])
+def test_everything_a_room_offers_is_tested_by_name(room):
+    tests = "\n".join(p.read_text(encoding="utf-8") for p in ROOT.glob("tests/test_*.py") if p != Path(__file__))
+    assert [name for name in offered(room) if not re.search(rf"\b{name}\b", tests)] == []
+
+
+@pytest.mark.parametrize(("part", "choices"), [(ModelConfig, ()), (TrainConfig, (*METHODS, *OPTIMIZERS))])
+def test_every_setting_is_explained(part, choices):
+    assert part.__doc__ is not None
+    explained = set(re.findall(r"\w+", part.__doc__))
+    assert {*(field.name for field in dataclasses.fields(part)), *choices} - explained == set()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_called_like_its_function_and_says_what_it_is_for(name):
+    function = RECIPES[name]
+    assert name == function.__name__ == function().recipe
+    assert function.__doc__
+
+
 RUNS_CODE = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
@@ -261,7 +290,8 @@ def test_blocks_are_filled_from_results(house, demo):
     assert readme.stale(house) == []
     assert f"re-read from its file** | {result['val']['nats']:.4f} | {result['artifact']['bpb_reread']:.4f} |" in text
     rungs = [float(nats) for nats in re.findall(r"^\| .* \| (\d\.\d{4}) \| \d\.\d{4} \|$", text, flags=re.MULTILINE)]
-    assert len(rungs) == 5 and rungs == sorted(rungs, reverse=True)
+    ladder = json.loads((demo / "runs/demo/ladder.json").read_text())["rows"]
+    assert len(rungs) == len(ladder) + 1 and rungs == sorted(rungs, reverse=True)
     assert "1.12× to 1.50× the time" in text
     for picture in (readme.LOSS, readme.COST):
         assert f"]({picture})" in text and (house / picture).read_bytes().startswith(b"\x89PNG")
@@ -311,7 +341,7 @@ def test_blocks_must_be_there_and_end():
             readme.fill(text, made)
 
 
-def report_of(**percents: float) -> dict[str, Any]:
+def report_of(**percents: int) -> dict[str, Any]:
     """A coverage report with one file of 100 statements for each room."""
     return {
         "files": {

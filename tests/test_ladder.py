@@ -1,8 +1,10 @@
-"""The ladder: known figures on the bundled text, proper distributions, and agreement with a slow plain n-gram model."""
+"""The ladder: known figures on the bundled text, proper distributions, and agreement with slow plain n-gram models."""
 
+import importlib
 import lzma
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ from hypothesis import strategies as st
 from tritwise.data import open_bytes
 from tritwise.data.split import split
 from tritwise.errors import UserError
-from tritwise.score import ladder as module
-from tritwise.score.ladder import NGram, ladder, ngram_nats, xz_nats
+from tritwise.score.ladder import NGram, count_ngrams, ladder, ngram_nats, xz_nats
+
+module = importlib.import_module("tritwise.score.ladder")  # `tritwise.score.ladder` is the function
+SMOOTHINGS = ("Witten–Bell", "Kneser–Ney")
 
 
 def array(data: bytes) -> np.ndarray:
@@ -26,29 +30,67 @@ def parts():
 
 
 @pytest.fixture(scope="module")
-def model(parts):
-    return NGram(parts["train"], 5)
+def levels(parts):
+    return count_ngrams(parts["train"], 5)
 
 
-def plain_probability(train: bytes, context: bytes, byte: int) -> float:
-    """The module's formula, written as it stands."""
-    if context:
-        shorter = plain_probability(train, context[1:], byte)
-    else:
-        shorter = 1 / 256
-    k = len(context)
-    followers = Counter(train[i + k] for i in range(len(train) - k) if train[i : i + k] == context)
-    if not followers:
-        return shorter
-    return (followers[byte] + len(followers) * shorter) / (followers.total() + len(followers))
+@pytest.fixture(scope="module")
+def model(levels):
+    return NGram(levels)
+
+
+def plain_witten_bell(train: bytes, order: int) -> Callable[[bytes, int], float]:
+    """p(byte | context) as Witten–Bell defines it, searching train for every context."""
+
+    def probability(context: bytes, byte: int) -> float:
+        shorter = probability(context[1:], byte) if context else 1 / 256
+        k = len(context)
+        followers = Counter(train[i + k] for i in range(len(train) - k) if train[i : i + k] == context)
+        if not followers:
+            return shorter
+        return (followers[byte] + len(followers) * shorter) / (followers.total() + len(followers))
+
+    return lambda context, byte: probability(context[max(0, len(context) - order + 1) :], byte)
+
+
+def plain_kneser_ney(train: bytes, order: int) -> Callable[[bytes, int], float]:
+    """p(byte | context) as Kneser–Ney defines it, from dictionaries: context -> byte -> count."""
+    followers: list[dict[bytes, Counter[int]]] = []
+    discounts: list[float] = []
+    for k in range(1, order + 1):
+        table: dict[bytes, Counter[int]] = {}
+        if k == order:
+            grams = [train[i : i + k] for i in range(len(train) - k + 1)]
+        else:
+            grams = [gram[1:] for gram in {train[i : i + k + 1] for i in range(len(train) - k)}]
+        for gram in grams:
+            table.setdefault(gram[:-1], Counter())[gram[-1]] += 1
+        counts = [count for counter in table.values() for count in counter.values()]
+        once, twice = counts.count(1) or 1, counts.count(2) or 1
+        followers.append(table)
+        discounts.append(once / (once + 2 * twice))
+
+    def probability(context: bytes, byte: int) -> float:
+        shorter = probability(context[1:], byte) if context else 1 / 256
+        after, discount = followers[len(context)].get(context), discounts[len(context)]
+        if after is None:
+            return shorter
+        kept = max(after[byte] - discount, 0)
+        return kept / after.total() + discount * len(after) / after.total() * shorter
+
+    return lambda context, byte: probability(context[max(0, len(context) - order + 1) :], byte)
+
+
+PLAIN = {"Witten–Bell": plain_witten_bell, "Kneser–Ney": plain_kneser_ney}
 
 
 def test_the_rows_on_the_bundled_text(parts):
     rows = {row["name"]: row for row in ladder(parts["train"], parts["val"], orders=(2, 3, 4, 5))}
-    assert list(rows) == ["uniform", "unigram", "bigram", "trigram", "4-gram", "5-gram", "xz"]
+    assert list(rows) == ["uniform", "unigram", "bigram", "trigram", "4-gram", "5-gram", "5-gram KN", "xz"]
     known = {"unigram": 3.347, "bigram": 2.486, "trigram": 2.049, "4-gram": 1.774, "5-gram": 1.669}
     for name, nats in known.items():
         assert rows[name]["nats"] == pytest.approx(nats, abs=0.001)
+    assert rows["5-gram KN"]["nats"] == pytest.approx(1.579, abs=0.002)
     assert rows["xz"]["nats"] == pytest.approx(1.746, abs=0.02)
     for row in rows.values():
         assert row["bpb"] == pytest.approx(row["nats"] / math.log(2))
@@ -59,8 +101,17 @@ def test_the_rows_on_the_bundled_text(parts):
 def test_the_default_rows(parts):
     train, val = parts["train"][-20_000:], parts["val"][:2000]
     rows = ladder(train, val)
-    assert [row["name"] for row in rows] == ["uniform", "unigram", "5-gram", "xz"]
+    assert [row["name"] for row in rows] == ["uniform", "unigram", "5-gram", "5-gram KN", "xz"]
     assert rows[2]["nats"] == pytest.approx(ngram_nats(train, val, 5))
+    assert rows[3]["nats"] == pytest.approx(ngram_nats(train, val, 5, "Kneser–Ney"))
+    assert [row["note"] for row in rows[2:4]] == ["interpolated Witten–Bell", "interpolated Kneser–Ney"]
+
+
+def test_the_longest_order_alone_has_a_kneser_ney_row(parts):
+    train, val = parts["train"][-20_000:], parts["val"][:2000]
+    names = [row["name"] for row in ladder(train, val, orders=(3, 2))]
+    assert names == ["uniform", "unigram", "bigram", "trigram", "trigram KN", "xz"]
+    assert [row["name"] for row in ladder(train, val, orders=())] == ["uniform", "unigram", "xz"]
 
 
 def test_each_order_up_to_five_is_better_on_the_bundled_text(model, parts):
@@ -70,7 +121,9 @@ def test_each_order_up_to_five_is_better_on_the_bundled_text(model, parts):
         assert ngram_nats(parts["train"], parts["val"], order) == pytest.approx(nats[order - 1], rel=1e-12)
 
 
-def test_probabilities_add_up_to_one(model, parts):
+@pytest.mark.parametrize("smoothing", SMOOTHINGS)
+def test_probabilities_add_up_to_one(levels, parts, smoothing):
+    model = NGram(levels, smoothing)
     val = parts["val"].tobytes()
     seen = [val[i : i + 4] for i in range(0, 2000, 100)]
     unseen = [b"", b"t", b"\xff", b"the\xff", b"\xffthe", b"\0\0\0\0", b"zqzq", b"longer than any context"]
@@ -80,24 +133,42 @@ def test_probabilities_add_up_to_one(model, parts):
     assert model.distribution(b"xxxxthe ").tolist() == model.distribution(b"the ").tolist()
 
 
+@pytest.mark.parametrize("smoothing", SMOOTHINGS)
 @given(
     train=st.lists(st.integers(253, 255) | st.integers(0, 1), max_size=60).map(bytes),
     val=st.lists(st.integers(253, 255) | st.integers(0, 2), min_size=1, max_size=20).map(bytes),
     order=st.integers(1, 8),
 )
 @settings(max_examples=150, deadline=None)
-def test_agrees_with_the_formula_on_any_bytes(train, val, order):
-    model = NGram(array(train), order)
-    slow = [plain_probability(train, val[max(0, i - order + 1) : i], val[i]) for i in range(len(val))]
+def test_agrees_with_the_formula_on_any_bytes(smoothing, train, val, order):
+    model, plain = NGram(count_ngrams(array(train), order), smoothing), PLAIN[smoothing](train, order)
+    slow = [plain(val[:i], val[i]) for i in range(len(val))]
     assert model.nats(array(val)) == pytest.approx(-sum(map(math.log, slow)) / len(val), rel=1e-9)
     context = val[-order:]
-    kept = context[max(0, len(context) - order + 1) :]
-    expected = [plain_probability(train, kept, byte) for byte in range(256)]
-    assert model.distribution(context) == pytest.approx(expected, rel=1e-9)
+    assert model.distribution(context) == pytest.approx([plain(context, byte) for byte in range(256)], rel=1e-9)
     assert model.distribution(context).sum() == pytest.approx(1, abs=1e-12)
 
 
-def test_nats_are_the_mean_of_the_distributions(model, parts):
+@pytest.mark.parametrize("smoothing", SMOOTHINGS)
+def test_agrees_with_the_formula_on_text(parts, smoothing):
+    train, val = parts["train"][:4000], parts["val"][:200]
+    plain, text = PLAIN[smoothing](train.tobytes(), 5), val.tobytes()
+    slow = -sum(math.log(plain(text[:i], text[i])) for i in range(len(text))) / len(text)
+    assert ngram_nats(train, val, 5, smoothing) == pytest.approx(slow, rel=1e-9)
+
+
+def test_kneser_ney_leaves_room_for_new_bytes_when_no_count_is_one():
+    # Every pair of four bytes, many times over: no n-gram is rare, so a plain n1 / (n1 + 2 n2) would discount nothing.
+    train = array(bytes(a for first in range(4) for second in range(4) for a in (first, second)) * 20)
+    model = NGram(count_ngrams(train, 2), "Kneser–Ney")
+    for context in (b"", b"\1", b"\7"):
+        p = model.distribution(context)
+        assert p.min() > 0 and p.sum() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", SMOOTHINGS)
+def test_nats_are_the_mean_of_the_distributions(levels, parts, smoothing):
+    model = NGram(levels, smoothing)
     val = parts["val"][:300].tobytes()
     each = [-math.log(model.distribution(val[:i])[val[i]]) for i in range(len(val))]
     assert model.nats(array(val)) == pytest.approx(sum(each) / len(each), rel=1e-12)
@@ -109,8 +180,9 @@ def test_looking_up_in_chunks_changes_nothing(model, parts, monkeypatch):
     assert model.nats(parts["val"][:5000]) == pytest.approx(whole, rel=1e-12)
 
 
-def test_without_train_bytes_the_model_is_uniform():
-    assert ngram_nats(array(b""), array(b"any"), 5) == pytest.approx(math.log(256))
+@pytest.mark.parametrize("smoothing", SMOOTHINGS)
+def test_without_train_bytes_the_model_is_uniform(smoothing):
+    assert ngram_nats(array(b""), array(b"any"), 5, smoothing) == pytest.approx(math.log(256))
 
 
 def test_xz_is_the_growth_of_the_file(parts):
@@ -125,22 +197,25 @@ def test_xz_is_the_growth_of_the_file(parts):
     assert xz_nats(far, noise) < 0.05
 
 
-def test_a_long_train_is_cut_and_the_note_says_so(parts, monkeypatch):
+def test_what_is_too_long_is_cut_and_the_note_says_so(parts, monkeypatch):
     monkeypatch.setattr(module, "NGRAM_TRAIN_LIMIT", 10_000)
     monkeypatch.setattr(module, "XZ_TRAIN_LIMIT", 7000)
+    monkeypatch.setattr(module, "XZ_VAL_LIMIT", 900)
     train, val = parts["train"][:30_000], parts["val"][:1000]
     rows = {row["name"]: row for row in ladder(train, val)}
     assert rows["5-gram"]["nats"] == pytest.approx(ngram_nats(train[-10_000:], val, 5))
-    assert rows["xz"]["nats"] == pytest.approx(xz_nats(train[-7000:], val))
-    assert "only the last 10,000 of 30,000 train bytes" in rows["unigram"]["note"]
-    assert "only the last 10,000 of 30,000 train bytes" in rows["5-gram"]["note"]
-    assert "only the last 7,000 of 30,000 train bytes" in rows["xz"]["note"]
+    assert rows["5-gram KN"]["nats"] == pytest.approx(ngram_nats(train[-10_000:], val, 5, "Kneser–Ney"))
+    assert rows["xz"]["nats"] == pytest.approx(xz_nats(train[-7000:], val[:900]))
+    for name in ("unigram", "5-gram", "5-gram KN"):
+        assert rows[name]["note"].endswith("; only the last 10,000 of 30,000 train bytes")
+    cut = "; only the last 7,000 of 30,000 train bytes; only the first 900 of 1,000 val bytes"
+    assert rows["xz"]["note"].endswith(cut)
 
 
 @pytest.mark.parametrize("order", [0, 9])
 def test_orders_out_of_range_are_refused(order):
     with pytest.raises(UserError, match=f"n-gram order out of range: got {order}; give 1 to 8"):
-        NGram(array(b"abc"), order)
+        count_ngrams(array(b"abc"), order)
 
 
 def test_an_empty_val_is_refused():

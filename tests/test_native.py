@@ -1,5 +1,6 @@
 """The C kernels of the "cpu" backend: the reference's bits for every input, and a reason instead of an error."""
 
+import errno
 import itertools
 import os
 import shutil
@@ -451,7 +452,15 @@ def test_a_cache_that_cannot_be_written_is_a_reason(tmp_path, monkeypatch, cache
     monkeypatch.setenv("TRITWISE_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(native, "_compile", lambda compiler: b"library")
     reason = native.refuses(torch.device("cpu"))
-    assert reason is not None and "set TRITWISE_CACHE to a folder that can be written" in reason
+    assert reason == (
+        f"cannot write {tmp_path}/file/native: a file is in the way where a folder is needed; "
+        "set TRITWISE_CACHE to a writable folder with room"
+    )
+    monkeypatch.setenv("TRITWISE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    native.load.cache_clear()
+    assert "no space left on the disk (or over its quota); set TRITWISE_CACHE" in str(native.load())
+    assert not list(cache.iterdir())
 
 
 @needs_kernels

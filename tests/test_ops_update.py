@@ -233,6 +233,10 @@ def test_gradients_below_the_range_do_not_vanish_in_the_mean():
     ops.accumulate_momentum(momentum, exponent, torch.full((10, 1000), 2.0**-126 * 0.125), 0.95, make_key(0))
     assert (exponent == FLOOR).all()
     assert abs(momentum.double().mean().item() - 0.125) < 5 * math.sqrt(0.11 / 10_000)
+    # The smallest float of all: its share of 127 is no float any more.
+    momentum, exponent = fresh(1, 2)
+    assert ops.accumulate_momentum(momentum, exponent, torch.full((1, 2), 2.0**-149), 0.95, make_key(0))
+    assert exponent.item() == FLOOR
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -20,36 +20,49 @@ from tritwise.errors import UserError
 
 Buffer = bytes | bytearray
 
+CACHE_REMEDY = "set TRITWISE_CACHE to a writable folder with room"  # for what is written below `cache_folder`
+
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM}
 
 
-def explain(error: OSError, path: str | Path, action: str) -> UserError:
-    """What the operating system refused, as one line with a remedy. `action` is "read" or "write"."""
+def explain(error: OSError, path: str | Path, action: str, remedy: str | None = None) -> UserError:
+    """What the operating system refused, as one line with a remedy.
+
+    Args:
+        action: "read" or "write".
+        remedy: replaces the usual one, which speaks of --out or of another path.
+    """
     path, code = Path(path), error.errno
     cannot = f"cannot {action} {path}"
     if code in _NO_SPACE:
-        return UserError(f"{cannot}: no space left on the disk (or over its quota); free space or choose another --out")
-    if code == errno.EROFS:
-        return UserError(f"{cannot}: the disk is read-only; choose another --out")
-    if code in _FORBIDDEN:
-        remedy = "change them or choose another --out" if action == "write" else "change them or choose another file"
-        return UserError(f"{cannot}: its permissions do not allow it; {remedy}")
-    if code == errno.ENAMETOOLONG:
-        return UserError(f"cannot {action} {path.name[:40]}…: the name is too long; choose a shorter one")
-    if code in (errno.ENOTDIR, errno.EEXIST):
-        return UserError(f"{cannot}: a file is in the way where a folder is needed; move it or choose another path")
-    if code == errno.EISDIR:
-        return UserError(f"{cannot}: it is a folder; name a file")
-    if code == errno.ENOENT and action == "write":
-        return UserError(f"{cannot}: the folder {path.parent} does not exist; make it or choose another --out")
-    if code == errno.ENOENT:
-        return UserError(f"{path} does not exist; check the path")
-    return UserError(f"{cannot}: {error.strerror or error}; check the disk or choose another path")
+        what, usual = "no space left on the disk (or over its quota)", "free space or choose another --out"
+    elif code == errno.EROFS:
+        what, usual = "the disk is read-only", "choose another --out"
+    elif code in _FORBIDDEN:
+        what = "its permissions do not allow it"
+        usual = f"change them or choose another {'--out' if action == 'write' else 'file'}"
+    elif code == errno.ENAMETOOLONG:
+        cannot = f"cannot {action} {path.name[:40]}…"
+        what, usual = "the name is too long", "choose a shorter one"
+    elif code in (errno.ENOTDIR, errno.EEXIST):
+        what, usual = "a file is in the way where a folder is needed", "move it or choose another path"
+    elif code == errno.EISDIR:
+        what, usual = "it is a folder", "name a file"
+    elif code == errno.ENOENT and action == "write":
+        what, usual = f"the folder {path.parent} does not exist", "make it or choose another --out"
+    elif code == errno.ENOENT:
+        return UserError(f"{path} does not exist; {remedy or 'check the path'}")
+    else:
+        what, usual = error.strerror or str(error), "check the disk or choose another path"
+    return UserError(f"{cannot}: {what}; {remedy or usual}")
 
 
-def atomic_write(path: str | Path, data: Buffer | Iterable[Buffer]) -> None:
+def atomic_write(path: str | Path, data: Buffer | Iterable[Buffer], remedy: str | None = None) -> None:
     """Put `data` (bytes, or pieces of bytes) at `path`, whole or not at all, and on the disk when this returns.
+
+    Args:
+        remedy: what a refusal advises, if not another --out; see `explain`.
 
     Raises:
         UserError: the disk is full or read-only, the folder is missing, the name is too long, or `path` is not a file.
@@ -73,7 +86,7 @@ def atomic_write(path: str | Path, data: Buffer | Iterable[Buffer]) -> None:
             raise
         _sync_folder(path.parent)
     except OSError as error:
-        raise explain(error, path, "write") from error
+        raise explain(error, path, "write", remedy) from error
 
 
 def remove_leftovers(folder: str | Path) -> None:
@@ -89,8 +102,8 @@ def remove_leftovers(folder: str | Path) -> None:
         raise explain(error, folder, "write") from error
 
 
-def make_folder(path: str | Path) -> Path:
-    """Make `path` and the folders above it, unless they are there.
+def make_folder(path: str | Path, remedy: str | None = None) -> Path:
+    """Make `path` and the folders above it, unless they are there. `remedy`: see `explain`.
 
     Raises:
         UserError: a file is in the way, or the disk refuses.
@@ -99,7 +112,7 @@ def make_folder(path: str | Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise explain(error, path, "write") from error
+        raise explain(error, path, "write", remedy) from error
     return path
 
 
@@ -117,7 +130,7 @@ def cache_folder(asked: str | Path | None = None) -> Path:
             return Path(chosen).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tritwise"
     except RuntimeError as error:
-        raise UserError(f"no cache folder: {error}; set TRITWISE_CACHE to a folder that can be written") from error
+        raise UserError(f"no cache folder: {error}; {CACHE_REMEDY}") from error
 
 
 def read_bytes(path: str | Path, first: int = -1) -> bytes:

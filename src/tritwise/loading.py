@@ -33,7 +33,8 @@ class LoadedModel:
         self, prompt: str | bytes = b"", bytes: int = 200, *, seed: int = 0, temperature: float = 0.8, top_k: int = 0
     ) -> bytes:
         """`bytes` bytes that continue `prompt`; the prompt is not repeated. The same seed gives the same bytes."""
-        raw = prompt.encode("utf-8") if isinstance(prompt, str) else prompt
+        # A command line's bytes that are not UTF-8 reach us as lone surrogates; this makes them bytes again.
+        raw = prompt.encode("utf-8", errors="surrogateescape") if isinstance(prompt, str) else prompt
         chosen = generate_bytes(self.model, raw, bytes, seed=seed, temperature=temperature, top_k=top_k)
         return builtins.bytes(chosen)
 

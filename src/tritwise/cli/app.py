@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+import warnings
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -56,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 2 the user can put it right, 130 stopped by Ctrl-C."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        code = app(args=given, standalone_mode=False)
+        code = app(args=given, prog_name="tritwise", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except UserError as error:
@@ -73,7 +75,19 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(explain(error, error.filename or "a file", "write")), given)
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("stopped\n")
+        if "--json" in given:
+            print(json.dumps({"interrupted": True}))
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail("there is not enough memory for this; choose a smaller --batch, --ctx or --width", given)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has a type for a full GPU, but on a CPU only its allocator's words tell."""
+    told = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in told or "DefaultCPUAllocator" in told
 
 
 def _fail(message: str, given: list[str]) -> int:
@@ -85,4 +99,9 @@ def _fail(message: str, given: list[str]) -> int:
 
 def run() -> None:
     """Entry point of the console script."""
+    # A sample holds any character, and a terminal or pipe may know only some: a mark in its place, not an error.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     sys.exit(main())

@@ -159,7 +159,7 @@ def sample(
     model: Where,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "\n",
     bytes: Annotated[int, typer.Option(help="How many bytes to write.")] = 300,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same text.")] = 0,
     temperature: Annotated[float, typer.Option(help="0: the likeliest byte; 1: as the model says.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Only the k likeliest bytes; 0: all.")] = 0,
     json: Json = False,

@@ -27,7 +27,6 @@ import lzma
 import os
 import re
 import stat
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -40,7 +39,7 @@ import numpy as np
 import zstandard
 
 from tritwise.errors import UserError
-from tritwise.files import cache_folder
+from tritwise.files import CACHE_REMEDY, atomic_write, cache_folder, explain, make_folder
 
 BUNDLED = Path(__file__).parent / "tinyshakespeare.txt"
 BUNDLED_NAMES = ("shakespeare", "tinyshakespeare")
@@ -69,9 +68,9 @@ class Source:
 
 def describe(path: Path | str, *, cache: Path | str | None = None) -> Source:
     """Opens `path` as `open_bytes` does and keeps its name beside the bytes. Raises UserError."""
-    located = _locate(path)
+    located, data = _locate(path), open_bytes(path, cache=cache)
     name = "tinyshakespeare" if located == BUNDLED else located.resolve().name
-    return Source(name, located, open_bytes(path, cache=cache))
+    return Source(name, located, data)
 
 
 def open_bytes(path: Path | str, *, cache: Path | str | None = None) -> np.ndarray:
@@ -270,28 +269,22 @@ def _cache_name(files: list[Path]) -> str:
 
 
 def _write_once(target: Path, pieces: Iterator[bytes], source: Path) -> None:
-    """Temporary file, flush to disk, rename: a cache file is whole or not there, whatever happens in between."""
-    temporary = None
     try:
         if target.exists():
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".part", delete=False) as out:
-            temporary = Path(out.name)
-            written = sum(out.write(piece) for piece in pieces)
-            out.flush()
-            os.fsync(out.fileno())
-        if not written:
-            raise UserError(f"empty data: {source} holds no bytes; give a file with text or use --data shakespeare")
-        temporary.replace(target)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"cannot write the cache {target.parent}: {reason}; set TRITWISE_CACHE to a writable folder with room"
-        ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        raise explain(error, target, "write", CACHE_REMEDY) from error
+    make_folder(target.parent, CACHE_REMEDY)
+    atomic_write(target, _not_empty(pieces, source), CACHE_REMEDY)
+
+
+def _not_empty(pieces: Iterator[bytes], source: Path) -> Iterator[bytes]:
+    written = 0
+    for piece in pieces:
+        written += len(piece)
+        yield piece
+    if not written:
+        raise UserError(f"empty data: {source} holds no bytes; give a file with text or use --data shakespeare")
 
 
 def _map(path: Path) -> np.ndarray:

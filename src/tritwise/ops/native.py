@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tritwise.errors import UserError
-from tritwise.files import atomic_write, cache_folder, make_folder, read_bytes, sha256_of
+from tritwise.files import CACHE_REMEDY, atomic_write, cache_folder, make_folder, read_bytes, sha256_of
 
 SOURCE = Path(__file__).with_name("native.c")
 VERSION = 1  # what tritwise_version() of native.c says
@@ -84,14 +84,10 @@ def load() -> Kernels | str:
         key = _key(version)
         path = _kept(folder, key) or _keep(folder, key, _compile(compiler))
         return _open(path)
-    except _Refusal as refusal:
+    except UserError as refusal:
         return str(refusal)
     except (OSError, AttributeError, ValueError, subprocess.SubprocessError) as error:
         return f"the C code cannot be built or loaded: {' '.join(str(error).split())}"
-
-
-class _Refusal(Exception):
-    """A reason found half-way; never leaves this file."""
 
 
 def _compiler() -> tuple[list[str], str]:
@@ -102,7 +98,7 @@ def _compiler() -> tuple[list[str], str]:
             answer = subprocess.run([*command, "--version"], capture_output=True, timeout=COMPILE_SECONDS)
             if answer.returncode == 0:
                 return command, answer.stdout.decode(errors="replace")
-    raise _Refusal("there is no C compiler; install gcc or clang, or name one in the environment variable CC")
+    raise UserError("there is no C compiler; install gcc or clang, or name one in the environment variable CC")
 
 
 def _processor() -> str:
@@ -129,12 +125,8 @@ def _kept(folder: Path, key: str) -> Path | None:
 
 
 def _keep(folder: Path, key: str, library: bytes) -> Path:
-    path = folder / f"{_name(key, library)}.so"
-    try:
-        atomic_write(make_folder(folder) / path.name, library)
-    except UserError as error:
-        why = error.__cause__ or error
-        raise _Refusal(f"cannot write {path}: {why}; set TRITWISE_CACHE to a folder that can be written") from error
+    path = make_folder(folder, CACHE_REMEDY) / f"{_name(key, library)}.so"
+    atomic_write(path, library, CACHE_REMEDY)
     return path
 
 
@@ -152,7 +144,7 @@ def _compile(compiler: list[str]) -> bytes:
             if run.returncode == 0:
                 return made.read_bytes()
             said = run.stderr.decode(errors="replace").strip().split("\n")[0] or f"exit status {run.returncode}"
-    raise _Refusal(f"{shlex.join(compiler)} cannot compile it: {said}; repair the compiler or name another in CC")
+    raise UserError(f"{shlex.join(compiler)} cannot compile it: {said}; repair the compiler or name another in CC")
 
 
 def _open(path: Path) -> Kernels:
@@ -163,7 +155,7 @@ def _open(path: Path) -> Kernels:
         function.restype, function.argtypes = result, arguments
     found = Kernels(**functions)
     if library.tritwise_version() != VERSION or self_test(found) != SELF_TEST:
-        raise _Refusal(f"{path} gives wrong results on this machine; delete it and name another compiler in CC")
+        raise UserError(f"{path} gives wrong results on this machine; delete it and name another compiler in CC")
     return found
 
 

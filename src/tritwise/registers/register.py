@@ -42,14 +42,14 @@ def to_trits(register: Tensor) -> Tensor:
     return torch.stack(digits, dim=-1)
 
 
-def move(register: Tensor, steps: Tensor) -> Tensor:
-    """R + steps, carried and clamped to +-121. `steps` is any integer tensor of R's shape; returns a new int8 tensor.
+def move(register: Tensor, steps: Tensor, limit: int = REGISTER_LIMIT) -> Tensor:
+    """R + steps, carried and clamped to +-limit. `steps` is any integer tensor of R's shape; returns a new int8 tensor.
 
     Clamping saturates the evidence of a weight that is already as sure as it can be; it never changes a trit's sign.
     """
     # Steps are cut to the width of the range first, so that no sum can overflow and turn back.
-    whole = steps.to(torch.int64).clamp(-2 * REGISTER_LIMIT, 2 * REGISTER_LIMIT)
-    return whole.add_(register).clamp_(-REGISTER_LIMIT, REGISTER_LIMIT).to(torch.int8)
+    whole = steps.to(torch.int64).clamp(-2 * limit, 2 * limit)
+    return whole.add_(register).clamp_(-limit, limit).to(torch.int8)
 
 
 def init_registers(shape: tuple[int, ...], key: Key, span: float = 0.9) -> Tensor:

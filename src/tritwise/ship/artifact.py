@@ -77,7 +77,10 @@ def read_artifact(path: Path) -> tuple[ByteLM, dict[str, Any]]:
     count = sum(layer.register.numel() for _, layer in layers)
     if len(trits) != packed_bytes(count) or len(scales) != sum(layer.exponent.numel() for _, layer in layers):
         raise UserError(f"{path} holds another number of weights than it names; ship it again from its run")
-    flat = unpack_base3(torch.from_numpy(np.frombuffer(trits, np.uint8).copy()), count)
+    try:
+        flat = unpack_base3(torch.from_numpy(np.frombuffer(trits, np.uint8).copy()), count)
+    except ValueError as error:  # checksums do not vouch for a file that somebody made by hand
+        raise UserError(f"{path} holds bytes that are no trits; ship it again from its run") from error
     exponents = torch.from_numpy(np.frombuffer(scales, np.int8).copy())
     with torch.no_grad():
         for _, layer in layers:

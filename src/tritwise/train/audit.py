@@ -36,16 +36,19 @@ def audit(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) ->
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
+                if parameter not in names:  # trained all the same
+                    names[parameter] = "(not in the model)"
+                    rows.append(_row(names[parameter], parameter, "optimizer", trains=True, state=False))
                 for key, value in optimizer.state.get(parameter, {}).items():
                     if isinstance(value, Tensor):
-                        owner = names.get(parameter, "?").removesuffix(".register")
+                        owner = names[parameter].removesuffix(".register")
                         role = STATE_ROLES.get(key, "optimizer")
                         rows.append(_row(f"{owner}.{key}", value, role, trains=True, state=True))
     ports = [(f"{name}.port", layer.port) for name, layer in trit_modules(model) if layer.port is not None]
     rows += [_row(name, port, "port", trains=False, state=False) for name, port in ports]
 
     lasting = [row for row in rows if row["trainable"]]
-    floats = [row for row in lasting if row["dtype"].startswith(("float", "bfloat"))]
+    floats = [row for row in lasting if row["dtype"].startswith(("float", "bfloat", "complex"))]
     weights = sum(row["numbers"] for row in rows if row["role"] in ("matrix", "embedding", "head", "vector"))
     by_role: dict[str, int] = {}
     for row in lasting:

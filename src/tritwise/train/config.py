@@ -118,6 +118,10 @@ class Config:
                 f"optimizer {self.train.optimizer} does not train {self.model.weights} weights; "
                 "use trit with weights=trit, adamw or muon with weights=float"
             )
+        if self.model.vocab != 256:
+            raise UserError(f"vocab is {self.model.vocab}; a model of bytes needs 256")
+        if self.train.stride > self.model.ctx:
+            raise UserError(f"stride is {self.train.stride}; the score's window moves by at most ctx, {self.model.ctx}")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON; `from_dict` reads it back."""

@@ -47,18 +47,26 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
     model = ByteLM(config.model).to(device)
     optimizers = build_optimizers(model, settings)
     store = folder.store(settings.keep)
-    step, seconds = 0, 0.0
-    folder.begin(config, resume=resume)
+    step, saved, seconds = 0, 0, 0.0
+    folder.begin(resume=resume)
     if resume and store.steps():
         checkpoint = store.load()
         sampler.check(checkpoint.meta["sampler"])
+        if checkpoint.step > settings.steps:
+            raise UserError(
+                f"{out} is at step {checkpoint.step} already; resume it with --steps {checkpoint.step} or more"
+            )
         unpack_state(checkpoint, model, optimizers)
-        step, seconds = checkpoint.step, checkpoint.meta["seconds"]
+        step, saved, seconds = checkpoint.step, checkpoint.step, checkpoint.meta["seconds"]
+    # A resumed run may have been given more steps, and the next resume must know: they are part of the schedule.
+    folder.write("config", config.as_dict())
     folder.write_manifest(config, device)
 
     def save() -> None:
+        nonlocal saved
         tensors, meta = pack_state(model, optimizers)
         store.save(step, tensors, meta | {"seconds": seconds, "sampler": sampler.state()})
+        saved = step
 
     def where() -> dict[str, Any]:
         return {"step": step, "bytes": step * bytes_a_step, "seconds": round(seconds, 3)}
@@ -95,10 +103,12 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
                     if settings.sample_bytes:
                         log(_sample(model, settings.sample_bytes, settings.seed, where()))
                     seconds = time.perf_counter() - began
-                due = last or stop.asked or (settings.save_interval and step % settings.save_interval == 0)
-                if settings.save and due:
+                if settings.save and settings.save_interval and step % settings.save_interval == 0:
                     save()
                     seconds = time.perf_counter() - began
+            # Here and not in the loop: a signal may come at any moment, between the last lines of a step too.
+            if settings.save and step > saved:
+                save()
         finally:
             display.stop()
         folder.write_manifest(config, device)  # again: now the backends that ran are known
@@ -126,12 +136,13 @@ def train_step(
         if not math.isfinite(total):
             break
         (loss / accum).backward()
+    sound = math.isfinite(total) and all(_gradients_are_finite(optimizer) for optimizer in optimizers)
     for optimizer in optimizers:
         if isinstance(optimizer, TritOptimizer):
-            if not math.isfinite(total):
+            if not sound:
                 optimizer.refuse()
             optimizer.step()
-        elif math.isfinite(total) and _gradients_are_finite(optimizer):
+        elif sound:
             optimizer.step()
         else:
             optimizer.param_groups[0]["skipped"] = optimizer.param_groups[0].get("skipped", 0) + 1

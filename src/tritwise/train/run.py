@@ -43,8 +43,8 @@ class RunFolder:
         """The run's checkpoints."""
         return CheckpointStore(self.path / "checkpoints", keep)
 
-    def begin(self, config: Config, *, resume: bool) -> None:
-        """Make the folder (or find it again) and write config and manifest.
+    def begin(self, *, resume: bool) -> None:
+        """Make the folder, or find it again.
 
         Raises UserError if a new run would overwrite one, or if there is nothing to resume.
         """
@@ -54,8 +54,6 @@ class RunFolder:
         if resume and not begun:
             raise UserError(f"{self.path} holds no run to resume; leave out --resume to start one")
         make_folder(self.path)
-        if not resume:
-            self.write("config", config.as_dict())
 
     def config(self) -> Config:
         """The run's config. Raises UserError if the folder holds no run."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tritwise.registers import Key, leading_trit, random_bits16, round_stochastic, to_fixed_point
+from tritwise.registers import Key, leading_trit, move, random_bits16, round_stochastic, to_fixed_point
 
 MOMENTUM_LIMIT = 127
 EXPONENT_FLOOR, EXPONENT_CEILING = -126, 120  # 2**E and 127 * 2**E stay normal float32 numbers
@@ -38,5 +38,5 @@ def move_registers(register: Tensor, direction: Tensor, rate: float, limit: int,
     fixed = to_fixed_point(direction, -rate, limit=2 * MOMENTUM_LIMIT)
     steps = round_stochastic(fixed, random_bits16(register.numel(), key, register.device))
     before = leading_trit(register)
-    register.copy_(steps.add_(register).clamp_(-limit, limit))
+    register.copy_(move(register, steps, limit))
     return torch.count_nonzero(before != leading_trit(register))

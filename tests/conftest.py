@@ -1,0 +1,149 @@
+"""Shared by the tests of the upper rooms: a small text, a small config, a trained run, the command line."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
+import pytest
+import torch
+
+from tritwise.cli.app import main
+from tritwise.data import open_bytes
+from tritwise.recipes import recipe
+from tritwise.train import Config, override, train
+from tritwise.train.checkpoint import CheckpointStore
+from tritwise.train.progress import Quiet
+
+# Tiny tensors: a second thread costs more than it brings, and test runs side by side would fight for the cores.
+torch.set_num_threads(1)
+
+SMALL = {
+    "width": 32,
+    "depth": 1,
+    "ctx": 16,
+    "batch": 4,
+    "steps": 12,
+    "log_interval": 2,
+    "eval_interval": 6,
+    "save_interval": 4,
+    "eval_bytes": 320,
+    "sample_bytes": 8,
+}
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60,000 bytes of the bundled text as a file of their own, so that a final score takes a moment."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes(bytes(open_bytes("shakespeare")[:60_000]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3,000 bytes of the bundled text, for runs of which only the course matters."""
+    path = tmp_path_factory.mktemp("small") / "small.txt"
+    path.write_bytes(bytes(open_bytes("shakespeare")[:3_000]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_config(small_text: Path) -> Callable[..., Config]:
+    """small_config(steps=8, …): a config whose run takes a fraction of a second."""
+
+    def make(**changes: Any) -> Config:
+        return override(recipe("tiny"), SMALL | {"data": str(small_text)} | changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """The folder of a finished run of the recipe `tiny`, without its report. Read only: `copied` may be changed."""
+    out = tmp_path_factory.mktemp("runs") / "trained"
+    train(override(recipe("tiny"), {"data": str(text)}), out)
+    return out
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    """A copy of `trained` to change or to damage."""
+    return Path(shutil.copytree(trained, tmp_path / "copied"))
+
+
+class StopAt(Quiet):
+    """A display that sends this process a signal when the line of a step is logged, as a person would."""
+
+    def __init__(self, step: int, number: int = signal.SIGINT, times: int = 1) -> None:
+        self.step, self.number, self.times = step, number, times
+
+    def record(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "train" and record["step"] == self.step:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture
+def stop_at() -> type[StopAt]:
+    """stop_at(step): the display that interrupts a run in this step."""
+    return StopAt
+
+
+@dataclass
+class Outcome:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The object on the last line of stdout."""
+        return json.loads(self.out.splitlines()[-1])
+
+
+@pytest.fixture
+def cli() -> Callable[..., Outcome]:
+    """cli("score", run, "--json"): the command line in this process."""
+
+    def call(*arguments: object) -> Outcome:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([str(argument) for argument in arguments])
+        return Outcome(code, out.getvalue(), err.getvalue())
+
+    return call
+
+
+@pytest.fixture
+def state_of() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """state_of(run): every tensor of the newest checkpoint, registers and optimizer state alike."""
+
+    def read(run: Path) -> dict[str, torch.Tensor]:
+        return CheckpointStore(run / "checkpoints").load().tensors
+
+    return read
+
+
+@pytest.fixture
+def assert_same_state(state_of: Callable[[Path], dict[str, torch.Tensor]]) -> Callable[[Path, Path], None]:
+    """assert_same_state(run, other): the newest checkpoints are equal to the last bit."""
+
+    def check(run: Path, other: Path) -> None:
+        one, two = state_of(run), state_of(other)
+        assert one.keys() == two.keys()
+        different = [name for name in one if not torch.equal(one[name], two[name])]
+        assert not different
+        assert any(name.startswith("optimizer.") for name in one)
+
+    return check
