@@ -47,8 +47,8 @@ demo: setup
 
 test: setup
 	@mkdir -p build
-	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10 --cov=tritwise.registers --cov=tritwise.ops \
-	  --cov=tritwise.optim --cov-report= --cov-report=json:build/coverage.json
+	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10 --cov=src/tritwise/registers \
+	  --cov=src/tritwise/ops --cov=src/tritwise/optim --cov-report= --cov-report=json:build/coverage.json
 	$(BIN)/python scripts/coverage_rooms.py build/coverage.json
 
 lint: setup

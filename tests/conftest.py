@@ -6,12 +6,15 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+if "-m" not in sys.argv or "not gpu" in " ".join(sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these compare runs with what is loaded on a CPU, bit for bit
 
 import pytest
 import torch

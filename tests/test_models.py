@@ -145,6 +145,34 @@ def test_float_and_trit_compute_the_same_from_the_same_weights():
     torch.testing.assert_close(plain(ids), trit(ids), rtol=1e-4, atol=1e-4)
 
 
+def test_the_shape_follows_the_config():
+    model = tiny(width=64, depth=3, heads=4, kv_heads=2, mlp_ratio=3, vocab=99, ngrams=3, ngram_rows=50, group=16)
+    shapes = {name: tuple(layer.register.shape) for name, layer in trit_modules(model)}
+    assert shapes == {
+        "embed": (99, 64),
+        "ngrams.tables.0": (50, 64),
+        "ngrams.tables.1": (50, 64),
+        **{f"blocks.{n}.attention.qkv": ((4 + 2 + 2) * 16, 64) for n in range(3)},
+        **{f"blocks.{n}.attention.out": (64, 64) for n in range(3)},
+        **{f"blocks.{n}.mlp.up": (192, 64) for n in range(3)},
+        **{f"blocks.{n}.mlp.down": (64, 192) for n in range(3)},
+        "head": (99, 64),
+    }
+    assert {layer.group for _, layer in trit_modules(model)} == {16}
+    assert {block.attention.window for block in tiny(window=5).blocks} == {5}
+
+
+def test_the_size_of_the_embedding_does_not_matter():
+    """The sum of the embeddings is normalised before the first block."""
+    model, ids = tiny(ngrams=2, ngram_rows=32), draw(2, 16)
+    assert model.ngrams is not None
+    base = model(ids)
+    with torch.no_grad():
+        for table in (model.embed, *model.ngrams.tables):
+            table.exponent.add_(16)  # four times as large
+    torch.testing.assert_close(model(ids), base, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("changes", [{}, {"ngrams": 4, "ngram_rows": 64}, {"window": 3}])
 def test_the_future_never_changes_the_past(changes):
     model, ids = tiny(**changes), draw(1, 16)

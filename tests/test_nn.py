@@ -465,6 +465,14 @@ def test_before_the_start_is_no_byte():
     assert slots([7], 2)[0][0] not in {slots([first, 7], 2)[0][1] for first in range(256)}
 
 
+def test_golden_hashes():
+    """A shipped model was trained with these rows: another hash is another model."""
+    assert slots(list(b"Tritwise\xff"), 3, 4096) == [
+        [1942, 955, 845, 3660, 879, 1215, 216, 1888, 1241],
+        [3217, 513, 920, 3203, 1457, 844, 3727, 801, 3195],
+    ]
+
+
 def test_all_pairs_of_bytes_spread_evenly():
     rows = 4096
     text = [b for first in range(256) for second in range(256) for b in (first, second)]

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tritwise import ops
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import TritEmbedding, TritLinear, TritModule, trit_modules
 from tritwise.optim import TritOptimizer, rate_factor
@@ -91,6 +92,26 @@ def test_the_mean_of_many_seeds_is_the_exact_step():
     exact = -rate * LEAD * grad.double() / grad.double().square().mean().sqrt()
     # Rounding has a deviation of at most 1/2; int8 momentum adds a little.
     assert (total / trials - exact).abs().max() < 4.5 * 0.55 / math.sqrt(trials)
+
+
+@pytest.mark.parametrize(
+    ("direction", "steps", "blocks"),
+    [("newton_schulz", 3, 1), ("newton_schulz", 1, 1), ("newton_schulz", 3, 3), ("row_column", 3, 3), ("sign", 3, 1)],
+)
+def test_a_step_is_the_direction_of_the_momentum_rounded(direction, steps, blocks):
+    layer, grad = linear(20, 12, blocks=blocks), normal(12, 20) * torch.logspace(0, 2, 12)[:, None]
+    with torch.no_grad():
+        layer.register.zero_()
+    optimizer = TritOptimizer(layer, rate=0.1, direction=direction, steps=steps)
+    give(layer, grad)
+    optimizer.step()
+    state = optimizer.state[layer.register]
+    u = ops.direction(state["momentum"], state["row_exponent"], direction, steps, blocks)
+    assert ((layer.register + 0.1 * LEAD * u).abs() < 1.001).all()
+    others = ((2, blocks), (steps, 4)) if direction == "newton_schulz" else ()
+    for other in others:  # the bound is tight enough to tell settings apart
+        u = ops.direction(state["momentum"], state["row_exponent"], direction, *other)
+        assert ((layer.register + 0.1 * LEAD * u).abs() > 1.5).any()
 
 
 @pytest.mark.parametrize("direction", ["newton_schulz", "row_column", "rms", "sign"])
@@ -210,6 +231,19 @@ def test_the_same_seed_gives_the_same_registers():
     assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_momentum_draws_bits_of_its_own_seed_step_and_layer():
+    found = []
+    for seed in (0, 1):
+        layers = [linear(), linear()]
+        optimizer = TritOptimizer(layers, rate=0.0, momentum=0.0, seed=seed)
+        for _ in range(2):
+            for layer in layers:
+                give(layer, normal(8, 16))
+                found.append(value(optimizer, layer))
+            optimizer.step()
+    assert all(not torch.equal(found[a], found[b]) for a in range(8) for b in range(a))
+
+
 def test_every_layer_and_every_step_draws_its_own_bits():
     """Two equal layers with equal gradients part ways, and so do two equal steps."""
     one, two = linear(64, 64), linear(64, 64)
@@ -289,6 +323,22 @@ def test_scales_move_towards_a_lower_loss():
         optimizer.step()
     fallen = (before - student.exponent).double()
     assert fallen.median() == 8 and (student(x) - target).square().mean() < first / 20
+
+
+def test_a_scale_step_is_the_scale_gradient_over_its_rms_rounded():
+    """One weight of 1 to a scale: the scale gradients are the weight gradients, and each has its own random bits."""
+    layer, grad = linear(200, 1, group=1), normal(1, 200)
+    with torch.no_grad():
+        layer.register.fill_(81)
+        layer.exponent.zero_()
+    optimizer = TritOptimizer(layer, rate=0.1, scale_rate=1.0)
+    give(layer, grad)
+    optimizer.step()
+    u = grad / grad.square().mean().sqrt()
+    assert ((layer.exponent + 8 * u).abs() < 1.5).all()  # rounding the momentum and then the step
+    state = optimizer.state[layer.register]
+    assert torch.equal(state["row_exponent"], state["scale_row_exponent"])
+    assert not torch.equal(state["momentum"], state["scale_momentum"])
 
 
 def test_scales_stay_without_a_rate_of_their_own():

@@ -24,9 +24,10 @@ from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import trit_modules
 from tritwise.optim import TritOptimizer, rate_factor
 from tritwise.recipes import tiny
-from tritwise.registers import zero_fraction
+from tritwise.registers import LEAD, zero_fraction
 from tritwise.report import write_report
-from tritwise.train import RunFolder, TrainConfig, audit, load_run, override, train
+from tritwise.ship import read_artifact
+from tritwise.train import RunFolder, TrainConfig, audit, finish, load_run, override, train
 from tritwise.train.finish import ship_run
 from tritwise.train.loop import train_step
 from tritwise.train.meter import Meter
@@ -134,6 +135,19 @@ def test_flips_and_zeros_are_what_they_say(small_config, tmp_path: Path):
         zeros += zero_fraction(layer.register) * layer.register.numel()
     assert row["flips"] == flips > 0
     assert row["flip_rate"] == pytest.approx(flips / total) and row["zero_fraction"] == pytest.approx(zeros / total)
+
+
+def test_a_line_is_the_mean_of_its_steps(small_config, tmp_path: Path):
+    for interval in (1, 4):
+        train(small_config(log_interval=interval), tmp_path / str(interval))
+    fine, coarse = (lines_of(tmp_path / name, "train") for name in ("1", "4"))
+    for number, row in enumerate(coarse):
+        steps = fine[4 * number : 4 * number + 4]
+        for key in ("loss", "bpb", "flips", "flip_rate"):
+            assert row[key] == pytest.approx(sum(step[key] for step in steps) / 4)
+        assert row["zero_fraction"] == steps[-1]["zero_fraction"] and row["rate"] == steps[-1]["rate"]
+    layers = [line["layers"]["head"]["flip_rate"] for line in lines_of(tmp_path / "1", "layers")]
+    assert lines_of(tmp_path / "4", "layers")[0]["layers"]["head"]["flip_rate"] == pytest.approx(sum(layers[:4]) / 4)
 
 
 def test_result_ladder_histogram_and_artifact_belong_together(trained: Path, text: Path):
@@ -571,6 +585,19 @@ def test_displays_show_skipped_steps_and_float_runs(terminal: bool):
     assert "[bold] is no markup here" in shown and "skipped 3" in shown and "2.50M" in shown and "nan" in shown
     assert "flips" not in shown and "zeros" not in shown
     assert terminal or "left 1:15:00" in shown
+
+
+def test_an_artifact_with_one_wrong_trit_is_never_reported(small_config, tmp_path: Path, monkeypatch):
+    def misread(path: Path):
+        model, header = read_artifact(path)
+        weight = model.head.register[65, 0]
+        weight.copy_(LEAD if weight == 0 else 0)
+        return model, header
+
+    monkeypatch.setattr(finish, "read_artifact", misread)
+    with pytest.raises(UserError, match="the artifact's logits differ from the model's; do not use it"):
+        train(small_config(), tmp_path)
+    assert not (tmp_path / "result.json").exists() and saved_steps(tmp_path) == [8, 12]
 
 
 # The report

@@ -56,10 +56,14 @@ def train(
         "eval_interval": eval_interval,
         "save_interval": save_interval,
     }
+    from tritwise.data.source import BUNDLED_NAMES
+
     changes: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
     if no_save:
         changes["save"] = False
     changes |= _settings(set_ or [])
+    if changes.get("data") and changes["data"] not in BUNDLED_NAMES and Path(changes["data"]).exists():
+        changes["data"] = str(Path(changes["data"]).resolve())  # so that resume and ship find it from any folder
 
     from tritwise.recipes import recipe as recipe_called
     from tritwise.train import RunFolder, override

@@ -44,11 +44,3 @@ def score_table(name: str, nats: float, ladder: list[dict[str, Any]]) -> Table:
         for rung, value in sorted(rungs, key=lambda entry: -entry[1])
     ]
     return table("", ["", "nats/byte", "bits/byte"], rows)
-
-
-def size(count: float) -> str:
-    """Bytes for people: 1,234 B, 12.3 kB, 4.5 MB (decimal)."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= 10 * scale or (unit != "kB" and count >= scale):
-            return f"{count / scale:.1f} {unit}"
-    return f"{count:,.0f} B"

@@ -253,20 +253,19 @@ def _dot(line: Line) -> dict[str, Any]:
 def _ladder_lines(axes: Axes, ladder: Sequence[tuple[str, float]], low: float, high: float) -> None:
     """Horizontal lines, each with its name on it at the right, the names moved apart where two lines are close."""
     heights = [math.log(nats / low) / math.log(high / low) for _, nats in ladder]
-    for (name, nats), height in zip(ladder, spread(heights, 0.055), strict=True):
+    for (name, nats), height in zip(ladder, spread(heights, 0.034), strict=True):
         strong = name == "5-gram"
         axes.axhline(
             nats, color=INK if strong else MUTED, linewidth=1.1 if strong else 0.8, linestyle=(0, (4, 3)), zorder=1.5
         )
         axes.text(
             0.995,
-            height + 0.008,
+            height + 0.003,
             f"{name} {nats:.3f}",
             transform=axes.transAxes,
             ha="right",
             va="bottom",
-            fontsize=8.5,
+            fontsize=7.5,
             color=INK if strong else MUTED,
             fontweight="bold" if strong else "normal",
-            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.6},
         )

@@ -5,7 +5,7 @@ Every row is an honest code length for the val bytes, given the train bytes:
     uniform    8 bits a byte: knowing nothing
     unigram    how often each byte occurs in train
     5-gram     a byte from the four before it, counted in train, with all shorter contexts interpolated
-    5-gram KN  the same context, better smoothed: the one to beat
+    5-gram KN  the same context, better smoothed: the best of the counting rungs
     xz         how much longer the xz file of train gets when val is appended
 
 Both 5-grams take D from each count and mix in the probability one order lower, with a weight of W per different byte:

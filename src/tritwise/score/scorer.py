@@ -42,7 +42,10 @@ class Score(NamedTuple):
 
 
 def _spans(total: int, window: int, stride: int) -> list[tuple[int, int, int]]:
-    """(start, stop, first new target) of each window over targets 0 … total-1; new targets tile the text exactly."""
+    """(start, stop, first new target) of each window over targets 0 … total-1; new targets tile the text exactly.
+
+    All windows are as long as the first: `window`, or the whole text where that is shorter.
+    """
     spans, done = [], 0
     while done < total:
         stop = min(total, window if done == 0 else done + stride)
@@ -77,9 +80,10 @@ def score(
     began, batch = time.perf_counter(), max(1, BATCH_BYTES // window)
     text = np.empty(total + 1, dtype=np.uint8)
     text[0], text[1:] = START, data
+    spans, length = _spans(total, window, stride), min(window, total)
     nats, scored = 0.0, 0
-    for group in _batches(_spans(total, window, stride), batch):
-        length = group[0][1] - group[0][0]
+    for first in range(0, len(spans), batch):
+        group = spans[first : first + batch]
         rows = np.stack([text[start : start + length + 1] for start, _, _ in group]).astype(np.int64)
         ids = torch.from_numpy(rows).to(device)
         log_probs = model.log_probs(ids[:, :-1])
@@ -93,17 +97,6 @@ def score(
         raise UserError("the model gives some byte a probability of zero or no number; it cannot be scored")
     mean = nats / total
     return Score(mean, mean / math.log(2), total, window, stride, time.perf_counter() - began)
-
-
-def _batches(spans: list[tuple[int, int, int]], size: int) -> list[list[tuple[int, int, int]]]:
-    """Spans in order, in lists of at most `size` of one length."""
-    groups: list[list[tuple[int, int, int]]] = []
-    for span in spans:
-        last = groups[-1] if groups else None
-        if last is None or len(last) == size or last[0][1] - last[0][0] != span[1] - span[0]:
-            groups.append([])
-        groups[-1].append(span)
-    return groups
 
 
 def _check_distribution(log_probs_V: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tritwise.data.source import describe
+from tritwise.data.source import BUNDLED_NAMES, describe
 from tritwise.data.split import split
 from tritwise.errors import UserError
 from tritwise.models import ByteLM
@@ -70,7 +70,10 @@ def ship_and_reread(
     device: torch.device,
 ) -> tuple[ArtifactInfo, Score]:
     """Write the artifact, read it back, hold its logits against the model's, and score what was read."""
-    trained = {"data": config.train.data, "split": config.train.split}
+    # Where a private text lies is nobody's business; the bundled one can be named.
+    trained = {"split": config.train.split}
+    if config.train.data in BUNDLED_NAMES:
+        trained["data"] = config.train.data
     info = write_artifact(model, path, {"recipe": config.recipe, "train": trained, **about})
     reread, _ = read_artifact(path)
     reread.to(device)
