@@ -43,13 +43,16 @@ def build_optimizers(model: ByteLM, config: TrainConfig) -> list[torch.optim.Opt
 def _affordable_interval(shape: ModelConfig, config: TrainConfig) -> int:
     """How rarely matrices must move for the directions to cost about a seventh of forward and backward: 1 … 8.
 
-    Three Newton-Schulz steps take about 15 * width operations a weight, forward and backward 6 a weight and byte.
-    Moving every 4th step by 4 times the rate was measured no worse than moving at every step (docs/LOG.md).
+    Three Newton-Schulz steps take about 15 * width operations a weight, and a matrix costs about as much as 35 million
+    operations before the first of them, in calls: that is what counts at small widths. Forward and backward take 6
+    operations a weight and byte. Moving every 4th step by 4 times the rate was measured no worse than moving at every
+    step, every 8th worse by .005 nats (docs/LOG.md).
     """
     if config.direction != "newton_schulz":
         return 1
     work = 6 * config.batch * config.accum * shape.ctx
-    return max(1, min(8, round(15 * shape.width / (0.15 * work))))
+    direction = 15 * shape.width + 35e6 / (3 * shape.width**2)  # a block's mean matrix holds 3 * width^2 weights
+    return max(1, min(8, round(direction / (0.15 * work))))
 
 
 def _float_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
