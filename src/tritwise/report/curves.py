@@ -83,9 +83,10 @@ def loss_figure(train: Line, val: Line, ladder: Sequence[tuple[str, float]]) -> 
             axes.annotate(
                 f"{val[1][-1]:.3f}",
                 (val[0][-1], val[1][-1]),
-                (7, -1),
+                (0, -7),  # below: the names of the ladder's lines stand at the right
                 textcoords="offset points",
-                va="center",
+                ha="center",
+                va="top",
                 color=VERMILION,
                 fontweight="bold",
                 fontsize=9,
