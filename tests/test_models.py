@@ -270,7 +270,7 @@ def test_a_state_reads_up_to_the_context():
     with torch.no_grad():
         model(draw(1, 16), state)
         assert state.used == 16 and state.history_BP.shape == (1, 1)
-        with pytest.raises((RuntimeError, AssertionError)):
+        with pytest.raises(ValueError, match="17 positions do not fit a context of 16"):
             model(draw(1, 1), state)
 
 
@@ -327,3 +327,11 @@ def test_a_few_steps_on_one_batch_lower_its_loss(weights, ngrams):
         model.loss(ids, targets).backward()
         optimizer.step()
     assert model.loss(ids, targets).item() < first.item() - 0.5
+
+
+@pytest.mark.parametrize("ctx", [1, 16])
+def test_more_than_the_context_is_refused_in_words(ctx: int):
+    model = ByteLM(ModelConfig(width=32, depth=1, ctx=ctx))
+    model(torch.zeros(1, ctx, dtype=torch.int64))
+    with pytest.raises(ValueError, match=f"{ctx + 1} positions do not fit a context of {ctx}; read them in windows"):
+        model(torch.zeros(1, ctx + 1, dtype=torch.int64))

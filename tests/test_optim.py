@@ -603,3 +603,9 @@ def test_skipped_steps_are_counted_in_every_group():
     optimizer.refuse()
     optimizer.step()
     assert [(group["skipped"], group["step"]) for group in optimizer.param_groups] == [(1, 1)] * 3
+
+
+def test_roles_and_ready_made_groups_do_not_mix():
+    layer = TritLinear(8, 8)
+    with pytest.raises(ValueError, match="groups carry their own settings"):
+        TritOptimizer([{"params": [layer]}], roles={"matrix": {"rate": 0.1}})

@@ -31,8 +31,10 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angle_TD.sin(), persistent=False)
 
     def forward(self, x_BTHD: Tensor, start: int = 0) -> Tensor:
-        """Rotate positions start … start+T-1; the same shape and dtype."""
+        """Rotate positions start … start+T-1; the same shape and dtype. ValueError beyond the length of the tables."""
         stop = start + x_BTHD.shape[1]
+        if stop > self.cos.shape[0]:
+            raise ValueError(f"{stop} positions do not fit a context of {self.cos.shape[0]}; read them in windows")
         cos = self.cos[start:stop, None].to(x_BTHD.dtype)
         sin = self.sin[start:stop, None].to(x_BTHD.dtype)
         return _Rotate.apply(x_BTHD, cos, sin)  # type: ignore[no-any-return]

@@ -250,6 +250,8 @@ def _groups(
     else:
         listed = list(layers)
         if listed and all(isinstance(entry, dict) for entry in listed):
+            if roles:
+                raise ValueError("groups carry their own settings; put those of `roles` into the groups")
             return listed  # type: ignore[return-value]
         found = listed
     if not found:
