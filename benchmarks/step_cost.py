@@ -18,6 +18,7 @@ import torch
 
 from tritwise.data.sampler import Sampler
 from tritwise.data.source import describe
+from tritwise.data.split import split
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.report.plots import save_png, step_cost_figure
 from tritwise.train.config import Config, TrainConfig
@@ -36,7 +37,7 @@ class Runner:
         settings = TrainConfig(batch=batch, optimizer=optimizer, rate=rate)
         self.model = ByteLM(ModelConfig(width=width, depth=depth, ctx=ctx, weights=weights))
         self.optimizers = build_optimizers(self.model, settings)
-        self.sampler = Sampler(describe("shakespeare").data[:1_003_854], batch, ctx, 0)
+        self.sampler = Sampler(split(describe("shakespeare").data, "90/10")["train"], batch, ctx, 0)
         self.step = 0
 
     def seconds(self, steps: int) -> float:

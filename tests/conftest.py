@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ if "-m" not in sys.argv or "not gpu" in " ".join(sys.argv):
 import pytest
 import torch
 
+from tritwise import ops
 from tritwise.cli.app import main
 from tritwise.data import open_bytes
+from tritwise.ops import backends
 from tritwise.recipes import recipe
 from tritwise.train import Config, override, train
 from tritwise.train.checkpoint import CheckpointStore
@@ -41,6 +43,33 @@ SMALL = {
     "eval_bytes": 320,
     "sample_bytes": 8,
 }
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that uses `each_backend` runs on every backend of its module's OPERATION."""
+    if "each_backend" in metafunc.fixturenames:
+        names = ops.backends_of(metafunc.module.OPERATION)
+        metafunc.parametrize("each_backend", names, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def each_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ask for one backend of the module's OPERATION; skip, with its reason, where this machine cannot run it."""
+    reason = backends._backends[request.module.OPERATION][request.param].refuses(torch.device("cpu"))
+    if reason:
+        pytest.skip(reason)
+    with ops.backend(request.param):
+        yield
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh memory is filled with NaN (floats) or the largest number (integers)."""
+    monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,10 @@
 """Directions: unit RMS from any momentum, Newton-Schulz against a float64 SVD, and row exponents from end to end."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from tritwise import ops
-from tritwise.ops import backends
 from tritwise.ops.direction import METHODS
 from tritwise.ops.direction.reference import newton_schulz
 
@@ -43,24 +40,9 @@ def spectral_oracle(x: Tensor, steps: int) -> Tensor:
     return u @ torch.diag(quintic(s / s.norm(), steps)) @ vh
 
 
-@pytest.fixture(scope="module", autouse=True, params=ops.backends_of("direction"))
-def each_backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Everything here is asked of every backend that this machine can run."""
-    reason = backends._backends["direction"][request.param].refuses(torch.device("cpu"))
-    if reason:
-        pytest.skip(reason)
-    with ops.backend(request.param):
-        yield
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh memory is filled with NaN (floats) or the largest number (integers)."""
-    monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+# Everything here is asked of every backend that this machine can run.
+OPERATION = "direction"
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 
 @pytest.mark.parametrize("method", METHODS)

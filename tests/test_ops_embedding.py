@@ -1,6 +1,6 @@
 """Ternary embedding: rows and their gradient against dense float64 autograd, the port, and torch.library's checks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -45,24 +45,9 @@ def dense(register: Tensor, exponent: Tensor, group: int) -> Tensor:
     )
 
 
-@pytest.fixture(scope="module", autouse=True, params=ops.backends_of("embedding"))
-def each_backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Everything here is asked of every backend that this machine can run."""
-    reason = backends._backends["embedding"][request.param].refuses(torch.device("cpu"))
-    if reason:
-        pytest.skip(reason)
-    with ops.backend(request.param):
-        yield
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh memory is filled with NaN (floats) or the largest number (integers)."""
-    monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+# Everything here is asked of every backend that this machine can run.
+OPERATION = "embedding"
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 
 CASES = [  # rows, columns, group, shape of ids: fewer ids than rows, and as many or more

@@ -1,6 +1,6 @@
 """Ternary linear: forward and every gradient against dense float64 autograd, the port, and torch.library's checks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -50,24 +50,9 @@ def assert_close(found: Tensor, oracle: Tensor, tolerance: float = 2e-6) -> None
     assert (found.double() - oracle).norm() <= tolerance * oracle.norm()
 
 
-@pytest.fixture(scope="module", autouse=True, params=ops.backends_of("linear"))
-def each_backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Everything here is asked of every backend that this machine can run."""
-    reason = backends._backends["linear"][request.param].refuses(torch.device("cpu"))
-    if reason:
-        pytest.skip(reason)
-    with ops.backend(request.param):
-        yield
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh memory is filled with NaN (floats) or the largest number (integers)."""
-    monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+# Everything here is asked of every backend that this machine can run.
+OPERATION = "linear"
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 
 SHAPES = [  # leading dimensions, inputs, outputs, group

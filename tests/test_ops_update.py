@@ -2,7 +2,6 @@
 
 import math
 import struct
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tritwise import ops
-from tritwise.ops import backends
 from tritwise.registers import Key, leading_trit, make_key, random_bits16
 
 OPS = torch.ops.tritwise
@@ -71,24 +69,9 @@ def normal(*shape: int, seed: int = 2) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module", autouse=True, params=ops.backends_of("update"))
-def each_backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Everything here is asked of every backend that this machine can run."""
-    reason = backends._backends["update"][request.param].refuses(torch.device("cpu"))
-    if reason:
-        pytest.skip(reason)
-    with ops.backend(request.param):
-        yield
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh memory is filled with NaN (floats) or the largest number (integers)."""
-    monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+# Everything here is asked of every backend that this machine can run.
+OPERATION = "update"
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (13, 7), (3, 257)])

@@ -165,7 +165,7 @@ def sha256_of(source: str | Path | Buffer) -> str:
 
 def json_bytes(value: Any) -> bytes:
     """JSON for people: indented, keys in the order given, UTF-8. JSON has no NaN or infinity: they become null."""
-    return _encode(_finite(value), indent=2) + b"\n"
+    return _encode(finite(value), indent=2) + b"\n"
 
 
 def canonical_json(value: Any) -> bytes:
@@ -244,7 +244,7 @@ class JsonLines:
         Raises:
             UserError: the disk is full or refuses.
         """
-        line = _encode(_finite(record)) + b"\n"
+        line = _encode(finite(record)) + b"\n"
         end = os.fstat(self._file.fileno()).st_size
         try:
             _write_all(self._file, line)
@@ -305,13 +305,14 @@ def _encode(value: Any, **style: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, **style).encode("utf-8", errors="backslashreplace")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` with every NaN and infinity, however deep, as None: JSON has no spelling for them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from tritwise.data.source import open_bytes
+from tritwise.data.split import named_part
 from tritwise.data.split import split as split_data
-from tritwise.errors import UserError
 from tritwise.models import ByteLM
 from tritwise.models import generate as generate_bytes
 from tritwise.score import Score
@@ -56,10 +56,7 @@ class LoadedModel:
         else:
             array = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
         if split is not None:
-            parts = split_data(array, rule)
-            if split not in parts:
-                raise UserError(f"the split {rule} has no part {split!r}; choose one of {', '.join(parts)}")
-            array = parts[split]
+            array = named_part(split_data(array, rule), split)
         device = next(self.model.parameters()).device
         return score_text(self.model, array, window=window, stride=stride, device=device)
 

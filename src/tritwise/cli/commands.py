@@ -56,20 +56,19 @@ def train(
         "eval_interval": eval_interval,
         "save_interval": save_interval,
     }
-    from tritwise.data.source import BUNDLED_NAMES
-
     changes: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
     if no_save:
         changes["save"] = False
     changes |= _settings(set_ or [])
-    if changes.get("data") and changes["data"] not in BUNDLED_NAMES and Path(changes["data"]).exists():
-        changes["data"] = str(Path(changes["data"]).resolve())  # so that resume and ship find it from any folder
 
+    from tritwise.data.source import BUNDLED_NAMES
     from tritwise.recipes import recipe as recipe_called
     from tritwise.train import RunFolder, override
     from tritwise.train import train as run_training
     from tritwise.train.progress import make_display
 
+    if changes.get("data") and changes["data"] not in BUNDLED_NAMES and Path(changes["data"]).exists():
+        changes["data"] = str(Path(changes["data"]).resolve())  # so that resume and ship find it from any folder
     if out is not None and run is not None:
         raise UserError("both --out and --run name the run folder; give one of them")
     folder = RunFolder(out or Path("runs") / (run or recipe or "shakespeare"))
@@ -128,6 +127,7 @@ def score(
     import numpy as np
 
     from tritwise.data.source import describe
+    from tritwise.data.split import named_part
     from tritwise.data.split import split as split_data
     from tritwise.loading import load
     from tritwise.score import ladder as ladder_of
@@ -141,13 +141,12 @@ def score(
     source = describe(data or trained["data"])
     parts = split_data(source.data, rule or trained.get("split", "90/10")) if split else {"all": source.data}
     part = split or "all"
-    if part not in parts:
-        raise UserError(f"there is no part {part!r}; choose one of {', '.join(parts)}")
-    result = loaded.score(parts[part], window=window, stride=stride)
+    scored = named_part(parts, part)
+    result = loaded.score(scored, window=window, stride=stride)
     rows: list[Any] = []
     if ladder or (ladder is None and len(source.data) <= 16_000_000):
         context = parts["train"] if part in ("val", "test") and "train" in parts else np.empty(0, np.uint8)
-        rows = list(ladder_of(context, parts[part]))
+        rows = list(ladder_of(context, scored))
     console = output.console(json)
     if rows:
         console.print(output.score_table("this model", result.nats, rows))

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tritwise.files import finite
+
 
 def console(as_json: bool) -> Console:
     """Where a command talks to a person: stdout, or stderr when stdout belongs to JSON."""
@@ -15,15 +17,7 @@ def console(as_json: bool) -> Console:
 
 def print_json(value: dict[str, Any]) -> None:
     """One line of strict JSON; a number that is none becomes null."""
-    print(json.dumps(_finite(value), ensure_ascii=False))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(finite(value), ensure_ascii=False))
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:

@@ -70,6 +70,13 @@ def split(data: np.ndarray, rule: str) -> dict[str, np.ndarray]:
     return {name: data[start:end] for name, (start, end) in Split(rule).bounds(len(data)).items()}
 
 
+def named_part(parts: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """The part of a split that is called `name`. Raises UserError, listing the parts, if there is none."""
+    if name not in parts:
+        raise UserError(f"there is no part {name!r}; choose one of {', '.join(parts)}")
+    return parts[name]
+
+
 def _percentages(rule: str) -> list[Fraction]:
     words = rule.split("/")
     if len(words) not in (2, 3) or not all(PERCENT.fullmatch(word) for word in words):

@@ -23,8 +23,7 @@ class TritEmbedding(TritModule):
         group: int = 256,
         sparse: bool = False,
     ) -> None:
-        super().__init__(num_embeddings, embedding_dim, role=role, fan_in=1, group=group)
-        self.sparse = sparse
+        super().__init__(num_embeddings, embedding_dim, role=role, fan_in=1, group=group, sparse=sparse)
 
     def forward(self, ids: Tensor) -> Tensor:
         return ops.embedding(ids, self.register, self.exponent, self.group, self.port)

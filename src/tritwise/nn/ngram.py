@@ -24,7 +24,7 @@ class NGramEmbedding(nn.Module):
         self.tables = nn.ModuleList(embedding(rows, width, group=group, sparse=True) for _ in range(longest - 1))
 
     def forward(self, ids: Tensor, time: int) -> Tensor:
-        # int64 products wrap modulo 2**64 on every device; the top bits are the well-mixed ones.
+        # int64 products wrap modulo 2**64 on every device; the lowest bits mix worst and are dropped.
         shifted, code, total = ids + 1, ids + 1, None
         for table in self.tables:
             shifted = nn.functional.pad(shifted[:, :-1], (1, 0))

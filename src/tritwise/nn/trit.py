@@ -33,7 +33,17 @@ class TritModule(nn.Module):
     Initial registers come from torch's default generator, so `torch.manual_seed` fixes them.
     """
 
-    def __init__(self, rows: int, columns: int, *, role: str, fan_in: int, group: int = 256, blocks: int = 1) -> None:
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        *,
+        role: str,
+        fan_in: int,
+        group: int = 256,
+        blocks: int = 1,
+        sparse: bool = False,
+    ) -> None:
         super().__init__()
         if rows < 1 or columns < 1:
             raise ValueError(f"a ternary matrix needs at least one row and one column, not {rows} x {columns}")
@@ -43,7 +53,7 @@ class TritModule(nn.Module):
             raise ValueError(f"group is {group} and blocks is {blocks}; both must be at least 1")
         if rows % blocks:
             raise ValueError(f"{rows} rows do not divide into {blocks} blocks; make rows a multiple of blocks")
-        self.group, self.blocks, self.fan_in, self.sparse = group, blocks, fan_in, False
+        self.group, self.blocks, self.fan_in, self.sparse = group, blocks, fan_in, sparse
         self.roles = {"register": role, "exponent": "scale"}
         groups = -(-columns // group)
         self.register = nn.Parameter(torch.empty(rows, columns, dtype=torch.int8), requires_grad=False)

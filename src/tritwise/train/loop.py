@@ -113,9 +113,9 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
             display.stop()
         folder.write_manifest(config, device)  # again: now the backends that ran are known
         if stop.asked and step < settings.steps:
-            saved = "saved; go on with --resume" if settings.save else "not saved (--no-save)"
+            kept = "saved; go on with --resume" if settings.save else "not saved (--no-save)"
             log({"kind": "event", **where(), "message": f"stopped at step {step}"})
-            display.say(f"stopped at step {step}, {saved}")
+            display.say(f"stopped at step {step}, {kept}")
             return {"interrupted": True, "steps": step, "seconds": seconds, "run": str(folder.path)}
     done = {"steps": step, "seconds": round(seconds, 3), "bytes_seen": step * bytes_a_step}
     return finish(config, folder, model, optimizers, parts, done, device)
