@@ -25,8 +25,9 @@ from tritwise.optim import rate_factor
 from tritwise.recipes import recipe
 from tritwise.score import score
 from tritwise.train import override
-from tritwise.train.loop import train_step
+from tritwise.train.device import batch_on
 from tritwise.train.optimizers import build_optimizers, set_rates
+from tritwise.train.stepper import Stepper
 
 
 def _variants(base: dict[str, Any], *changes: dict[str, Any]) -> list[dict[str, Any]]:
@@ -67,10 +68,11 @@ def run(changes: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(settings.seed)
     model = ByteLM(config.model).to(device)
     optimizers = build_optimizers(model, settings)
+    stepper = Stepper(model, optimizers, guard=True)
     began, loss = time.perf_counter(), float("nan")
     for step in range(settings.steps):
         set_rates(optimizers, rate_factor(step, settings.steps, settings.warmup, settings.decay))
-        loss = train_step(model, optimizers, sampler, step)
+        loss = stepper.step_over([batch_on(device, sampler, step, 0)]).item()
     seconds = time.perf_counter() - began
     ctx = config.model.ctx
     return {

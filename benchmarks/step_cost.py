@@ -22,9 +22,9 @@ from tritwise.data.split import split
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.report.plots import save_png, step_cost_figure
 from tritwise.train.config import Config, TrainConfig
-from tritwise.train.loop import train_step
 from tritwise.train.optimizers import build_optimizers
 from tritwise.train.run import manifest
+from tritwise.train.stepper import Stepper
 
 
 class Runner:
@@ -37,6 +37,7 @@ class Runner:
         settings = TrainConfig(batch=batch, optimizer=optimizer, rate=rate)
         self.model = ByteLM(ModelConfig(width=width, depth=depth, ctx=ctx, weights=weights))
         self.optimizers = build_optimizers(self.model, settings)
+        self.stepper = Stepper(self.model, self.optimizers, guard=True)
         self.sampler = Sampler(split(describe("shakespeare").data, "90/10")["train"], batch, ctx, 0)
         self.step = 0
 
@@ -44,7 +45,7 @@ class Runner:
         """Mean seconds per step over `steps` steps; a multiple of the interval, so that every matrix moved as often."""
         began = time.perf_counter()
         for _ in range(steps):
-            train_step(self.model, self.optimizers, self.sampler, self.step)
+            self.stepper.step(*self.sampler.batch_at(self.step)).item()  # training reads the loss now and then
             self.step += 1
         return (time.perf_counter() - began) / steps
 

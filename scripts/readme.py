@@ -1,13 +1,17 @@
-"""Fills README's generated blocks, and draws its pictures, from the newest result files in benchmarks/results.
+"""Fills the generated blocks of README and docs/RULE.md, and draws their pictures, from benchmarks/results.
 
-python scripts/readme.py            draw docs/*.png and write the blocks
+python scripts/readme.py            draw docs/*.png, docs/images/*.png and write the blocks
 python scripts/readme.py --check    change nothing; say what is stale and exit 1
 
 A block is what stands between `<!-- generated:NAME -->` and `<!-- end:NAME -->`. Result files are named
-KIND_YYYY-MM-DD.json; the newest of a kind, by name, counts:
+KIND_YYYY-MM-DD.json or .jsonl; the newest of a kind, by name, counts:
 
     demo_cpu2        made by benchmarks/collect_demo.py
     step_cost_cpu2   {"rows": [{"width", "batch", "tritwise_ms", "adamw_ms", "ratio"}, …], …}
+    rules_h100       the rows.jsonl of `tritwise bench rules`; ablation_h100, scaling_h100 and robustness_h100 likewise,
+                     for what is not in the same file
+
+README has all of its blocks. docs/RULE.md, if it is there, has any of `RULE_BLOCKS`.
 
 A picture cannot be compared byte for byte, for matplotlib's versions draw differently. So the block beside it holds the
 checksums of the picture and of the file it was drawn from, and either one changing makes the block stale.
@@ -17,28 +21,67 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tritwise.report.bench_plots import choose_bench_plots
+from tritwise.report.bench_rows import read_bench
+from tritwise.report.bench_tables import ablation_markdown, rules_markdown
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
+README, RULE = "README.md", "docs/RULE.md"
 LOSS, COST = "docs/loss.png", "docs/step_cost.png"
+RULE_PLOTS = ("loss", "state", "rates", "activity", "scaling", "robustness")  # as choose_bench_plots names them
+RULE_TABLES = ("table", "ablation")
+RULE_BLOCKS = tuple(f"rules_{name}" for name in (*RULE_TABLES, *RULE_PLOTS))
 DATE = "[0-9]" * 4 + "-[0-9][0-9]-[0-9][0-9]"
 
 
-def newest(root: Path, kind: str) -> Path | None:
+def newest(root: Path, kind: str, suffix: str = "json") -> Path | None:
     """The newest result file of `kind` under `root`, or None."""
-    return max((root / RESULTS).glob(f"{kind}_{DATE}.json"), default=None)
+    return max((root / RESULTS).glob(f"{kind}_{DATE}.{suffix}"), default=None)
 
 
 def blocks(root: Path) -> dict[str, str]:
-    """Block name -> its text, made from the newest results and the pictures as they are now."""
+    """Block of README -> its text, made from the newest results and the pictures as they are now."""
     demo, cost = newest(root, "demo_cpu2"), newest(root, "step_cost_cpu2")
     return {
         "picture": _loss(root, demo) if demo else "A picture will stand here once a demo is recorded.",
         "result": _result(root, demo) if demo else "No demo has been recorded yet; `make demo` makes one.",
         "cost": _cost(root, cost) if cost else "The cost of a step has not been recorded yet.",
     }
+
+
+def rule_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
+    """Each wanted block of docs/RULE.md -> its text; names that are not in RULE_BLOCKS are left out."""
+    made = {}
+    for block in dict.fromkeys(wanted):
+        name = block.removeprefix("rules_")
+        source = _rule_source(root, name)
+        if block not in RULE_BLOCKS:
+            continue
+        if source is None:
+            made[block] = "Nothing has been recorded for this yet; `tritwise bench rules` measures it."
+        elif name in RULE_TABLES:
+            tell = rules_markdown if name == "table" else ablation_markdown
+            link = f"../{source.relative_to(root).as_posix()}"
+            made[block] = f"{tell(read_bench(source))}\n\nAll of it in [{source.name}]({link})."
+        else:
+            plot = choose_bench_plots(read_bench(source)).get(name)
+            path = _rule_picture(name)
+            shown = f"{_picture(root, path, plot.alt, source, 'docs/')}\n\n{plot.caption}" if plot else ""
+            made[block] = shown or f"{source.name} has too few rows for this picture."
+    return made
+
+
+def pages(root: Path) -> dict[str, dict[str, str]]:
+    """Page -> its blocks, of the pages that are there."""
+    found = {README: blocks(root)}
+    if (root / RULE).exists():
+        found[RULE] = rule_blocks(root, _block_names((root / RULE).read_text(encoding="utf-8")))
+    return found
 
 
 def draw(root: Path) -> list[str]:
@@ -55,27 +98,63 @@ def draw(root: Path) -> list[str]:
     if cost := newest(root, "step_cost_cpu2"):
         save_png(step_cost_figure(_read(cost)["rows"]), root / COST)
         drawn.append(COST)
+    page = (root / RULE).read_text(encoding="utf-8") if (root / RULE).exists() else ""
+    for name in RULE_PLOTS:
+        source = _rule_source(root, name)
+        if source is None or f"rules_{name}" not in _block_names(page):
+            continue
+        if plot := choose_bench_plots(read_bench(source)).get(name):
+            path = _rule_picture(name)
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            save_png(plot.figure(), root / path)
+            drawn.append(path)
     return drawn
 
 
-def fill(text: str, made: dict[str, str]) -> str:
-    """README's text with every block replaced. ValueError unless it has exactly the blocks of `made`, each once."""
-    found = re.findall(r"<!-- generated:(\w+) -->", text)
+def fill(text: str, made: dict[str, str], page: str = README) -> str:
+    """A page's text with every block replaced. ValueError unless it has exactly the blocks of `made`, each once."""
+    found = _block_names(text)
     if sorted(found) != sorted(made):
-        raise ValueError(f"README has the generated blocks {sorted(found)}, and they should be {sorted(made)}")
+        raise ValueError(f"{page} has the generated blocks {sorted(found)}, and they should be {sorted(made)}")
     for name, content in made.items():
         pattern = rf"(<!-- generated:{name} -->\n).*?(<!-- end:{name} -->)"
         text, count = re.subn(pattern, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"README's block {name} has no end; write <!-- end:{name} --> after it")
+            raise ValueError(f"{page}: block {name} has no end; write <!-- end:{name} --> after it")
     return text
 
 
 def stale(root: Path) -> list[str]:
-    """What of README is not what the results say, in words; empty when all is current."""
-    text, made = (root / "README.md").read_text(encoding="utf-8"), blocks(root)
-    fill(text, made)  # the markers themselves
-    return [name for name, content in made.items() if f"<!-- generated:{name} -->\n{content}\n<!-- end" not in text]
+    """The blocks that are not what the results say; empty when all is current."""
+    old = []
+    for page, made in pages(root).items():
+        text = (root / page).read_text(encoding="utf-8")
+        fill(text, made, page)  # the markers themselves
+        old += [name for name, content in made.items() if f"<!-- generated:{name} -->\n{content}\n<!-- end" not in text]
+    return old
+
+
+def write(root: Path) -> list[str]:
+    """Fill every page that is there; returns their names."""
+    written = []
+    for page, made in pages(root).items():
+        path = root / page
+        path.write_text(fill(path.read_text(encoding="utf-8"), made, page), encoding="utf-8")
+        written.append(page)
+    return written
+
+
+def _block_names(text: str) -> list[str]:
+    return re.findall(r"<!-- generated:(\w+) -->", text)
+
+
+def _rule_source(root: Path, name: str) -> Path | None:
+    """Where the block of that name comes from: a file of its own kind, or the one with the rules."""
+    return newest(root, f"{name}_h100", "jsonl") or newest(root, "rules_h100", "jsonl")
+
+
+def _rule_picture(name: str) -> str:
+    return f"docs/images/rules_{name}.png"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -86,9 +165,10 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else "missing"
 
 
-def _picture(root: Path, path: str, caption: str, source: Path) -> str:
+def _picture(root: Path, path: str, caption: str, source: Path, folder: str = "") -> str:
+    """The picture at `path` under `root`, on a page that lies in `folder`."""
     origin = f"<!-- {path} {_digest(root / path)} was drawn from {source.name} {_digest(source)} -->"
-    return f"{origin}\n![{caption}]({path})"
+    return f"{origin}\n![{caption}]({path.removeprefix(folder)})"
 
 
 def _loss(root: Path, source: Path) -> str:
@@ -140,18 +220,16 @@ def _cost(root: Path, path: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write or check README; returns the exit code."""
+    """Write or check the pages; returns the exit code."""
     if arguments not in ([], ["--check"]):
         print("usage: python scripts/readme.py [--check]", file=sys.stderr)
         return 2
     if arguments:
         old = stale(ROOT)
-        print(f"README.md is stale: {', '.join(old)}; run make readme" if old else "README.md is current")
+        print(f"stale: {', '.join(old)}; run make readme" if old else "README.md and docs/RULE.md are current")
         return 1 if old else 0
     drawn = draw(ROOT)
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(encoding="utf-8"), blocks(ROOT)), encoding="utf-8")
-    print(", ".join(["README.md", *drawn]))
+    print(", ".join([*write(ROOT), *drawn]))
     return 0
 
 

@@ -45,19 +45,26 @@ SMALL = {
 }
 
 
+def refusals(operation: str) -> dict[str, str | None]:
+    """Backend -> why it cannot run on this machine's CPU, or None."""
+    cpu = torch.device("cpu")
+    return {name: backends._backends[operation][name].refuses(cpu) for name in ops.backends_of(operation)}
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that uses `each_backend` runs on every backend of its module's OPERATION."""
+    """A test that uses `each_backend` runs on every backend of its module's OPERATION that this machine can run; one
+    that uses `left_out` is told which it cannot."""
     if "each_backend" in metafunc.fixturenames:
-        names = ops.backends_of(metafunc.module.OPERATION)
+        names = [name for name, reason in refusals(metafunc.module.OPERATION).items() if not reason]
         metafunc.parametrize("each_backend", names, indirect=True, scope="module")
+    if "left_out" in metafunc.fixturenames:
+        found = [(operation, refusals(operation)) for operation in backends._backends]
+        metafunc.parametrize("left_out", found, ids=[operation for operation, _ in found])
 
 
 @pytest.fixture(scope="module")
 def each_backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Ask for one backend of the module's OPERATION; skip, with its reason, where this machine cannot run it."""
-    reason = backends._backends[request.module.OPERATION][request.param].refuses(torch.device("cpu"))
-    if reason:
-        pytest.skip(reason)
+    """Ask for one backend of the module's OPERATION."""
     with ops.backend(request.param):
         yield
 

@@ -42,8 +42,9 @@ def test_a_ternary_run_holds_no_trained_float(scale_rate, ngrams):
     rows = sum(layer.register.shape[0] for _, layer in trit_modules(model))
     assert report["weights"] == weights
     momentum = weights + rows + (scales + len(list(trit_modules(model))) if scale_rate else 0)
-    assert report["bytes_by_role"]["scale"] == scales and report["bytes_by_role"]["momentum"] == momentum
-    assert report["state_bytes"] == weights + scales + momentum == sum(report["bytes_by_role"].values())
+    exponents = 2 * scales if scale_rate else scales  # with the evidence for their next step
+    assert report["bytes_by_role"]["scale"] == exponents and report["bytes_by_role"]["momentum"] == momentum
+    assert report["state_bytes"] == weights + exponents + momentum == sum(report["bytes_by_role"].values())
     assert report["state_bytes_per_weight"] == round(report["state_bytes"] / weights, 4)
 
 
@@ -53,7 +54,7 @@ def test_every_tensor_is_listed_once():
     train_step(model, [optimizer])
     report = audit(model, [optimizer])
     layers = [name for name, _ in trit_modules(model)]
-    keys = ("momentum", "row_exponent", "scale_momentum", "scale_row_exponent")
+    keys = ("momentum", "row_exponent", "scale_momentum", "scale_row_exponent", "scale_evidence")
     expected = {
         *(name for name, _ in model.named_parameters()),
         *(name for name, _ in model.named_buffers()),

@@ -58,6 +58,7 @@ def test_flat_holds_every_setting_once():
         for value in (math.nan, math.inf, -math.inf, -0.1)
     ]
     + [("momentum", 1.0), ("decay", 1.01), ("optimizer", "sgd"), ("direction", "up"), ("device", "tpu")]
+    + [("dtype", "float16"), ("compile", "yes"), ("checkpoint", "layer"), ("loss_chunk", -1)]
     + [("split", "90"), ("split", "90/20"), ("split", "")],
 )
 def test_a_value_that_cannot_work_is_refused_by_name(name: str, value: object):
@@ -127,7 +128,7 @@ def test_a_value_of_another_type_is_refused(key: str, value: object, wanted: str
 def test_an_unknown_key_names_the_nearest():
     with pytest.raises(UserError, match=r"no setting 'widht'; did you mean width\?"):
         override(tiny(), {"widht": 1})
-    with pytest.raises(UserError, match="no setting 'qqqq'; known keys: accum, batch, ctx"):
+    with pytest.raises(UserError, match="no setting 'qqqq'; known keys: accum, batch, checkpoint, compact, compile"):
         override(tiny(), {"qqqq": 1})
 
 

@@ -85,22 +85,25 @@ def test_python_blocks_run(demo, monkeypatch, capsys):
 
 
 def cli_options() -> dict[str, set[str]]:
-    """Command -> its options, as typer knows them, less --json, which README names once for all."""
-    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    return {
-        name: {o for p in c.params for o in (*p.opts, *p.secondary_opts) if o.startswith("--")} - {"--json"}
-        for name, c in commands.items()
-    }
+    """Command, such as "train" or "bench rules" -> its options, less --json, which README names once for all."""
+
+    def options(command: Any, name: str) -> dict[str, set[str]]:
+        if hasattr(command, "commands"):
+            parts = (options(part, f"{name} {own}".strip()) for own, part in command.commands.items())
+            return {full: found for part in parts for full, found in part.items()}
+        return {name: {o for p in command.params for o in (*p.opts, *p.secondary_opts) if o.startswith("--")}}
+
+    return {name: found - {"--json"} for name, found in options(typer.main.get_command(app), "").items()}
 
 
 def test_the_table_of_commands_is_complete():
-    rows = re.findall(r"^\| `(\w+)[^`]*` \|.*\| (?:`(.*)`)? ?\|$", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z][a-z -]*?)(?: [A-Z|\\]+)?` \|.*\| (?:`(.*)`)? ?\|$", README, flags=re.MULTILINE)
     assert {name: set(flags.split()) for name, flags in rows} == cli_options()
 
 
 def test_every_command_shown_exists():
     shown = "\n".join(fenced(README, "sh") + fenced(CONTRIBUTING, "sh"))
-    calls = re.findall(r"^(?:\.venv/bin/)?tritwise (\w+)([^#\n]*)", shown, flags=re.MULTILINE)
+    calls = re.findall(r"^(?:\.venv/bin/)?tritwise (bench [\w-]+|\w+)([^#\n]*)", shown, flags=re.MULTILINE)
     assert len(calls) >= 3
     for name, rest in calls:
         assert set(re.findall(r"--[a-z-]+", rest)) <= cli_options()[name] | {"--json"}
@@ -130,7 +133,7 @@ def test_the_tree_is_the_tree():
 
 
 def test_links_lead_somewhere():
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/LOG.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/LOG.md", "docs/RULE.md"):
         page = ROOT / name
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert "://" in target or (page.parent / target).exists(), f"{name} links to {target}"
@@ -367,3 +370,17 @@ def test_each_room_must_be_covered(percents, code, tmp_path, capsys):
     write_json(tmp_path / "coverage.json", report_of(**percents))
     assert coverage_rooms.main(str(tmp_path / "coverage.json")) == code
     assert ("below 95 %" in capsys.readouterr().out) == bool(code)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_kernels_count_only_where_triton_is_installed(installed, tmp_path, capsys, monkeypatch):
+    report = report_of(registers=100, ops=96, optim=100)
+    kernels = {"summary": {"covered_lines": 0, "num_statements": 100}, "missing_lines": [1], "excluded_lines": [7, 8]}
+    report["files"]["src/tritwise/ops/triton_kernels.py"] = kernels
+    write_json(tmp_path / "coverage.json", report)
+    monkeypatch.setattr(coverage_rooms.importlib.util, "find_spec", lambda name: object() if installed else None)
+    assert coverage_rooms.main(str(tmp_path / "coverage.json")) == int(installed)
+    told = capsys.readouterr().out
+    assert ("ops: 48.0 %" in told, "ops: 96.0 %" in told) == (installed, not installed)
+    assert ("Triton is not installed" in told) == (not installed)
+    assert f"left out: {2 if installed else 0}" in told

@@ -26,6 +26,34 @@ def draw(*shape: int, seed: int = 1) -> Tensor:
     return torch.randint(256, shape, generator=torch.Generator().manual_seed(seed))
 
 
+class Recorded(FloatLinear):
+    """A linear layer of another kind, with a constructor of its own."""
+
+    def __init__(self, inputs: int, outputs: int, *, role: str = "matrix", group: int = 256, blocks: int = 1) -> None:
+        super().__init__(inputs, outputs, role=role, group=group, blocks=blocks)
+        self.made_with = (inputs, outputs, role, group, blocks)
+
+
+class RecordedTable(TritEmbedding):
+    """An embedding of another kind."""
+
+
+@pytest.mark.parametrize("weights", ["trit", "float"])
+def test_other_layers_may_take_the_places(weights):
+    config = dataclasses.replace(TINY, weights=weights, ngrams=2, ngram_rows=16, group=8)
+    plain = {"trit": (TritLinear, TritEmbedding), "float": (FloatLinear, FloatEmbedding)}[weights]
+    for linear, embedding in ((Recorded, None), (None, RecordedTable), (Recorded, RecordedTable)):
+        model = ByteLM(config, linear=linear, embedding=embedding)
+        found = {type(m) for m in model.modules() if isinstance(m, FloatLinear | TritLinear)}
+        assert found == {linear or plain[0]}
+        tables = [m for m in model.modules() if isinstance(m, FloatEmbedding | TritEmbedding)]
+        assert {type(m) for m in tables} == {embedding or plain[1]} and len(tables) > 1
+        loss = model.loss(draw(2, 16), draw(2, 16, seed=2))
+        assert loss.shape == () and 4 < loss.item() < 8
+    assert model.head.made_with == (32, 256, "head", 8, 1)
+    assert model.blocks[0].attention.qkv.made_with == (32, 96, "matrix", 8, 3)
+
+
 # --- the config -----------------------------------------------------------------------------------------------------
 
 

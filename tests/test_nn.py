@@ -266,6 +266,20 @@ def test_moving_to_another_device_moves_the_port():
 # --- initial values -------------------------------------------------------------------------------------------------
 
 
+def test_trits_are_what_the_matmul_uses():
+    layer = TritLinear(5, 7, group=2)
+    with torch.no_grad():
+        layer.exponent.zero_()
+        layer.register[0] = torch.tensor([-121, -41, -40, 40, 41])
+    trits = layer.trits()
+    assert trits.dtype == torch.int8 and trits.shape == (7, 5)
+    assert trits[0].tolist() == [-1, -1, 0, 0, 1]
+    assert torch.equal(trits.float(), layer(torch.eye(5)).T)
+    with torch.no_grad():
+        layer.register.neg_()
+    assert torch.equal(layer.trits(), -trits)  # of now, not of when they were first asked for
+
+
 def test_manual_seed_fixes_the_registers():
     def registers(seed: int) -> Tensor:
         torch.manual_seed(seed)

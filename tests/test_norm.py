@@ -134,6 +134,22 @@ def test_the_graph_can_be_walked_twice(norm, plain):
 
 
 @both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_has_the_bits_of_eager(norm, plain, dtype):
+    """Behind another function, whose gradient is wrong if what it is saved for is changed in place."""
+
+    def function(x: Tensor) -> Tensor:
+        return norm(1.5 * norm(x.sin()))
+
+    torch._dynamo.reset()
+    x, upstream = normal(4, 33).to(dtype), normal(4, 33, seed=1).to(dtype)
+    eager = value_and_grad(function, x, upstream)
+    compiled = value_and_grad(torch.compile(function, backend="aot_eager", fullgraph=True), x, upstream)
+    assert eager[1].count_nonzero() > 30
+    assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True))
+
+
+@both
 def test_second_derivatives_are_refused(norm, plain):
     x = normal(3, 5).requires_grad_()
     (grad,) = torch.autograd.grad(norm(x).square().sum() * x.sum(), x, create_graph=True)

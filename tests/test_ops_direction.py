@@ -116,13 +116,45 @@ def test_exponents_far_apart(method, blocks, columns):
         assert torch.isfinite(u).all() and rms(u) == pytest.approx(1, abs=1e-5)
 
 
-def test_row_column_is_blind_to_exponents():
+@pytest.mark.parametrize("method", ["row_column", "balanced"])
+def test_row_column_is_blind_to_exponents(method):
     """Rows are divided by their own size: one that has decayed for thousands of steps must not disturb the others."""
     momentum, exponent = state(20, 30)
-    u = ops.direction(momentum, exponent, "row_column")
+    u = ops.direction(momentum, exponent, method)
     for low in (-60, -100, -105, -115, -126):
         exponent[7] = low
-        assert torch.equal(ops.direction(momentum, exponent, "row_column"), u)
+        assert torch.equal(ops.direction(momentum, exponent, method), u)
+
+
+def evened(x: Tensor) -> Tensor:
+    """Rows, then columns, over their RMS, twice; float64."""
+    x = x.double()
+    for dim in (1, 0, 1, 0):
+        x = x / x.square().mean(dim, keepdim=True).sqrt()
+    return x
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+@pytest.mark.parametrize(("blocks", "rows", "columns"), [(1, 12, 12), (1, 30, 11), (1, 9, 40), (3, 8, 14), (2, 40, 8)])
+def test_balanced_is_newton_schulz_of_row_column(blocks, rows, columns, steps):
+    momentum, exponent = state(blocks * rows, columns)
+    momentum[1] = momentum[1].div(9, rounding_mode="trunc")  # a quiet row, and a loud column
+    momentum[:, 2] = 100
+    expected = torch.cat([spectral_oracle(evened(part), steps) for part in momentum.split(rows)])
+    u = ops.direction(momentum, exponent, "balanced", steps, blocks).double()
+    assert (u - expected / rms(expected)).norm() < 2e-5 * u.norm()
+    plain = ops.direction(momentum, flat(blocks * rows), "newton_schulz", steps, blocks).double()
+    assert (u - plain).norm() > 0.1 * u.norm()  # evening out first is not the same
+
+
+def test_one_loud_row_does_not_outvote_the_others():
+    quiet, exponent = state(20, 30)
+    quiet.clamp_(-12, 12)
+    loud = quiet.clone()
+    loud[4] *= 10
+    for method, low, high in (("balanced", 0.0, 1e-5), ("newton_schulz", 0.1, 2.0)):
+        change = rms(ops.direction(loud, exponent, method) - ops.direction(quiet, exponent, method))
+        assert low <= change < high
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 5])
@@ -215,7 +247,7 @@ def test_defaults():
 @pytest.mark.parametrize("method", ["muon", "", "Sign", "newton-schulz"])
 def test_unknown_method(method):
     momentum, exponent = state(3, 4)
-    with pytest.raises(ValueError, match="newton_schulz, row_column, rms, sign"):
+    with pytest.raises(ValueError, match="newton_schulz, balanced, row_column, rms, sign"):
         ops.direction(momentum, exponent, method)
 
 

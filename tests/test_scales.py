@@ -4,10 +4,18 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tritwise.registers import EXPONENT_LIMIT, EXPONENTS_PER_OCTAVE, exponent_for, scale_table, scale_values
+from tritwise.registers import (
+    EXPONENT_LIMIT,
+    EXPONENTS_PER_OCTAVE,
+    exponent_for,
+    make_key,
+    move_exponents,
+    scale_table,
+    scale_values,
+)
 
 EXPONENTS = range(-128, 128)
 
@@ -115,3 +123,71 @@ def test_exponent_for_stays_within_the_limit(scale, expected):
 def test_exponent_for_refuses_what_is_no_scale(scale):
     with pytest.raises(ValueError, match="positive and finite"):
         exponent_for(scale)
+
+
+# Learned exponents
+
+
+def int8(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int8)
+
+
+def move(
+    exponents: list[int], evidence: list[int], direction: list[float], octaves: float, seed: int = 0
+) -> tuple[list[int], list[int]]:
+    kept = int8(*exponents), int8(*evidence), torch.tensor(direction)
+    moved = move_exponents(*(tensor.clone() for tensor in kept), octaves, make_key(seed))
+    assert all(m.dtype == torch.int8 and m.shape == kept[0].shape for m in moved)
+    return moved[0].tolist(), moved[1].tolist()
+
+
+def test_whole_steps_are_exact():
+    """An octave is eight exponents; a 2048th of it is one unit of evidence."""
+    assert move([0, 5, -7], [0, 3, -4], [1.0, -1.0, 0.0], 1.0) == ([8, -3, -7], [0, 3, -4])
+    assert move([0, 5, -7], [0, 3, -4], [1.0, -2.0, 0.5], 1 / 1024) == ([0, 5, -7], [2, -1, -3])
+
+
+def test_evidence_carries():
+    """From -128 to 127, as a register's digits: at 128 an exponent steps up and is 128 short of it."""
+    assert move([3, 3, 3, 3], [126, 127, -127, -128], [1.0, 1.0, -1.0, -1.0], 1 / 2048) == (
+        [3, 4, 3, 2],
+        [127, -128, -128, 127],
+    )
+    assert move([-1], [100], [1.0], 300 / 2048) == ([1], [-112])  # 100 + 300 = 2 * 256 - 112
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_exponents_are_clamped(sign):
+    limit = sign * EXPONENT_LIMIT
+    for start in (limit, sign * 120, -limit):
+        assert move([start], [sign * 5], [float(sign)], 1000.0) == ([limit], [0])
+        assert move([start], [0], [float(sign)], 1e30) == ([limit], [0])
+    assert move([limit], [0], [float(sign)], 1 / 2048) == ([limit], [0])
+    assert move([limit], [0], [-float(sign)], 1 / 2048) == ([limit], [-sign])
+
+
+@given(
+    st.lists(st.tuples(st.integers(-127, 127), st.integers(-128, 127), st.floats(-4, 4, width=32)), min_size=1),
+    st.floats(0, 0.1),
+    st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_step_is_exact_but_for_its_last_unit(rows, octaves, seed):
+    exponents, evidence, direction = (list(column) for column in zip(*rows, strict=True))
+    moved = move(exponents, evidence, direction, octaves, seed)
+    for e, v, d, now_e, now_v in zip(exponents, evidence, direction, *moved, strict=True):
+        limit = 127 * 256
+        exact = max(-limit, min(limit, 256 * e + v + d * octaves * 8 * 256))
+        assert -128 <= now_v <= 127 and abs(256 * now_e + now_v - exact) < 1 + 1e-4
+
+
+def test_rounding_is_even_handed_and_has_its_own_bits():
+    count = 20_000
+    zero, ones = torch.zeros(count, dtype=torch.int8), torch.ones(count)
+    for units in (0.25, -0.7):
+        exponent, evidence = move_exponents(zero, zero, ones, units / 2048, make_key(5))
+        assert not exponent.any() and set(evidence.tolist()) == {math.floor(units), math.ceil(units)}
+        assert evidence.double().mean().item() == pytest.approx(units, abs=4.5 * 0.5 / count**0.5)
+    again = move_exponents(zero, zero, ones, 0.5 / 2048, make_key(5))[1]
+    assert torch.equal(again, move_exponents(zero, zero, ones, 0.5 / 2048, make_key(5))[1])
+    assert not torch.equal(again, move_exponents(zero, zero, ones, 0.5 / 2048, make_key(6))[1])

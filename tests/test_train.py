@@ -29,10 +29,10 @@ from tritwise.report import write_report
 from tritwise.ship import read_artifact
 from tritwise.train import RunFolder, TrainConfig, audit, finish, load_run, override, train
 from tritwise.train.finish import ship_run
-from tritwise.train.loop import train_step
 from tritwise.train.meter import Meter
 from tritwise.train.optimizers import build_optimizers
 from tritwise.train.progress import LiveLine, PlainLines, make_display
+from tritwise.train.stepper import Stepper
 
 FLOATS = {
     "adamw": {"weights": "float", "optimizer": "adamw", "rate": 0.01},
@@ -249,6 +249,12 @@ def test_a_seed_fixes_a_run_and_another_changes_it(small_config, tmp_path: Path,
     assert not torch.equal(one["model.embed.register"], other["model.embed.register"])
 
 
+def train_step(model: ByteLM, optimizers: list[torch.optim.Optimizer], sampler, step: int, accum: int = 1) -> float:
+    """One step over `accum` micro-batches; the mean loss."""
+    batches = [sampler.batch_at(step, micro) for micro in range(accum)]
+    return Stepper(model, optimizers, accum, guard=True).step_over(batches).item()
+
+
 class Rows:
     """A sampler that gives the same sixteen rows, in as many parts as asked."""
 
@@ -362,7 +368,7 @@ def test_a_spoilt_table_holds_back_muon_as_well(small_config, small_text: Path):
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_run_goes_on_after_skipped_steps(where: str, small_config, tmp_path: Path, monkeypatch):
-    poison(monkeypatch, where, {3, 5, 6})
+    poison(monkeypatch, where, {1 + step for step in (3, 5, 6)})  # the first call measures activations
     result = train(small_config(log_interval=1), tmp_path)
     rows = lines_of(tmp_path, "train")
     assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 2, 3] + [3] * 6
@@ -412,7 +418,8 @@ def test_tensors_are_grouped_by_role(small_config):
     }
     muon = small_config(embedding_rate=0.5, head_rate=2.0, **FLOATS["muon"], momentum=0.8)
     first, others = build_optimizers(ByteLM(muon.model), muon.train)
-    assert len(first.param_groups[0]["params"]) == 4 and first.param_groups[0]["initial_lr"] == muon.train.rate
+    assert [len(group["params"]) for group in first.param_groups] == [1, 3]  # query, key and value are three in one
+    assert {group["initial_lr"] for group in first.param_groups} == {muon.train.rate}
     assert [group["initial_lr"] / muon.train.rate for group in others.param_groups] == pytest.approx([0.05, 0.2])
 
 
@@ -542,7 +549,10 @@ def test_plain_lines_away_from_a_terminal(small_config, tmp_path: Path):
     assert isinstance(display, PlainLines)
     train(small_config(), tmp_path, display=display)
     lines = display.console.file.getvalue().splitlines()
-    assert len(lines) == 6 + 2 and "\x1b" not in "".join(lines)
+    assert len(lines) == 6 + 2 + 2 and "\x1b" not in "".join(lines)
+    memory = [line for line in lines if line.startswith("memory  ")]
+    assert len(memory) == 2 and "registers 28.7 kB" in memory[0] and "floats" not in memory[0]
+    lines = [line for line in lines if line not in memory]
     assert re.fullmatch(
         r"step      2/12  loss \d\.\d{3}  bpb \d\.\d{3}  [\d.]+k? B/s  flips \d+  zeros \d\d\.\d%  left \d+:\d\d",
         lines[0],
@@ -565,6 +575,7 @@ def test_a_live_line_on_a_terminal(small_config, tmp_path: Path):
         r"bytes/s [\d.]+k?",
         r"flips/step \d+",
         r"zeros \d\d\.\d%",
+        r"registers [\d.]+ kB  momentum [\d.]+ kB  scales [\d.]+ k?B",
         r"best val bpb \d\.\d{4}",
         r"step      6  val loss \d\.\d{4}  val bpb \d\.\d{4}",
     ):

@@ -18,7 +18,7 @@ from typing import Any
 
 from tritwise.errors import UserError
 
-Buffer = bytes | bytearray
+Buffer = bytes | bytearray | memoryview
 
 CACHE_REMEDY = "set TRITWISE_CACHE to a writable folder with room"  # for what is written below `cache_folder`
 
@@ -77,7 +77,7 @@ def atomic_write(path: str | Path, data: Buffer | Iterable[Buffer], remedy: str 
         try:
             with temporary.open("xb", buffering=0) as file:
                 for piece in pieces:
-                    _write_all(file, piece)
+                    _write_all(file, piece)  # type: ignore[arg-type]  # pyright takes a memoryview for an Iterable
                 os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:

@@ -24,9 +24,10 @@ class LoadedModel:
     def __init__(self, model: ByteLM, path: Path, about: dict[str, Any]) -> None:
         self.model, self.path, self.about = model, path, about
 
-    def to(self, device: torch.device | str) -> "LoadedModel":
-        """Move the model; returns self."""
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "LoadedModel":
+        """Move the model, and let it compute in `dtype` (float32 or bfloat16) if one is given; returns self."""
         self.model.to(device)
+        self.model.dtype = dtype or self.model.dtype
         return self
 
     def generate(

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tritwise._version import __version__
-from tritwise.cli import commands
+from tritwise.cli import bench, commands, compress
 from tritwise.errors import UserError
 from tritwise.files import explain
 
@@ -30,11 +30,14 @@ for command in (
     commands.score,
     commands.sample,
     commands.ship,
+    compress.compress,
+    compress.decompress,
     commands.audit,
     commands.report,
     commands.doctor,
 ):
     app.command()(command)
+app.add_typer(bench.app)
 
 
 def _version(wanted: bool) -> None:

@@ -16,29 +16,30 @@ Where = Annotated[Path, typer.Argument(help="A run folder or an artifact file.",
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
 
 
-def _option(text: str, *names: str) -> Any:
+def option(text: str, *names: str) -> Any:
+    """An option whose help names its default in square brackets, where it has one."""
     return typer.Option(*names, help=text, show_default=False)
 
 
 def train(
-    recipe: Annotated[str | None, _option("Named run to start from [shakespeare].")] = None,
-    data: Annotated[str | None, _option("Text to learn: a file, a folder, or shakespeare.")] = None,
-    steps: Annotated[int | None, _option("Optimizer steps.")] = None,
-    batch: Annotated[int | None, _option("Sequences per step and micro-batch.")] = None,
-    ctx: Annotated[int | None, _option("Bytes of context.")] = None,
-    width: Annotated[int | None, _option("Channels; the rest follows from it.")] = None,
-    depth: Annotated[int | None, _option("Blocks.")] = None,
-    rate: Annotated[float | None, _option("Step of a register, in leading-trit units.")] = None,
-    accum: Annotated[int | None, _option("Micro-batches per step.")] = None,
-    seed: Annotated[int | None, _option("Seed of registers, batches and rounding.")] = None,
-    out: Annotated[Path | None, _option("Run folder [runs/NAME].")] = None,
-    run: Annotated[str | None, _option("Name of the run when --out is not given [the recipe's].")] = None,
-    resume: Annotated[bool, _option("Go on from the run's newest checkpoint.", "--resume")] = False,
-    log_interval: Annotated[int | None, _option("Steps between log lines.")] = None,
-    eval_interval: Annotated[int | None, _option("Steps between evaluations.")] = None,
-    save_interval: Annotated[int | None, _option("Steps between checkpoints.")] = None,
-    no_save: Annotated[bool, _option("Write no checkpoint.", "--no-save")] = False,
-    set_: Annotated[list[str] | None, _option("Any other setting, KEY=VALUE; may be repeated.", "--set")] = None,
+    recipe: Annotated[str | None, option("Named run to start from [shakespeare].")] = None,
+    data: Annotated[str | None, option("Text to learn: a file, a folder, or shakespeare.")] = None,
+    steps: Annotated[int | None, option("Optimizer steps.")] = None,
+    batch: Annotated[int | None, option("Sequences per step and micro-batch.")] = None,
+    ctx: Annotated[int | None, option("Bytes of context.")] = None,
+    width: Annotated[int | None, option("Channels; the rest follows from it.")] = None,
+    depth: Annotated[int | None, option("Blocks.")] = None,
+    rate: Annotated[float | None, option("Step of a register, in leading-trit units.")] = None,
+    accum: Annotated[int | None, option("Micro-batches per step.")] = None,
+    seed: Annotated[int | None, option("Seed of registers, batches and rounding.")] = None,
+    out: Annotated[Path | None, option("Run folder [runs/NAME].")] = None,
+    run: Annotated[str | None, option("Name of the run when --out is not given [the recipe's].")] = None,
+    resume: Annotated[bool, option("Go on from the run's newest checkpoint.", "--resume")] = False,
+    log_interval: Annotated[int | None, option("Steps between log lines.")] = None,
+    eval_interval: Annotated[int | None, option("Steps between evaluations.")] = None,
+    save_interval: Annotated[int | None, option("Steps between checkpoints.")] = None,
+    no_save: Annotated[bool, option("Write no checkpoint.", "--no-save")] = False,
+    set_: Annotated[list[str] | None, option("Any other setting, KEY=VALUE; may be repeated.", "--set")] = None,
     json: Json = False,
 ) -> int:
     """Train a model, score it, ship it."""
@@ -59,7 +60,7 @@ def train(
     changes: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
     if no_save:
         changes["save"] = False
-    changes |= _settings(set_ or [])
+    changes |= settings_given(set_ or [])
 
     from tritwise.data.source import BUNDLED_NAMES
     from tritwise.recipes import recipe as recipe_called
@@ -85,7 +86,8 @@ def train(
     return 130 if result.get("interrupted") else 0
 
 
-def _settings(pairs: list[str]) -> dict[str, str]:
+def settings_given(pairs: list[str]) -> dict[str, str]:
+    """The KEY=VALUE words of --set. Raises UserError for a word that is none."""
     changes = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -112,50 +114,38 @@ def _print_result(
 
 
 def score(
-    model: Where,
-    data: Annotated[str | None, _option("Text to score: a file, a folder, or shakespeare [the run's].")] = None,
-    split: Annotated[
-        str | None, _option("Part to score: train, val or test [val of the run's data, else all].")
-    ] = None,
-    rule: Annotated[str | None, _option("How parts are cut [the run's, else 90/10].")] = None,
-    window: Annotated[int, typer.Option(help="Bytes of context; 0: all the model has.")] = 0,
-    stride: Annotated[int, typer.Option(help="Bytes by which the window moves; 0: half of it.")] = 0,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="A run folder, an artifact, hf:FOLDER-OR-NAME (transformers), or ngram:ORDER (counted in train).",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[str | None, option("Text to score: a file, a folder, or shakespeare [the run's].")] = None,
+    split: Annotated[str | None, option("Part to score: train, val or test [val of the run's data, else all].")] = None,
+    rule: Annotated[str | None, option("How parts are cut [the run's, else 90/10].")] = None,
+    mode: Annotated[str | None, option("How it is read: sliding, chunked or stream [sliding].")] = None,
+    window: Annotated[int, typer.Option(help="Bytes of context (tokens, where a model reads them); 0: all.")] = 0,
+    stride: Annotated[int, option("Bytes by which the window moves [half of it; all when chunked].")] = 0,
+    separator: Annotated[str, option(r"Start anew after these bytes, for example \n\n [never].")] = "",
+    adapt: Annotated[str, option("Learn from what was scored: none, all or scales [none].")] = "none",
+    adapt_rate: Annotated[float, option("Step of --adapt [by what learns].")] = 0.0,
+    adapt_piece: Annotated[int, option("Bytes between two steps of --adapt [the stride].")] = 0,
+    no_guard: Annotated[bool, option("--adapt in half the time, and without a bound on harm.", "--no-guard")] = False,
+    mix: Annotated[bool, option("Mix with counts of orders 0 to 5 of what was scored.", "--mix")] = False,
+    mix_train: Annotated[bool, option("Count the train part first.", "--mix-train")] = False,
+    compare: Annotated[bool, option("Score two models: the paired difference and its interval.", "--compare")] = False,
     ladder: Annotated[bool | None, typer.Option(help="Beside simple baselines [texts up to 16 MB].")] = None,
     json: Json = False,
 ) -> None:
     """Bits per byte of a text, every byte scored exactly once."""
-    import numpy as np
+    from tritwise.cli.scoring import Reading, run_score
+    from tritwise.score.learning import Learning
 
-    from tritwise.data.source import describe
-    from tritwise.data.split import named_part
-    from tritwise.data.split import split as split_data
-    from tritwise.loading import load
-    from tritwise.score import ladder as ladder_of
-
-    loaded = load(model)
-    trained = loaded.about.get("train", {})
-    if data is None and "data" not in trained:
-        raise UserError(f"{model} does not say what it was trained on; name a text with --data")
-    if data is None:
-        split = split or "val"
-    source = describe(data or trained["data"])
-    parts = split_data(source.data, rule or trained.get("split", "90/10")) if split else {"all": source.data}
-    part = split or "all"
-    scored = named_part(parts, part)
-    result = loaded.score(scored, window=window, stride=stride)
-    rows: list[Any] = []
-    if ladder or (ladder is None and len(source.data) <= 16_000_000):
-        context = parts["train"] if part in ("val", "test") and "train" in parts else np.empty(0, np.uint8)
-        rows = list(ladder_of(context, scored))
-    console = output.console(json)
-    if rows:
-        console.print(output.score_table("this model", result.nats, rows))
-    console.print(
-        f"{source.name} {part}: {result.bpb:.4f} bits per byte, {result.nats:.4f} nats, {result.bytes:,} bytes "
-        f"(window {result.window}, stride {result.stride}, {result.seconds:.1f} s)"
-    )
-    if json:
-        output.print_json({**result._asdict(), "data": source.name, "split": part, "ladder": rows})
+    how = Learning(adapt, adapt_piece, adapt_rate, not no_guard, mix)  # pyright: ignore[reportArgumentType]
+    reading = Reading(mode, window, stride, separator, how, mix_train)
+    run_score(models, reading, compared=compare, data=data, part=split, rule=rule, ladder_wanted=ladder, as_json=json)
 
 
 def sample(
@@ -180,7 +170,7 @@ def sample(
 
 def ship(
     run: RunArgument,
-    out: Annotated[Path, _option("The artifact to write.")],
+    out: Annotated[Path, option("The artifact to write.")],
     json: Json = False,
 ) -> None:
     """Write a run's newest model as one file, read it back, and score what was read."""
@@ -197,17 +187,23 @@ def ship(
 
 
 def audit(run: RunArgument, json: Json = False) -> None:
-    """List every tensor that a run trains with: role, type and bytes."""
+    """List every tensor that a run trains with, and what memory its training took: role, type and bytes."""
+    from tritwise.train import RunFolder, load_run
     from tritwise.train import audit as audit_of
-    from tritwise.train import load_run
+    from tritwise.train.memory import memory_by_role
 
     _, model, optimizers, _ = load_run(run, with_optimizers=True)
     result = audit_of(model, optimizers)
+    # Activations and the peak are those of the training process, which wrote them down; this one only has the rest.
+    told = RunFolder(run).read("audit").get("memory") if (run / "audit.json").exists() else None
+    result["memory"] = told or memory_by_role(model, optimizers) | {"activations": None, "peak": None}
     console = output.console(json)
     rows = [[row["name"], row["role"], row["dtype"], f"{row['bytes']:,}"] for row in result["tensors"]]
     console.print(output.table("", ["tensor", "role", "type", "bytes"], rows))
     roles = [[role, f"{count:,}"] for role, count in result["bytes_by_role"].items()]
     console.print(output.table("", ["what lasts from step to step", "bytes"], roles))
+    memory = [[role, f"{count:,}"] for role, count in result["memory"].items() if count]
+    console.print(output.table("", ["memory while training", "bytes"], memory))
     console.print(
         f"{result['weights']:,} weights, {result['state_bytes_per_weight']:.4f} bytes of state a weight; "
         f"{result['float_trainable']:,} trainable floats, {result['float_state_bytes']:,} bytes of float state"
@@ -218,7 +214,7 @@ def audit(run: RunArgument, json: Json = False) -> None:
 
 def report(
     run: RunArgument,
-    out: Annotated[Path | None, _option("Folder to write into [RUN/report].")] = None,
+    out: Annotated[Path | None, option("Folder to write into [RUN/report].")] = None,
     json: Json = False,
 ) -> None:
     """Draw a run: one HTML page and its plots as PNG."""

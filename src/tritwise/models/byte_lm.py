@@ -3,8 +3,11 @@
 Shape suffixes: B batch, T time, C width, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from tritwise.models.config import ModelConfig
 from tritwise.nn import (
@@ -19,6 +22,9 @@ from tritwise.nn import (
     TritLinear,
     rms_norm,
 )
+
+# Nothing here draws random numbers, and their generators cannot be read while a CUDA graph is recorded.
+_AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 class Block(nn.Module):
@@ -58,15 +64,32 @@ class ByteLM(nn.Module):
 
     ids: int64 [B, T], T <= config.ctx -> logits float32 [B, T, V]; logits at t depend on ids up to t.
     With a `state` from `new_state`, ids continue what the state has read.
-    `dtype` is the type of the activations (float32 or bfloat16); weights have none.
+    `dtype` is the type of the activations (float32 or bfloat16); weights have none, so it may be changed at any time.
+    `linear` and `embedding` replace the layers that config.weights stands for; their constructors take the same
+    arguments (baselines of the benchmarks).
+
+    Two ways to train in less memory, which change no result but for rounding:
+    checkpoint: of every block only the input is kept for backward, and the block is computed again there, bit for bit
+        (Chen et al. 2016), for a third more time. Layers must compute the same at both times: no dropout.
+    loss_chunk: the loss takes logits of so many positions at a time, and again in backward, so that no float32 logits
+        [B, T, V] ever exist; 0: all at once.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        *,
+        linear: type[nn.Module] | None = None,
+        embedding: type[nn.Module] | None = None,
+        checkpoint: bool = False,
+        loss_chunk: int = 0,
+    ) -> None:
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.checkpoint, self.loss_chunk = config, dtype, checkpoint, loss_chunk
         ternary = config.weights == "trit"
-        linear: type[nn.Module] = TritLinear if ternary else FloatLinear
-        embedding: type[nn.Module] = TritEmbedding if ternary else FloatEmbedding
+        linear = linear or (TritLinear if ternary else FloatLinear)
+        embedding = embedding or (TritEmbedding if ternary else FloatEmbedding)
         self.embed = embedding(config.vocab, config.width, group=config.group)
         self.ngrams = (
             NGramEmbedding(config.ngram_rows, config.width, config.ngrams, embedding=embedding, group=config.group)
@@ -78,6 +101,10 @@ class ByteLM(nn.Module):
         self.rotary = Rotary(config.head_size, config.ctx)
 
     def forward(self, ids: Tensor, state: DecodeState | None = None) -> Tensor:
+        return self._logits(self._features(ids, state))
+
+    def _features(self, ids: Tensor, state: DecodeState | None = None) -> Tensor:
+        """What the head reads, of the activations' dtype [B, T, C]."""
         x_BTC = self.embed(ids)
         if self.ngrams is not None:
             time, read = ids.shape[1], ids
@@ -87,14 +114,32 @@ class ByteLM(nn.Module):
             x_BTC = x_BTC + self.ngrams(read, time)
         x_BTC = rms_norm(x_BTC.to(self.dtype))
         for index, block in enumerate(self.blocks):
-            x_BTC = block(x_BTC, self.rotary, state.caches[index] if state is not None else None)
-        z_BTV = self.head(rms_norm(x_BTC)).float()
-        return self.config.softcap * torch.tanh(z_BTV / self.config.softcap)
+            if self.checkpoint and state is None and torch.is_grad_enabled():
+                x_BTC = recomputed(block, x_BTC, self.rotary, **_AGAIN)  # type: ignore[assignment]
+            else:
+                x_BTC = block(x_BTC, self.rotary, state.caches[index] if state is not None else None)
+        return rms_norm(x_BTC)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Capped logits float32 [..., V] of features [..., C]."""
+        z = self.head(x).float()
+        return self.config.softcap * torch.tanh(z / self.config.softcap)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per byte. ids, targets: int64 [B, T]; a 0-d float32 tensor."""
-        logits = self(ids)
-        return nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+        x_NC, targets_N = self._features(ids).flatten(0, 1), targets.reshape(-1)
+        count = len(x_NC)
+        if not 0 < self.loss_chunk < count:
+            return nn.functional.cross_entropy(self._logits(x_NC), targets_N)
+        total = x_NC.new_zeros((), dtype=torch.float32)
+        # The head's weight gradients of all chunks are added up before they reach its port, which fires once.
+        for chunk in zip(x_NC.split(self.loss_chunk), targets_N.split(self.loss_chunk), strict=True):
+            total = total + recomputed(self.loss_of_features, *chunk, **_AGAIN)  # type: ignore[operator]
+        return total / count
+
+    def loss_of_features(self, x_NC: Tensor, targets_N: Tensor) -> Tensor:
+        """Sum of the cross-entropies, in nats, of positions whose features are [N, C] and targets int64 [N]."""
+        return nn.functional.cross_entropy(self._logits(x_NC), targets_N, reduction="sum")
 
     @property
     def context(self) -> int:

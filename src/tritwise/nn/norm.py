@@ -1,7 +1,9 @@
 """Normalisation without learned gain, alone and behind a squared ReLU: there is nothing to train and nothing to ship.
 
 Both are written as one function with its own backward. On a CPU torch's composite RMSNorm walks memory about ten times
-a pass; here forward reads x twice and backward four times.
+a pass; here forward reads x twice and backward four times. While torch.compile traces them nothing is changed in
+place: torch 2.11 then saves the square for backward as it was before the change, and the gradient of the layer below is
+wrong. The compiler does away with the copies, and the bits are the same.
 """
 
 from typing import Any
@@ -37,7 +39,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         y, inverse = ctx.saved_tensors
-        return _norm_grad(grad, y).mul_(inverse)
+        return _norm_grad(grad, y) * inverse if torch.compiler.is_compiling() else _norm_grad(grad, y).mul_(inverse)
 
 
 class _ReLUSquaredNorm(torch.autograd.Function):
@@ -46,7 +48,7 @@ class _ReLUSquaredNorm(torch.autograd.Function):
         positive = torch.relu(h)
         y = positive * positive
         inverse = _inverse_rms(y).to(h.dtype)
-        y.mul_(inverse)
+        y = y * inverse if torch.compiler.is_compiling() else y.mul_(inverse)
         ctx.save_for_backward(positive, y, inverse)
         return y
 
@@ -54,6 +56,8 @@ class _ReLUSquaredNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         positive, y, inverse = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            return _norm_grad(grad, y) * positive * (2 * inverse)
         return _norm_grad(grad, y).mul_(positive).mul_(2 * inverse)
 
 

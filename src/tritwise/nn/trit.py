@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritwise.registers import exponent_for, init_registers, make_key, zero_fraction
+from tritwise.registers import exponent_for, init_registers, leading_trit, make_key, zero_fraction
 
 ROLES = ("matrix", "embedding", "head", "vector", "scale", "table")
 """matrix, embedding, head, vector: weights by what they do. scale: scale exponents. table: constants, not trained."""
@@ -67,6 +67,10 @@ class TritModule(nn.Module):
     def role(self) -> str:
         """The role of the matrix, one of ROLES."""
         return self.roles["register"]
+
+    def trits(self) -> Tensor:
+        """The ternary weights that a matmul uses now: leading trits, int8 [rows, columns]."""
+        return leading_trit(self.register)
 
     @torch.no_grad()
     def reset_parameters(self, span: float = 0.9) -> None:

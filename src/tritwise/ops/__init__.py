@@ -6,23 +6,48 @@ torch.compile sees one opaque node, and which backend runs is decided when it ru
     linear      y = x W^T, its input gradient, weight gradient and scale gradient; W = trit * scale
     embedding   rows of W, and the weight gradient
     update      momentum (int8, stochastic rounding) and the move of registers and scale exponents
+    nibble      the update for registers that hold their momentum in the same byte
     direction   momentum -> a step of unit RMS: Newton-Schulz, row/column, sign, rms
+
+update, nibble and direction have `_many` forms for a list of tensors: a whole model in a few launches on a GPU.
 """
 
 from tritwise.ops.backends import backend, backend_table, backends_of
-from tritwise.ops.direction import direction
+from tritwise.ops.direction import direction, direction_many
 from tritwise.ops.embedding import embedding
 from tritwise.ops.linear import linear, linear_scale_grad
-from tritwise.ops.update import accumulate_momentum, move_registers
+from tritwise.ops.nibble import (
+    accumulate_nibble,
+    accumulate_nibble_many,
+    momentum_of,
+    momentum_of_many,
+    move_nibbles,
+    move_nibbles_many,
+)
+from tritwise.ops.update import (
+    accumulate_momentum,
+    accumulate_momentum_many,
+    move_registers,
+    move_registers_many,
+)
 
 __all__ = [
     "accumulate_momentum",
+    "accumulate_momentum_many",
+    "accumulate_nibble",
+    "accumulate_nibble_many",
     "backend",
     "backend_table",
     "backends_of",
     "direction",
+    "direction_many",
     "embedding",
     "linear",
     "linear_scale_grad",
+    "momentum_of",
+    "momentum_of_many",
+    "move_nibbles",
+    "move_nibbles_many",
     "move_registers",
+    "move_registers_many",
 ]

@@ -2,6 +2,6 @@
 
 from tritwise.optim.muon import Muon
 from tritwise.optim.schedule import rate_factor
-from tritwise.optim.trit import TritOptimizer
+from tritwise.optim.trit import ROLE_RATES, TritOptimizer
 
-__all__ = ["Muon", "TritOptimizer", "rate_factor"]
+__all__ = ["ROLE_RATES", "Muon", "TritOptimizer", "rate_factor"]

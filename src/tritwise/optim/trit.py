@@ -5,16 +5,19 @@ For every ternary layer, as soon as backward has made its gradient G:
     momentum  M <- round(decay * M + G)                     int8, one power-of-two exponent a row
     scales    the same for the gradient of the scale exponents
 
-and at `step()`, layer by layer:
+and at `step()`:
 
     direction U <- orthogonalised (or row/column-normalised, …) M, unit RMS
     registers R <- clamp(R - round(rate * 81 * U), +-121)   the leading trit of R is the weight
-    exponents E <- clamp(E - round(scale_rate * 8 * u), +-127)
+    exponents E <- E - scale_rate * 8 * u                   an integer; what is less than one step of it is kept as
+                                                            evidence, an int8 of 1/256 steps, as a register keeps it
+
+A compact layer keeps momentum and register in one byte, as nibbles (`tritwise.registers.nibble`): half the state.
 
 `round` is stochastic and counter-based. The gradient is let go of at once: memory never holds two. Source: DESIGN.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,18 +25,25 @@ from torch import Tensor, nn
 
 from tritwise import ops
 from tritwise.nn import TritModule, trit_modules
+from tritwise.ops import nibble
 from tritwise.ops.direction import METHODS
 from tritwise.ops.update.reference import EXPONENT_FLOOR
-from tritwise.registers import EXPONENT_LIMIT, EXPONENTS_PER_OCTAVE, LEAD, make_key
+from tritwise.registers import LEAD, Key, make_key, move_exponents, to_nibbles
 
 # Streams of randomness of one tensor at one step; micro-batches count up from the last.
 _MOVE, _MOVE_SCALE, _ACCUMULATE = 0, 1, 2
+_NO_STEP = -1  # in the key of a compact layer: its rounding counts steps by phase
+
+# Weights that move in one call on a GPU: their directions are held at once, about 10 bytes each.
+_TOGETHER = 1 << 25
 
 # Row/column beats Newton-Schulz where rows are symbols: a rare row gets its step whatever the others do.
 ROLE_DEFAULTS: dict[str, dict[str, Any]] = {
     "embedding": {"direction": "row_column"},
     "head": {"direction": "row_column"},
 }
+ROLE_RATES = {"embedding": 2.0, "head": 2.0}
+"""Rates of roles over that of matrices, unless given: docs/RULE.md."""
 
 
 class TritOptimizer(torch.optim.Optimizer):
@@ -47,23 +57,27 @@ class TritOptimizer(torch.optim.Optimizer):
         steps: Newton-Schulz steps.
     roles: settings for single roles, such as {"embedding": {"direction": "row_column", "rate": 0.01}}.
     interval: a layer moves at every interval-th step, by interval times as much; layers take turns.
+    compact: register and momentum share one byte a weight, in 15 steps each, beside an exponent for 32 weights: half
+        the state for a little loss. Only for dense layers; their registers become nibbles, with the same trits.
     seed: of the stochastic rounding.
 
     Gradient accumulation: call backward several times before `step()`, each with loss / count. Every micro-batch is
-    added into the integer momentum. `zero_grad` is not needed.
+    added into the integer momentum. `zero_grad` is not needed. On a GPU neither consuming a gradient nor a step waits
+    for the device, unless a layer is sparse.
     Raises ValueError for a rate, momentum or direction that cannot work.
     """
 
     def __init__(
         self,
         layers: nn.Module | Iterable[TritModule] | list[dict[str, Any]],
-        rate: float = 0.02,
+        rate: float = 0.03,
         *,
-        momentum: float = 0.95,
-        scale_rate: float = 0.0,
-        direction: str = "newton_schulz",
+        momentum: float = 0.9,
+        scale_rate: float = 0.005,
+        direction: str = "balanced",
         steps: int = 3,
         interval: int = 1,
+        compact: bool = False,
         roles: dict[str, dict[str, Any]] | None = None,
         seed: int = 0,
     ) -> None:
@@ -74,17 +88,21 @@ class TritOptimizer(torch.optim.Optimizer):
             "direction": direction,
             "steps": steps,
             "interval": interval,
+            "compact": compact,
             "seed": seed,
             "step": 0,
             "skipped": 0,
         }
+        _check(defaults)
         self._layers: dict[Tensor, TritModule] = {}
+        self._group_of: dict[Tensor, int] = {}  # by index: load_state_dict puts new dicts in the place of the groups
         self._number: dict[Tensor, int] = {}
         self._received: dict[Tensor, int] = {}
         self._taken: list[Tensor] = []
         self._touched: dict[Tensor, Tensor] = {}
+        self._uncounted: Tensor | None = None  # skipped steps that the host has not read yet
         self.flips_by_layer: dict[TritModule, Tensor] = {}
-        super().__init__(_groups(layers, roles or {}), defaults)
+        super().__init__(_groups(layers, roles or {}, rate), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add {"params": [TritModule, …], …settings}. The layers' gradients come here from now on."""
@@ -97,13 +115,23 @@ class TritOptimizer(torch.optim.Optimizer):
             settings["lr"] = param_group["rate"]
         merged = self.defaults | settings
         _check(merged)
+        if merged["compact"]:
+            if any(layer.sparse for layer in layers):
+                raise ValueError(
+                    "a sparse layer cannot be compact; make it with sparse=False, or take it out of the group"
+                )
+            _drop_momentum(layers)
         super().add_param_group({"params": [layer.register for layer in layers], **settings})
-        index = len(self.param_groups) - 1
         for layer in layers:
             self._layers[layer.register] = layer
+            self._group_of[layer.register] = len(self.param_groups) - 1
             self._number[layer.register] = len(self._number)
-            # By index: load_state_dict puts new dicts in the place of the groups.
-            layer.consumer = lambda layer, grad: self._consume(layer, grad, self.param_groups[index])
+            layer.consumer = lambda layer, grad: self.consume([layer], [grad])
+
+    @property
+    def layers(self) -> list[TritModule]:
+        """The layers that this trains, group by group."""
+        return [self._layers[register] for group in self.param_groups for register in group["params"]]
 
     @property
     def step_count(self) -> int:
@@ -113,6 +141,10 @@ class TritOptimizer(torch.optim.Optimizer):
     @property
     def skipped(self) -> int:
         """Steps at which nothing moved because a gradient held a NaN or an infinity."""
+        if self._uncounted is not None:
+            count, self._uncounted = int(self._uncounted), None
+            for group in self.param_groups:
+                group["skipped"] += count
         return self.param_groups[0]["skipped"]
 
     @property
@@ -120,39 +152,102 @@ class TritOptimizer(torch.optim.Optimizer):
         """Leading trits that changed at the last step."""
         return sum(int(flips) for flips in self.flips_by_layer.values())
 
+    def configure(self, role: str | None = None, **settings: Any) -> None:
+        """Change settings between steps: those of `__init__` but for roles, of all groups or of those of one role.
+
+        A new rate is that of matrices, or of the role that is named, and schedules start from it. ValueError for an
+        unknown role or setting, or a value that cannot work; then nothing has changed.
+        """
+        groups = [group for group in self.param_groups if role is None or group.get("role") == role]
+        if not groups:
+            raise ValueError(f"no group has the role {role!r}; choose one of {_roles_of(self.param_groups)}")
+        unknown = set(settings) - set(_SETTINGS)
+        if unknown:
+            raise ValueError(f"there is no setting {sorted(unknown)[0]!r}; choose one of {', '.join(_SETTINGS)}")
+        changed = []
+        _check(
+            self.defaults
+            | {name: settings[name] for name in settings if name != "rate"}
+            | {"lr": settings.get("rate", 0.0)}
+        )
+        for group in groups:
+            own = {name: value for name, value in settings.items() if name != "rate"}
+            if "rate" in settings:
+                factor = ROLE_RATES.get(group.get("role", ""), 1.0) if role is None else 1.0
+                own["lr"] = own["initial_lr"] = settings["rate"] * factor
+            changed.append(own)
+        for group, own in zip(groups, changed, strict=True):
+            group.update(own)
+
+    def reset_runtime_state(self) -> None:
+        """Forget what is not a weight: momentum, the evidence of scales, gradients taken since the last step, and the
+        counts of steps and skipped steps. Registers, scale exponents and settings stay."""
+        self.state.clear()
+        for pending in (self._received, self._taken, self._touched, self.flips_by_layer):
+            pending.clear()
+        self._uncounted = None
+        for group in self.param_groups:
+            group["step"] = group["skipped"] = 0
+            if group["compact"]:
+                _drop_momentum([self._layers[register] for register in group["params"]])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with every skipped step counted."""
+        _ = self.skipped
+        return super().state_dict()
+
     def _state_of(self, layer: TritModule, scales: bool) -> dict[str, Tensor]:
-        state = self.state[layer.register]
-        if "momentum" not in state:
-            rows, device = layer.register.shape[0], layer.register.device
-            state["momentum"] = torch.zeros_like(layer.register)
-            state["row_exponent"] = torch.full((rows, 1), EXPONENT_FLOOR, dtype=torch.int8, device=device)
+        state, register = self.state[layer.register], layer.register
+        if "row_exponent" not in state and self._settings_of(register)["compact"]:
+            state["row_exponent"] = torch.full_like(register[:, :1], nibble.EXPONENT_FLOOR)
+            state["group_exponent"] = torch.zeros_like(register[:, :: nibble.GROUP])
+        elif "row_exponent" not in state:
+            state["momentum"] = torch.zeros_like(register)
+            state["row_exponent"] = torch.full_like(register[:, :1], EXPONENT_FLOOR)
         if scales and "scale_momentum" not in state:
-            device = layer.register.device
-            state["scale_momentum"] = torch.zeros(1, layer.exponent.numel(), dtype=torch.int8, device=device)
-            state["scale_row_exponent"] = torch.full((1, 1), EXPONENT_FLOOR, dtype=torch.int8, device=device)
+            flat = layer.exponent.reshape(1, -1)
+            state["scale_momentum"], state["scale_evidence"] = torch.zeros_like(flat), torch.zeros_like(flat)
+            state["scale_row_exponent"] = torch.full_like(flat[:, :1], EXPONENT_FLOOR)
         return state
 
+    def _settings_of(self, register: Tensor) -> dict[str, Any]:
+        return self.param_groups[self._group_of[register]]
+
     @torch.no_grad()
-    def _consume(self, layer: TritModule, grad: Tensor, group: dict[str, Any]) -> None:
-        """Take one layer's gradient into its momentum. Called from backward, once for every micro-batch."""
-        register = layer.register
-        micro = self._received.get(register, 0)
-        self._received[register] = micro + 1
-        decay = group["momentum"] if micro == 0 else 1.0
-        scales = group["scale_rate"] > 0
-        state = self._state_of(layer, scales)
-        stream = _ACCUMULATE + 3 * micro
-        where = (group["seed"], group["step"], self._number[register])
-        if layer.sparse:
-            self._accumulate_rows(register, state, grad, group["momentum"], where, stream)
-        else:
-            key = make_key(*where, stream)
-            taken = ops.accumulate_momentum(state["momentum"], state["row_exponent"], grad, decay, key)
-            self._taken.append(taken)
-        if scales:
-            scale_grad = ops.linear_scale_grad(grad, register, layer.exponent, layer.group).view(1, -1)
-            key = make_key(*where, stream + 2)
-            ops.accumulate_momentum(state["scale_momentum"], state["scale_row_exponent"], scale_grad, decay, key)
+    def consume(self, layers: Sequence[TritModule], grads: Sequence[Tensor]) -> None:
+        """Take gradients, dL/dW float32 [rows, columns] of each layer, into the momenta. Called from backward with one
+        layer at a time, once for every micro-batch; or for many at once by whoever kept the gradients."""
+        calls: dict[float, list[tuple[Tensor, Tensor, Tensor, Key]]] = {}  # decay -> what is accumulated with it
+        compact: dict[
+            tuple[float, int], list[tuple[Tensor, Tensor, Tensor, Tensor, Key]]
+        ] = {}  # decay, phase -> the same
+        for layer, grad in zip(layers, grads, strict=True):
+            register = layer.register
+            group, micro = self._settings_of(register), self._received.get(register, 0)
+            self._received[register] = micro + 1
+            decay, scales = group["momentum"] if micro == 0 else 1.0, group["scale_rate"] > 0
+            state, stream = self._state_of(layer, scales), _ACCUMULATE + 3 * micro
+            where = (group["seed"], group["step"], self._number[register])
+            if layer.sparse:
+                self._accumulate_rows(register, state, grad, group["momentum"], where, stream)
+            elif group["compact"]:
+                key = make_key(group["seed"], _NO_STEP, self._number[register], stream)
+                nibbles = (register, state["row_exponent"], state["group_exponent"], grad, key)
+                compact.setdefault((decay, group["step"]), []).append(nibbles)
+            else:
+                entry = (state["momentum"], state["row_exponent"], grad, make_key(*where, stream))
+                calls.setdefault(decay, []).append(entry)
+            if scales:
+                scale_grad = ops.linear_scale_grad(grad, register, layer.exponent, layer.group).view(1, -1)
+                key = make_key(*where, stream + 2)
+                entry = (state["scale_momentum"], state["scale_row_exponent"], scale_grad, key)
+                calls.setdefault(decay, []).append(entry)
+        for decay, entries in calls.items():
+            momenta, exponents, gradients, keys = zip(*entries, strict=True)
+            self._taken.append(ops.accumulate_momentum_many(momenta, exponents, gradients, decay, keys))
+        for (decay, phase), entries in compact.items():
+            registers, rows, groups, gradients, keys = zip(*entries, strict=True)
+            self._taken.append(ops.accumulate_nibble_many(registers, rows, groups, gradients, decay, keys, phase))
 
     def _accumulate_rows(
         self,
@@ -172,13 +267,13 @@ class TritOptimizer(torch.optim.Optimizer):
             if rows.numel():
                 momentum, exponent = state["momentum"][rows], state["row_exponent"][rows]
                 key = make_key(*where, stream + part)
-                self._taken.append(ops.accumulate_momentum(momentum, exponent, grad[rows], factor, key))
+                self._taken.append(ops.accumulate_momentum(momentum, exponent, grad[rows], factor, key).view(1))
                 state["momentum"][rows], state["row_exponent"][rows] = momentum, exponent
         self._touched[register] = used_V if known_V is None else used_V | known_V
 
     def refuse(self) -> None:
         """Let the next `step()` move nothing and count as skipped: for a loss that is no number, before backward."""
-        self._taken.append(torch.zeros((), dtype=torch.bool, device=next(iter(self._layers)).device))
+        self._taken.append(torch.zeros(1, dtype=torch.bool, device=next(iter(self._layers)).device))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -190,59 +285,115 @@ class TritOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        skip = bool(self._taken) and not bool(torch.stack(self._taken).all())
         self.flips_by_layer = {}
-        for group in self.param_groups:
-            if skip:
+        go = torch.cat(self._taken).all() if self._taken else None
+        known = True  # whether something may move, as far as the host knows without asking a GPU
+        if go is not None and go.is_cuda:
+            skips = (~go).to(torch.int64)
+            self._uncounted = skips if self._uncounted is None else self._uncounted + skips
+        elif go is not None and not bool(go):
+            known = False
+            for group in self.param_groups:
                 group["skipped"] += 1
-            else:
-                for register in group["params"]:
-                    if register in self._received:
-                        self._move(self._layers[register], group)
+        for group in self.param_groups:
+            if known:
+                for batch in self._batches(group):
+                    self._move(batch, group, go)
             group["step"] += 1
         self._received.clear()
         self._taken.clear()
         self._touched.clear()
         return loss
 
-    def _move(self, layer: TritModule, group: dict[str, Any]) -> None:
-        register, number, step, interval = (
-            layer.register,
-            self._number[layer.register],
-            group["step"],
-            group["interval"],
-        )
-        if (step + number) % interval:
-            return
-        state, method = self._state_of(layer, scales=False), group["direction"]
-        rate = group["lr"] * interval
-        momentum, exponent, moved = state["momentum"], state["row_exponent"], register
-        rows = self._touched[register].nonzero()[:, 0] if layer.sparse else None
-        if rows is not None:
+    def _batches(self, group: dict[str, Any]) -> Iterator[list[TritModule]]:
+        """The layers of a group that move at this step, in lots that move in one call."""
+        batch: list[TritModule] = []
+        for register in group["params"]:
+            if register not in self._received or (group["step"] + self._number[register]) % group["interval"]:
+                continue
+            layer = self._layers[register]
+            if layer.sparse or not register.is_cuda:
+                yield [layer]
+                continue
+            if batch and sum(other.register.numel() for other in batch) + register.numel() > _TOGETHER:
+                yield batch
+                batch = []
+            batch.append(layer)
+        if batch:
+            yield batch
+
+    def _move(self, layers: list[TritModule], group: dict[str, Any], go: Tensor | None) -> None:
+        """Move the registers and the scales of layers that are all dense, or of one sparse layer."""
+        step, rate, registers = group["step"], group["lr"] * group["interval"], [layer.register for layer in layers]
+        states = [self._state_of(layer, scales=False) for layer in layers]
+        exponents, rows = [s["row_exponent"] for s in states], None
+        if group["compact"]:
+            # Without the exponents of rows, which the direction takes by themselves, nothing can under- or overflow.
+            level = [torch.zeros_like(e) for e in exponents]
+            momenta = ops.momentum_of_many(registers, level, [s["group_exponent"] for s in states])
+        else:
+            momenta = [s["momentum"] for s in states]
+        if layers[0].sparse:
+            rows = self._touched[registers[0]].nonzero()[:, 0]
             if not rows.numel():
                 return
-            momentum, exponent, moved = momentum[rows], exponent[rows], register[rows]
-        u = ops.direction(momentum, exponent, method, group["steps"], layer.blocks)
-        flips = ops.move_registers(moved, u, rate * LEAD, make_key(group["seed"], step, number, _MOVE))
+            registers, momenta, exponents = [registers[0][rows]], [momenta[0][rows]], [exponents[0][rows]]
+        blocks = [layer.blocks for layer in layers]
+        directions = ops.direction_many(momenta, exponents, group["direction"], group["steps"], blocks)
+        if group["compact"]:
+            phase = step // group["interval"]
+            keys = [make_key(group["seed"], _NO_STEP, self._number[layer.register], _MOVE) for layer in layers]
+            flips = ops.move_nibbles_many(registers, directions, [rate] * len(layers), keys, phase, go)
+        else:
+            keys = [make_key(group["seed"], step, self._number[layer.register], _MOVE) for layer in layers]
+            flips = ops.move_registers_many(registers, directions, [rate * LEAD] * len(layers), keys, go=go)
         if rows is not None:
-            register[rows] = moved
-        self.flips_by_layer[layer] = flips
+            layers[0].register[rows] = registers[0]
+        self.flips_by_layer.update(zip(layers, flips, strict=True))
         if group["scale_rate"] > 0:
-            u = ops.direction(state["scale_momentum"], state["scale_row_exponent"], "rms").view_as(layer.exponent)
             # Scales follow the schedule of the rate; at a rate of 0 they stay.
             initial = group.get("initial_lr", group["lr"])
             scale_rate = group["scale_rate"] * rate / initial if initial else 0.0
-            moved = layer.exponent
-            if rows is not None:
-                u, moved = u[rows], moved[rows]
-            key = make_key(group["seed"], step, number, _MOVE_SCALE)
-            ops.move_registers(moved, u, scale_rate * EXPONENTS_PER_OCTAVE, key, limit=EXPONENT_LIMIT)
-            if rows is not None:
-                layer.exponent[rows] = moved
+            self._move_scales(
+                layers,
+                scale_rate,
+                make_key(group["seed"], step, self._number[layers[0].register], _MOVE_SCALE),
+                rows,
+                go,
+            )
+
+    def _move_scales(
+        self, layers: list[TritModule], scale_rate: float, key: Key, rows: Tensor | None, go: Tensor | None
+    ) -> None:
+        """The same for scale exponents, those of all layers as one vector: they are few. `rows` of a sparse layer."""
+        states = [self.state[layer.register] for layer in layers]
+        momenta, exponents = [s["scale_momentum"] for s in states], [s["scale_row_exponent"] for s in states]
+        u_N = torch.cat([u.view(-1) for u in ops.direction_many(momenta, exponents, "rms")])
+        if rows is not None:
+            still = torch.ones_like(layers[0].exponent, dtype=torch.bool)
+            still[rows] = False
+            u_N = u_N.masked_fill(still.view(-1), 0.0)
+        if go is not None:
+            u_N = torch.where(go, u_N, 0.0)
+        exponent_N = torch.cat([layer.exponent.view(-1) for layer in layers])
+        evidence_N = torch.cat([s["scale_evidence"].view(-1) for s in states])
+        moved = move_exponents(exponent_N, evidence_N, u_N, -scale_rate, key)
+        kept = ([layer.exponent for layer in layers], [s["scale_evidence"] for s in states])
+        for tensors, values in zip(kept, moved, strict=True):
+            parts = values.split([tensor.numel() for tensor in tensors])
+            views = [part.view(tensor.shape) for tensor, part in zip(tensors, parts, strict=True)]
+            torch._foreach_copy_(list(tensors), views)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@torch.no_grad()
+def _drop_momentum(layers: Iterable[TritModule]) -> None:
+    """Five-trit registers become nibbles of the same trits; what are nibbles already lose their momentum alone."""
+    for layer in layers:
+        layer.register.copy_(to_nibbles(layer.register))
 
 
 def _groups(
-    layers: nn.Module | Iterable[TritModule] | list[dict[str, Any]], roles: dict[str, dict[str, Any]]
+    layers: nn.Module | Iterable[TritModule] | list[dict[str, Any]], roles: dict[str, dict[str, Any]], rate: float
 ) -> list[dict[str, Any]]:
     """One group per role, in the order in which roles appear, unless the caller made groups already."""
     if isinstance(layers, nn.Module):
@@ -262,8 +413,9 @@ def _groups(
     unknown = set(roles) - set(groups)
     if unknown:
         raise ValueError(f"no layer has the role {sorted(unknown)[0]!r}; the model has {', '.join(groups)}")
+    own = {role: {"lr": rate * factor} for role, factor in ROLE_RATES.items()}
     return [
-        {"params": members, "role": role, **ROLE_DEFAULTS.get(role, {}), **roles.get(role, {})}
+        {"params": members, "role": role} | own.get(role, {}) | ROLE_DEFAULTS.get(role, {}) | roles.get(role, {})
         for role, members in groups.items()
     ]
 
@@ -278,3 +430,10 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError(f"there is no direction {group['direction']!r}; choose one of {', '.join(METHODS)}")
     if group["steps"] < 1 or group["interval"] < 1:
         raise ValueError("steps and interval must be at least 1")
+
+
+_SETTINGS = ("rate", "momentum", "scale_rate", "direction", "steps", "interval", "seed")
+
+
+def _roles_of(groups: list[dict[str, Any]]) -> str:
+    return ", ".join(sorted({group["role"] for group in groups if "role" in group})) or "none: groups made by hand"

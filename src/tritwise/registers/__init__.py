@@ -4,6 +4,7 @@ Everything here is exact integer arithmetic, the same bits on every device. Floa
 exponent stands for (bf16-exact) and as the real number that stochastic rounding is given.
 """
 
+from tritwise.registers.nibble import NIBBLE_LEAD, NIBBLE_LIMIT, join_nibbles, split_nibbles, to_nibbles
 from tritwise.registers.packing import (
     PACKINGS,
     pack_base3,
@@ -12,7 +13,7 @@ from tritwise.registers.packing import (
     unpack_base3,
     unpack_twobit,
 )
-from tritwise.registers.random import Key, make_key, random_bits16, random_words
+from tritwise.registers.random import Key, make_key, random_bits16, random_words, weyl_bits16, weyl_turn
 from tritwise.registers.register import (
     EVIDENCE_LIMIT,
     LEAD,
@@ -30,6 +31,7 @@ from tritwise.registers.scales import (
     EXPONENT_LIMIT,
     EXPONENTS_PER_OCTAVE,
     exponent_for,
+    move_exponents,
     scale_table,
     scale_values,
 )
@@ -40,6 +42,8 @@ __all__ = [
     "EXPONENT_LIMIT",
     "FRACTION_BITS",
     "LEAD",
+    "NIBBLE_LEAD",
+    "NIBBLE_LIMIT",
     "PACKINGS",
     "REGISTER_LIMIT",
     "Key",
@@ -47,9 +51,11 @@ __all__ = [
     "exponent_for",
     "init_registers",
     "join",
+    "join_nibbles",
     "leading_trit",
     "make_key",
     "move",
+    "move_exponents",
     "pack_base3",
     "pack_twobit",
     "packed_bytes",
@@ -58,9 +64,13 @@ __all__ = [
     "round_stochastic",
     "scale_table",
     "scale_values",
+    "split_nibbles",
     "to_fixed_point",
+    "to_nibbles",
     "to_trits",
     "unpack_base3",
     "unpack_twobit",
+    "weyl_bits16",
+    "weyl_turn",
     "zero_fraction",
 ]

@@ -85,3 +85,28 @@ def random_bits16(count: int, key: Key, device: torch.device | str = "cpu") -> T
     Element i is half i % 2 (low half first) of word i // 2: one hash serves two elements.
     """
     return random_words((count + 1) // 2, key, device).view(torch.int16)[:count]
+
+
+# Odd, so that 2**16 steps visit every number once. Of the numbers whose share of 2**16 has no quotient above 3 in its
+# continued fraction this is the nearest to the golden ratio's, 40503.5. 40503 has an 18 there, so that it all but comes
+# back after 233 steps: the sums of 1000 roundings of 0.075 have a standard deviation of 1.9 with it and 0.8 with this.
+WEYL_STEP = 40521
+
+
+def weyl_turn(phase: int) -> int:
+    """How far the Weyl sequence has gone at step `phase`: phase * WEYL_STEP modulo 2**16, in 0 … 65535."""
+    return phase * WEYL_STEP & 0xFFFF
+
+
+def weyl_bits16(count: int, key: Key, phase: int, device: torch.device | str = "cpu") -> Tensor:
+    """`count` draws of 16 bits as int16 [count] that are spread evenly over the steps, not only over the elements.
+
+    key: the same at every step, so made without one; phase: how many draws were made with it before, any int.
+    Element i is (random_bits16(i) + phase * WEYL_STEP) modulo 2**16: across elements it is as random as its base, and
+    over the phases it is a Weyl sequence, which visits every value once in 2**16 steps and leaves no large gap in
+    between. So the roundings of a number that changes slowly add up to the truth within about one unit (standard
+    deviation 0.8 after 1000 steps), where those of independent draws walk away like the square root of the steps.
+    Source: H. Weyl, "Über die Gleichverteilung von Zahlen mod. Eins", Mathematische Annalen 77, 1916.
+    """
+    turn = weyl_turn(phase)
+    return random_bits16(count, key, device).add_(turn - 0x10000 if turn & 0x8000 else turn)

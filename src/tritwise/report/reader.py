@@ -103,6 +103,35 @@ def rows_of(value: object) -> list[dict[str, Any]]:
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
+def read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The JSON objects in the lines of a .jsonl file; none if there is no file. `notes` is told what is left out."""
+    if not path.exists():
+        return []
+    try:
+        lines = read_bytes(path).split(b"\n")
+    except UserError as error:
+        notes.append(f"{path.name} is left out: {_detail(error, path)}")
+        return []
+    rows: list[dict[str, Any]] = []
+    broken = 0
+    for index, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8", "replace"))
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif index == len(lines) - 1:  # no newline after it: the run was cut off, or is writing it now
+            notes.append(f"The last line of {path.name} was cut short and is left out")
+        else:
+            broken += 1
+    if broken:
+        notes.append(f"{broken} line{'s' * (broken > 1)} of {path.name} left out: not a JSON object")
+    return rows
+
+
 def _read_object(folder: Path, name: str, notes: list[str]) -> dict[str, Any] | None:
     path = folder / name
     if not path.exists():
@@ -125,30 +154,9 @@ def _detail(error: UserError, path: Path) -> str:
 
 def _read_metrics(path: Path, run: Run) -> bool:
     """Sort the lines of metrics.jsonl by kind. Returns whether there was at least one."""
-    if not path.exists():
-        return False
-    try:
-        lines = read_bytes(path).split(b"\n")
-    except UserError as error:
-        run.notes.append(f"metrics.jsonl is left out: {_detail(error, path)}")
-        return False
     by_kind: dict[str, list[dict[str, Any]]] = {}
-    broken = 0
-    for index, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8", "replace"))
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            by_kind.setdefault(str(row.get("kind")), []).append(row)
-        elif index == len(lines) - 1:  # no newline after it: the run was cut off, or is writing it now
-            run.notes.append("The last line of metrics.jsonl was cut short and is left out")
-        else:
-            broken += 1
-    if broken:
-        run.notes.append(f"{broken} line{'s' * (broken > 1)} of metrics.jsonl left out: not a JSON object")
+    for row in read_lines(path, run.notes):
+        by_kind.setdefault(str(row.get("kind")), []).append(row)
     run.train, run.layers = _by_step(by_kind.get("train", [])), _by_step(by_kind.get("layers", []))
     run.evals = _by_step(row for row in by_kind.get("eval", []) if row.get("split", "val") == "val")
     run.samples, run.events = by_kind.get("sample", []), by_kind.get("event", [])

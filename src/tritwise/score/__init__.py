@@ -1,6 +1,7 @@
 """Everything that turns a model into a number: bits per byte, and the ladder of simple baselines beside it."""
 
 from tritwise.score.ladder import ladder
-from tritwise.score.scorer import Predictor, Score, score
+from tritwise.score.protocol import Predictor, Stream, stream_of
+from tritwise.score.scorer import Score, score, score_stream
 
-__all__ = ["Predictor", "Score", "ladder", "score"]
+__all__ = ["Predictor", "Score", "Stream", "ladder", "score", "score_stream", "stream_of"]

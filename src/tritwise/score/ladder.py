@@ -103,8 +103,14 @@ class NGram:
     def distribution(self, context: bytes) -> np.ndarray:
         """p(byte | context): float64, [256]. Uses the last order − 1 bytes of a context; fewer, or none, will do."""
         known = context[max(0, len(context) - self.order + 1) :]
-        packed = int.from_bytes(known, "big") << 8
-        return self._probability(np.uint64(packed) | np.arange(256, dtype=np.uint64), len(known) + 1)
+        return self.distributions(np.array([int.from_bytes(known, "big")], np.uint64), len(known))[0]
+
+    def distributions(self, contexts: np.ndarray, known: int) -> np.ndarray:
+        """p(byte | context) of many contexts of `known` < order bytes each: uint64 [N], packed with the newest byte
+        lowest -> float64 [N, 256]."""
+        distinct, place = np.unique(contexts, return_inverse=True)
+        grams = distinct[:, None] << np.uint64(8) | np.arange(256, dtype=np.uint64)
+        return self._probability(grams.reshape(-1), known + 1).reshape(-1, 256)[place]
 
     def nats(self, val: np.ndarray, order: int | None = None) -> float:
         """Mean code length in nats per byte of val (uint8, [bytes], at least one), with contexts of order − 1 bytes.

@@ -1,37 +1,48 @@
 """Bits per byte over a whole text, every byte scored exactly once, from nothing but what came before it.
 
-The scorer owns the loss. It knows a model as a `Predictor`: bytes in, log-probabilities out. A window of W bytes slides
-by `stride`: the first window scores all its targets, a later one only those that are new, so a byte is predicted from
-at least W - stride bytes before it. stride = W is the cheap "chunked" score, in which the first bytes of every window
-know next to nothing.
+The scorer owns the loss: it looks up each byte's own log-probability and adds them up over the bytes of the text. It
+reads in one of three ways.
+
+    sliding   a window of W bytes moves by `stride`: the first window scores all its bytes, a later one only those that
+              are new, so a byte is predicted from at least W - stride bytes before it
+    chunked   stride = W, the cheap one: the first bytes of every window know next to nothing
+    stream    one sequence through a Stream; for a model without learning the same numbers as sliding, and the way to
+              score a predictor that learns or mixes as it reads (`score_stream`)
+
+With documents, each is scored like a text of its own. The guards (guards.py) run with every score.
 """
 
 import math
 import time
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tritwise.errors import UserError
+from tritwise.score.guards import Tally, check_again, check_predictor, check_stream, check_sums, check_told
+from tritwise.score.protocol import Predictor, Stream, fit_window, stream_of
+from tritwise.score.windows import documents_of, rows_of, windows_of
 
 BATCH_BYTES = 16384  # read at a time: their float32 log-probabilities take 16 MB
-START = ord("\n")  # stands before the first byte, so that the first byte is predicted like every other
+PIECE = 4096  # bytes that a stream reads at a time
 
-
-class Predictor(Protocol):
-    """What can be scored. `log_probs`: int64 [B, T] with T <= context -> natural logs [B, T, 256], position t seeing
-    ids up to t and saying what comes next."""
-
-    @property
-    def context(self) -> int: ...
-
-    def log_probs(self, ids: Tensor) -> Tensor: ...
+Mode = Literal["sliding", "chunked", "stream"]
 
 
 class Score(NamedTuple):
-    """The result. nats and bpb are means per byte; `bytes` counts every byte of the text, each scored once."""
+    """The result. nats and bpb are means per byte; `bytes` counts every byte of the text, each scored once.
+
+    declared: what the figure rests on, plain JSON.
+        mode           sliding, chunked or stream
+        window, stride in bytes; 0: the stream does not say
+        reset          when everything is forgotten: "never", or how many documents and how they were told apart
+        adaptation     what was learned from scored bytes: "none", or in words
+        extra_bytes    that a decoder would need besides the model: the separator, or the documents' lengths
+        seconds        of all, and guard_seconds of it for the guards' own calls
+    """
 
     nats: float
     bpb: float
@@ -39,67 +50,132 @@ class Score(NamedTuple):
     window: int
     stride: int
     seconds: float
+    declared: dict[str, Any]
 
 
-def _spans(total: int, window: int, stride: int) -> list[tuple[int, int, int]]:
-    """(start, stop, first new target) of each window over targets 0 … total-1; new targets tile the text exactly.
-
-    All windows are as long as the first: `window`, or the whole text where that is shorter.
-    """
-    spans, done = [], 0
-    while done < total:
-        stop = min(total, window if done == 0 else done + stride)
-        spans.append((max(0, stop - window), stop, done))
-        done = stop
-    return spans
-
-
-@torch.inference_mode()
 def score(
     model: Predictor,
     data: np.ndarray,
     *,
+    mode: Mode = "sliding",
     window: int = 0,
     stride: int = 0,
+    documents: Sequence[int] | np.ndarray | None = None,
+    separator: bytes = b"",
+    into: np.ndarray | None = None,
     device: torch.device | str = "cpu",
 ) -> Score:
-    """Score `data` (uint8 [N], N >= 1). window: 0 takes the model's context. stride: 0 takes half the window.
+    """Score `data` (uint8 [N], N >= 1).
 
-    Raises UserError for an empty text, a window the model cannot hold, a stride outside 1 … window, and for a model
-    whose probabilities do not sum to 1 within 1e-4 (checked at one position of every batch) or are not numbers.
+    window: 0 takes the model's context. stride: 0 takes half the window, or all of it when chunked.
+    documents, separator: where the model starts anew, by offsets or after these bytes; see `documents_of`.
+    into: float array [N] that takes the nats of each byte.
+    Raises UserError for an empty text, a window the model cannot hold, a stride outside 1 … window, documents that are
+    out of place, a model that breaks a condition of the guards, or one that finds some byte impossible.
     """
-    total = len(data)
-    if total == 0:
+    began = time.perf_counter()
+    if mode not in ("sliding", "chunked", "stream"):
+        raise UserError(f"there is no mode {mode!r}; choose sliding, chunked or stream")
+    window, stride = fit_window(model, window, stride or (window or model.context if mode == "chunked" else 0))
+    if mode == "chunked" and stride != window:
+        raise UserError(f"a chunked score moves by the whole window, {window}, not {stride}; leave the stride out")
+    if mode == "stream":
+        stream = stream_of(model, window=window, stride=stride, device=device)
+        return score_stream(stream, data, documents=documents, separator=separator, into=into)
+    begins = _begins(data, documents, separator)
+    windows = windows_of(begins, len(data), window, stride)
+    tally = Tally(len(data), into)
+    told = check_predictor(model, data, windows, device)
+    guarded = time.perf_counter() - began
+    with torch.inference_mode():
+        for first, last in _batches(windows):
+            group = windows[first:last]
+            rows = torch.from_numpy(rows_of(data, group).astype(np.int64)).to(device)
+            log_probs = model.log_probs(rows[:, :-1])
+            byte = group[:, :1] + np.arange(log_probs.shape[1])
+            check_sums(log_probs, first, (byte >= group[:, 2:3]) & (byte < group[:, 1:2]))
+            costs = _costs(log_probs, rows[:, 1:])
+            for number, row, (start, stop, new, _) in zip(range(first, last), costs, group.tolist(), strict=True):
+                if number in told:
+                    check_again(told[number], np.exp(-row[: stop - start]))
+                tally.add(new, row[new - start : stop - start])
+    about = {"mode": "chunked" if stride == window else "sliding", "window": window, "stride": stride}
+    return _result(tally, about | _reset(begins, len(data), separator), began, guarded)
+
+
+def score_stream(
+    stream: Stream,
+    data: np.ndarray,
+    *,
+    documents: Sequence[int] | np.ndarray | None = None,
+    separator: bytes = b"",
+    into: np.ndarray | None = None,
+    declared: dict[str, Any] | None = None,
+) -> Score:
+    """Score `data` (uint8 [N], N >= 1) with anything that reads from left to right; a document begins with a reset.
+
+    What goes into `Score.declared`: the stream's own `window` and `stride`; its attribute `declared`, a dict, as it is
+    when the text has been read; and over these `declared`, what the caller says. Any of them may be missing.
+    documents, separator, into and errors as in `score`. The stream is reset before and left at the end of the text.
+    """
+    began = time.perf_counter()
+    about = {"mode": "stream", "window": getattr(stream, "window", 0), "stride": getattr(stream, "stride", 0)}
+    begins = _begins(data, documents, separator)
+    tally = Tally(len(data), into)
+    check_stream(stream, data, about["window"] + about["stride"])
+    guarded = time.perf_counter() - began
+    for begin, end in zip(begins.tolist(), [*begins[1:].tolist(), len(data)], strict=True):
+        stream.reset()
+        for first in range(begin, end, PIECE):
+            ids = torch.from_numpy(data[first : min(first + PIECE, end)].astype(np.int64))
+            told = stream.log_probs().clone()
+            rows = stream.read(ids).detach()
+            check_told(told, rows[0], first)
+            check_sums(rows, first)
+            tally.add(first, _costs(rows, ids.to(rows.device)))
+    about |= _reset(begins, len(data), separator) | getattr(stream, "declared", {}) | (declared or {})
+    return _result(tally, about, began, guarded)
+
+
+def _costs(log_probs: Tensor, targets: Tensor) -> np.ndarray:
+    """Nats of the targets [...] under log_probs [..., V]: float64 [...]."""
+    return -log_probs.gather(-1, targets[..., None])[..., 0].double().cpu().numpy()
+
+
+def _batches(windows: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(first, last) of consecutive windows that fit BATCH_BYTES when filled up to the longest; at least one each."""
+    first, longest = 0, 0
+    for number, length in enumerate((windows[:, 1] - windows[:, 0]).tolist()):
+        longest = max(longest, length)
+        if number > first and (number + 1 - first) * longest > BATCH_BYTES:
+            yield first, number
+            first, longest = number, length
+    yield first, len(windows)
+
+
+def _begins(data: np.ndarray, documents: Sequence[int] | np.ndarray | None, separator: bytes) -> np.ndarray:
+    if len(data) == 0:
         raise UserError("there is nothing to score: the text is empty; name another --data or --split")
-    window = window or model.context
-    stride = stride or max(1, window // 2)
-    if not 1 <= window <= model.context:
-        raise UserError(f"window {window} does not fit the model; choose 1 to {model.context}")
-    if not 1 <= stride <= window:
-        raise UserError(f"stride {stride} would skip or repeat bytes; choose 1 to the window, {window}")
-    began, batch = time.perf_counter(), max(1, BATCH_BYTES // window)
-    text = np.empty(total + 1, dtype=np.uint8)
-    text[0], text[1:] = START, data
-    spans, length = _spans(total, window, stride), min(window, total)
-    nats, scored = 0.0, 0
-    for first in range(0, len(spans), batch):
-        group = spans[first : first + batch]
-        rows = np.stack([text[start : start + length + 1] for start, _, _ in group]).astype(np.int64)
-        ids = torch.from_numpy(rows).to(device)
-        log_probs = model.log_probs(ids[:, :-1])
-        _check_distribution(log_probs[len(group) // 2, -1])
-        losses = -log_probs.gather(2, ids[:, 1:, None])[..., 0].double()
-        for row, (start, stop, new) in enumerate(group):
-            nats += float(losses[row, new - start :].sum())
-            scored += stop - new
-    assert scored == total, "the windows must tile the text"
-    if not math.isfinite(nats):
-        raise UserError("the model gives some byte a probability of zero or no number; it cannot be scored")
-    mean = nats / total
-    return Score(mean, mean / math.log(2), total, window, stride, time.perf_counter() - began)
+    return documents_of(data, documents, separator)
 
 
-def _check_distribution(log_probs_V: Tensor) -> None:
-    total = float(log_probs_V.double().exp().sum())
-    if not abs(total - 1.0) <= 1e-4:
-        raise UserError(f"the model's probabilities sum to {total:.6f}, not 1; such a model cannot be scored")
+def _reset(begins: np.ndarray, total: int, separator: bytes) -> dict[str, Any]:
+    """What is declared about documents, and the bytes that a decoder needs to find them."""
+    if separator:
+        return {"reset": f"{len(begins)} documents, after {separator!r}", "extra_bytes": len(separator)}
+    if len(begins) == 1:
+        return {"reset": "never", "extra_bytes": 0}
+    # Lengths in the usual variable-length form: seven bits to a byte.
+    lengths = np.diff(np.append(begins, total))
+    return {"reset": f"{len(begins)} documents, by offsets", "extra_bytes": sum(_varint(n) for n in lengths.tolist())}
+
+
+def _varint(value: int) -> int:
+    return max(1, -(-value.bit_length() // 7))
+
+
+def _result(tally: Tally, about: dict[str, Any], began: float, guarded: float) -> Score:
+    mean = tally.close() / tally.total
+    seconds = time.perf_counter() - began
+    declared = {"adaptation": "none"} | about | {"seconds": seconds, "guard_seconds": guarded}
+    return Score(mean, mean / math.log(2), tally.total, about["window"], about["stride"], seconds, declared)

@@ -12,8 +12,10 @@ from tritwise.nn import tensor_roles, trit_modules
 STATE_ROLES = {
     "momentum": "momentum",
     "row_exponent": "momentum",
+    "group_exponent": "momentum",
     "scale_momentum": "momentum",
     "scale_row_exponent": "momentum",
+    "scale_evidence": "scale",
 }
 
 

@@ -8,7 +8,10 @@ the checkpoints that were there. The JSON's own "sha256" is of the canonical JSO
 and the place of "format" stay the same in every format version.
 """
 
+import hashlib
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +36,24 @@ _JSON = re.compile(r"step_(\d{8}|[1-9]\d{8,})\.json")
 _TENSORS = re.compile(r"step_(\d{8}|[1-9]\d{8,})(\.again)?\.safetensors")
 
 
+# How safetensors spells types, in the order in which it writes them.
+_SPELLING = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
 class Checkpoint(NamedTuple):
-    """What `CheckpointStore.load` returns. The tensors are on the CPU, in memory of their own."""
+    """What `CheckpointStore.load` returns. The tensors are on the CPU and may be changed, which changes no file; until
+    then they are the file's own pages, which take no memory that the system could not take back."""
 
     step: int
     tensors: dict[str, torch.Tensor]
@@ -75,7 +94,8 @@ class CheckpointStore:
         """Save a checkpoint, then remove the ones beyond `keep`. Returns the path of its JSON.
 
         Arguments:
-            tensors: any dtype and shape that safetensors knows, on any device; no two share memory.
+            tensors: of the types in `_SPELLING`, any shape, on any device; no two share memory. They are written one
+                after the other from where they are: there is no second copy, and off the CPU one tensor's at a time.
             meta: plain JSON values, so that what is read back is equal: lists and not tuples, keys that are strings.
 
         Raises:
@@ -86,14 +106,17 @@ class CheckpointStore:
         assert parse_json(canonical_json(meta), "meta") == meta, "meta must be plain JSON: lists and string keys"
         make_folder(self.folder)
         remove_leftovers(self.folder)
-        data = safetensors.torch.save({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
-        digest = sha256_of(data)
+        summary, size = hashlib.sha256(), 0
+        for piece in _safetensors(tensors):
+            summary.update(piece)
+            size += len(piece)
+        digest = summary.hexdigest()
         tensor_file = self._place_for_tensors(step, digest)
-        atomic_write(tensor_file, data)
+        atomic_write(tensor_file, _safetensors(tensors))
         body = {
             "format": FORMAT,
             "step": step,
-            "tensors": {"file": tensor_file.name, "bytes": len(data), "sha256": digest},
+            "tensors": {"file": tensor_file.name, "bytes": size, "sha256": digest},
             "meta": meta,
         }
         json_file = self._json_file(step)
@@ -117,26 +140,26 @@ class CheckpointStore:
             there = ", ".join(map(str, steps))
             raise UserError(f"no checkpoint for step {step} in {self.folder}; the steps there are {there}")
         try:
-            body, data = self._read(step)
+            body, tensor_file = self._verify(step)
         except _Unusable as problem:
             raise UserError(f"{problem}; {problem.remedy or self._remedy(step)}") from problem
-        return Checkpoint(step, safetensors.torch.load(data), body["meta"])
+        return Checkpoint(step, safetensors.torch.load_file(tensor_file), body["meta"])
 
-    def _read(self, step: int) -> tuple[dict[str, Any], bytes]:
-        """The verified JSON and tensor bytes of one step, or _Unusable."""
+    def _verify(self, step: int) -> tuple[dict[str, Any], Path]:
+        """The JSON of one step and the file of its tensors, both verified, or _Unusable."""
         body = self._read_json(step)
         expected = body["tensors"]
         path = self.folder / expected["file"]
         if not path.is_file():
             raise _Unusable(f"{path} is missing, and {self._json_file(step).name} needs it")
-        data = read_bytes(path)
-        if len(data) < expected["bytes"]:
-            raise _Unusable(f"{path} is cut short: {len(data)} bytes of {expected['bytes']}")
-        if len(data) > expected["bytes"]:
-            raise _Unusable(f"{path} is damaged: it has {len(data)} bytes and should have {expected['bytes']}")
-        if sha256_of(data) != expected["sha256"]:
+        size = path.stat().st_size
+        if size < expected["bytes"]:
+            raise _Unusable(f"{path} is cut short: {size} bytes of {expected['bytes']}")
+        if size > expected["bytes"]:
+            raise _Unusable(f"{path} is damaged: it has {size} bytes and should have {expected['bytes']}")
+        if sha256_of(path) != expected["sha256"]:
             raise _Unusable(f"{path} is damaged: its checksum does not match")
-        return body, data
+        return body, path
 
     def _read_json(self, step: int) -> dict[str, Any]:
         path = self._json_file(step)
@@ -166,7 +189,7 @@ class CheckpointStore:
     def _newest_whole(self, steps: list[int]) -> int | None:
         for step in reversed(steps):
             try:
-                self._read(step)
+                self._verify(step)
             except _Unusable:
                 continue
             return step
@@ -211,6 +234,26 @@ class CheckpointStore:
                     path.unlink()
         except OSError as error:
             raise explain(error, self.folder, "write") from error
+
+
+def _safetensors(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    """The safetensors file of `tensors` in pieces: the bytes of the library, which wants them all at once.
+
+    https://github.com/huggingface/safetensors, "Format": the length of the header (8 bytes, little-endian), the header
+    (JSON: type, shape and place of every tensor), and the tensors.
+    """
+    order = list(_SPELLING)
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+    header, end = {}, 0
+    for name in names:
+        x, begin = tensors[name], end
+        end += x.numel() * x.element_size()
+        header[name] = {"dtype": _SPELLING[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
+    told = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    told += b" " * (-len(told) % 8)
+    yield len(told).to_bytes(8, "little") + told
+    for name in names:
+        yield tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _checksum_holds(body: dict[str, Any], checksum: object) -> bool:

@@ -25,11 +25,12 @@ class TrainConfig:
     optimizer      trit (ternary weights), adamw or muon (float weights)
     rate           step of a register in leading-trit units (learning rate of a float optimizer)
     momentum       decay of the momentum (beta1 of AdamW)
-    direction      newton_schulz, row_column, rms or sign, for matrices
+    direction      balanced, newton_schulz, row_column, rms or sign, for matrices
     interval       a matrix moves at every interval-th step, by interval times as much, and matrices take turns;
                    0: as often as keeps the directions near a seventh of the time of a step, 8 at the most
     scale_rate     step of a scale in octaves; 0: scales stay as they start
-    embedding_rate, head_rate   rates of these roles over `rate`
+    embedding_rate, head_rate   rates of these roles over `rate`; 0: 2 for trit, 1 for others
+    compact        register and momentum of a weight share one byte (optimizer trit, without n-gram tables)
     warmup         steps of linear rise; decay: share of the steps, at the end, of linear fall
     weight_decay   of the float optimizers
     eval_bytes     bytes of val scored at an evaluation during training; 0: all
@@ -39,6 +40,11 @@ class TrainConfig:
     save           False: no checkpoint is ever written
     sample_bytes   length of the samples; 0: none
     device         auto, cpu or cuda
+    dtype          of the activations: float32, bfloat16, or auto: bfloat16 on a GPU that has it, else float32
+    compile        true, false, or auto: on a GPU, where the forward and backward pass of a model that is small beside
+                   it are also recorded once and replayed
+    checkpoint     block: of a block only its input is kept for backward, which computes the rest again; none
+    loss_chunk     positions whose logits exist at one time; 0: all of a micro-batch
     """
 
     data: str = "shakespeare"
@@ -53,8 +59,9 @@ class TrainConfig:
     direction: str = "newton_schulz"
     interval: int = 0
     scale_rate: float = 0.0
-    embedding_rate: float = 1.0
-    head_rate: float = 1.0
+    embedding_rate: float = 0.0
+    head_rate: float = 0.0
+    compact: bool = False
     warmup: int = 20
     decay: float = 0.5
     weight_decay: float = 0.0
@@ -67,6 +74,10 @@ class TrainConfig:
     save: bool = True
     sample_bytes: int = 200
     device: str = "auto"
+    dtype: str = "auto"
+    compile: str = "auto"
+    checkpoint: str = "none"
+    loss_chunk: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -83,6 +94,7 @@ class TrainConfig:
             ("save_interval", 0),
             ("keep", 0),
             ("sample_bytes", 0),
+            ("loss_chunk", 0),
         ):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
@@ -98,6 +110,9 @@ class TrainConfig:
             ("optimizer", OPTIMIZERS),
             ("direction", METHODS),
             ("device", ("auto", "cpu", "cuda")),
+            ("dtype", ("auto", "float32", "bfloat16")),
+            ("compile", ("auto", "true", "false")),
+            ("checkpoint", ("none", "block")),
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
@@ -118,6 +133,8 @@ class Config:
                 f"optimizer {self.train.optimizer} does not train {self.model.weights} weights; "
                 "use trit with weights=trit, adamw or muon with weights=float"
             )
+        if self.train.compact and (self.train.optimizer != "trit" or self.model.ngrams > 1):
+            raise UserError("compact is for ternary layers without n-gram tables; use optimizer=trit and ngrams=1")
         if self.model.vocab != 256:
             raise UserError(f"vocab is {self.model.vocab}; a model of bytes needs 256")
         if self.train.stride > self.model.ctx:
@@ -171,7 +188,7 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
             hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(types))}"
             raise UserError(f"there is no setting {key!r}; {hint}")
         part, kind = types[key]
-        parts[part][key] = _parse(key, value, kind)
+        parts[part][key] = parse_value(key, value, kind)
     # What was derived from a changed value is derived again, unless it was given too.
     if "width" in parts["model"]:
         parts["model"].setdefault("heads", 0)
@@ -184,7 +201,8 @@ def _replace(instance: Any, changes: dict[str, Any]) -> Any:
     return dataclasses.replace(instance, **changes) if changes else instance
 
 
-def _parse(key: str, value: Any, kind: type) -> Any:
+def parse_value(key: str, value: Any, kind: type) -> Any:
+    """`value` as an int, float, bool or str, which a string may spell. UserError naming `key` if it is none."""
     if isinstance(value, bool) and kind is not bool:
         raise UserError(f"{key} is {value}; it must be {_KINDS[kind]}")
     if not isinstance(value, str):

@@ -29,16 +29,18 @@ def finish(
     parts: dict[str, np.ndarray],
     done: dict[str, Any],
     device: torch.device,
+    memory: dict[str, int | None],
 ) -> dict[str, Any]:
     """Write ladder, audit, histogram, artifact and result into the run folder; returns the result.
 
-    `done` says what training did: steps, seconds, bytes_seen. The score in the result is of the artifact, read back
-    from disk; a ternary model and its artifact must agree to the last bit or this raises UserError.
+    `done` says what training did: steps, seconds, bytes_seen; `memory` what it took, by role. The score in the result
+    is of the artifact, read back from disk; a ternary model and its artifact must agree to the last bit or this raises
+    UserError.
     """
     began = time.perf_counter()
     val = parts["val"]
     folder.write("ladder", {"split": "val", "bytes": len(val), "rows": ladder(parts["train"], val)})
-    folder.write("audit", audit(model, optimizers))
+    folder.write("audit", audit(model, optimizers) | {"memory": memory})
     result: dict[str, Any] = {"recipe": config.recipe, "run": str(folder.path), **done}
     if config.model.weights == "trit":
         folder.write("histogram", {"step": done["steps"], "layers": register_histogram(model)})
@@ -76,7 +78,7 @@ def ship_and_reread(
         trained["data"] = config.train.data
     info = write_artifact(model, path, {"recipe": config.recipe, "train": trained, **about})
     reread, _ = read_artifact(path)
-    reread.to(device)
+    reread.to(device).dtype = model.dtype
     require_same_logits(model, reread, val, device)
     return info, score(reread, val, stride=config.train.stride, device=device)
 

@@ -1,6 +1,5 @@
 """The training loop: batches in, registers moved, numbers written down. Everything a run does is in `train`."""
 
-import math
 import signal
 import threading
 import time
@@ -20,12 +19,15 @@ from tritwise.models import ByteLM, generate
 from tritwise.optim import TritOptimizer, rate_factor
 from tritwise.score import score
 from tritwise.train.config import Config
+from tritwise.train.device import batch_on, build_model, device_called, speed_of, wait_for
 from tritwise.train.finish import finish
+from tritwise.train.memory import activation_bytes, memory_by_role
 from tritwise.train.meter import Meter
 from tritwise.train.optimizers import build_optimizers, set_rates
 from tritwise.train.progress import Display, Quiet
 from tritwise.train.restore import pack_state, unpack_state
 from tritwise.train.run import RunFolder
+from tritwise.train.stepper import Stepper
 
 
 def train(config: Config, out: Path | str, *, resume: bool = False, display: Display | None = None) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
     Raises UserError for data, folders and checkpoints that cannot be used; the previous checkpoint stays intact.
     """
     settings, folder, display = config.train, RunFolder(out), display or Quiet()
-    device = _device(settings.device)
+    device = device_called(settings.device)
     source = describe(settings.data)
     parts = split(source.data, settings.split)
     if "train" not in parts:
@@ -44,7 +46,7 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
     sampler = Sampler(parts["train"], settings.batch, config.model.ctx, settings.seed, accum=settings.accum)
 
     torch.manual_seed(settings.seed)
-    model = ByteLM(config.model).to(device)
+    model = build_model(config, device)
     optimizers = build_optimizers(model, settings)
     store = folder.store(settings.keep)
     step, saved, seconds = 0, 0, 0.0
@@ -58,6 +60,7 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
             )
         unpack_state(checkpoint, model, optimizers)
         step, saved, seconds = checkpoint.step, checkpoint.step, checkpoint.meta["seconds"]
+        del checkpoint
     # A resumed run may have been given more steps, and the next resume must know: they are part of the schedule.
     folder.write("config", config.as_dict())
     folder.write_manifest(config, device)
@@ -76,7 +79,15 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
         display.record(record)
 
     bytes_a_step = settings.batch * settings.accum * config.model.ctx
-    meter, since, began = Meter(model), 0, time.perf_counter() - seconds
+    meter, since, began, first = Meter(model), 0, time.perf_counter() - seconds, step
+    speed = speed_of(settings.compile, model, settings.accum)
+    stepper = Stepper(model, optimizers, settings.accum, **speed._asdict(), guard=True)
+    # On a GPU the measured peak tells; elsewhere it counts the whole process, Python and torch included.
+    activations = None if device.type == "cuda" else activation_bytes(model, *batch_on(device, sampler, step))
+
+    def memory() -> dict[str, int | None]:
+        return memory_by_role(model, optimizers, activations=activations, together=speed.graph)
+
     with JsonLines(folder.metrics) as metrics, StopSignal() as stop:
         if resume:
             metrics.truncate_after(step)
@@ -86,16 +97,21 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
         try:
             while step < settings.steps and not stop.asked:
                 step_began = time.perf_counter()
-                set_rates(optimizers, rate_factor(step, settings.steps, settings.warmup, settings.decay))
-                rate = optimizers[0].param_groups[0]["lr"]
-                loss = train_step(model, optimizers, sampler, step, settings.accum)
+                factor = rate_factor(step, settings.steps, settings.warmup, settings.decay)
+                set_rates(optimizers, factor)
+                loss = stepper.step_over(batch_on(device, sampler, step, micro) for micro in range(settings.accum))
                 step, since = step + 1, since + 1
+                last = step == settings.steps
+                logs = last or step % settings.log_interval == 0
+                if logs:
+                    wait_for(device)
                 now = time.perf_counter()
                 seconds = now - began
                 meter.add(loss, bytes_a_step, now - step_began, optimizers[0])
-                last = step == settings.steps
-                if last or step % settings.log_interval == 0:
-                    for record in meter.records(since, where(), rate, _skipped(optimizers)):
+                if logs:
+                    if last or step - first <= settings.log_interval:
+                        display.record({"kind": "memory", **memory()})
+                    for record in meter.records(since, where(), settings.rate * factor, _skipped(optimizers)):
                         log(record)
                     since = 0
                 if last or (settings.eval_interval and step % settings.eval_interval == 0):
@@ -111,6 +127,7 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
                 save()
         finally:
             display.stop()
+        held = memory()
         folder.write_manifest(config, device)  # again: now the backends that ran are known
         if stop.asked and step < settings.steps:
             kept = "saved; go on with --resume" if settings.save else "not saved (--no-save)"
@@ -118,45 +135,14 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
             display.say(f"stopped at step {step}, {kept}")
             return {"interrupted": True, "steps": step, "seconds": seconds, "run": str(folder.path)}
     done = {"steps": step, "seconds": round(seconds, 3), "bytes_seen": step * bytes_a_step}
-    return finish(config, folder, model, optimizers, parts, done, device)
-
-
-def train_step(
-    model: ByteLM, optimizers: list[torch.optim.Optimizer], sampler: Sampler, step: int, accum: int = 1
-) -> float:
-    """One optimizer step over `accum` micro-batches; returns the mean loss in nats per byte.
-
-    A loss or a float gradient that is no number moves nothing; ternary optimizers count such steps as skipped.
-    """
-    total, device = 0.0, next(model.parameters()).device
-    for micro in range(accum):
-        inputs, targets = sampler.batch_at(step, micro)
-        loss = model.loss(inputs.to(device), targets.to(device))
-        total += loss.item() / accum
-        if not math.isfinite(total):
-            break
-        (loss / accum).backward()
-    sound = math.isfinite(total) and all(_gradients_are_finite(optimizer) for optimizer in optimizers)
-    for optimizer in optimizers:
-        if isinstance(optimizer, TritOptimizer):
-            if not sound:
-                optimizer.refuse()
-            optimizer.step()
-        elif sound:
-            optimizer.step()
-        else:
-            optimizer.param_groups[0]["skipped"] = optimizer.param_groups[0].get("skipped", 0) + 1
-        optimizer.zero_grad(set_to_none=True)
-    return total
-
-
-def _gradients_are_finite(optimizer: torch.optim.Optimizer) -> bool:
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return bool(torch.isfinite(torch.stack([g.sum() for g in gradients])).all()) if gradients else True
+    return finish(config, folder, model, optimizers, parts, done, device, held)
 
 
 def _skipped(optimizers: list[torch.optim.Optimizer]) -> int:
-    return max(optimizer.param_groups[0].get("skipped", 0) for optimizer in optimizers)
+    return max(
+        optimizer.skipped if isinstance(optimizer, TritOptimizer) else optimizer.param_groups[0].get("skipped", 0)
+        for optimizer in optimizers
+    )
 
 
 def _evaluate(
@@ -171,14 +157,6 @@ def _evaluate(
 def _sample(model: ByteLM, count: int, seed: int, where: dict[str, Any]) -> dict[str, Any]:
     text = bytes(generate(model, b"\n", count, seed=seed)).decode("utf-8", errors="replace")
     return {"kind": "sample", **where, "prompt": "\n", "text": text}
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for but torch sees no GPU; use --set device=cpu")
-    return torch.device(name)
 
 
 class StopSignal:

@@ -4,9 +4,9 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tritwise.nn import trit_modules
+from tritwise.nn import TritModule, trit_modules
 from tritwise.optim import TritOptimizer
 from tritwise.registers import REGISTER_LIMIT, zero_fraction
 
@@ -19,23 +19,26 @@ class Meter:
         self._clear()
 
     def _clear(self) -> None:
-        self.losses: list[float] = []
+        self.losses: list[float | Tensor] = []
         self.seconds, self.bytes = 0.0, 0
-        self.flips = dict.fromkeys(self.layers, 0)
+        self.moved: list[tuple[list[TritModule], Tensor]] = []  # at each step: the layers that moved, and their flips
 
-    def add(self, loss: float, count: int, seconds: float, optimizer: torch.optim.Optimizer) -> None:
-        """One step: its loss in nats per byte, the bytes it read, how long it took, and the optimizer that moved."""
-        if math.isfinite(loss):
-            self.losses.append(loss)
+    def add(self, loss: float | Tensor, count: int, seconds: float, optimizer: torch.optim.Optimizer) -> None:
+        """One step: its loss in nats per byte, the bytes it read, how long it took, and the optimizer that moved.
+
+        Nothing waits for a GPU here; `records` does.
+        """
+        self.losses.append(loss)
         self.seconds += seconds
         self.bytes += count
-        if isinstance(optimizer, TritOptimizer):
-            for name, layer in self.layers.items():
-                self.flips[name] += int(optimizer.flips_by_layer.get(layer, 0))
+        if isinstance(optimizer, TritOptimizer) and optimizer.flips_by_layer:
+            layers, flips = zip(*optimizer.flips_by_layer.items(), strict=True)
+            self.moved.append((list(layers), torch.stack(flips)))
 
     def records(self, steps: int, where: dict[str, Any], rate: float, skipped: int) -> list[dict[str, Any]]:
         """The "train" line and, for ternary models, the "layers" line of the last `steps` steps."""
-        loss = sum(self.losses) / len(self.losses) if self.losses else math.nan
+        losses = [loss for loss in map(float, self.losses) if math.isfinite(loss)]
+        loss = sum(losses) / len(losses) if losses else math.nan
         record: dict[str, Any] = {
             "kind": "train",
             **where,
@@ -48,17 +51,21 @@ class Meter:
         }
         lines = [record]
         if self.layers:
+            counts = dict.fromkeys(self.layers.values(), 0)
+            for moved, flips in self.moved:
+                for layer, count in zip(moved, flips.tolist(), strict=True):
+                    counts[layer] += count
             sizes = {name: layer.register.numel() for name, layer in self.layers.items()}
             layers = {
                 name: {
-                    "flip_rate": self.flips[name] / (max(steps, 1) * sizes[name]),
+                    "flip_rate": counts[layer] / (max(steps, 1) * sizes[name]),
                     "zero_fraction": zero_fraction(layer.register),
                     "saturation": float((layer.register.abs() == REGISTER_LIMIT).float().mean()),
                 }
                 for name, layer in self.layers.items()
             }
             total = sum(sizes.values())
-            flips = sum(self.flips.values()) / max(steps, 1)
+            flips = sum(counts.values()) / max(steps, 1)
             zeros = sum(layers[name]["zero_fraction"] * sizes[name] for name in layers) / total
             record |= {"flips": flips, "flip_rate": flips / total, "zero_fraction": zeros}
             lines.append({"kind": "layers", **where, "layers": layers})

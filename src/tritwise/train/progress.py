@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 class Display(Protocol):
-    """Told by the loop what happens. `record` is a line of metrics.jsonl."""
+    """Told by the loop what happens. `record` is a line of metrics.jsonl, or, of kind "memory", bytes by role."""
 
     def start(self, done: int, total: int) -> None: ...
 
@@ -46,6 +46,20 @@ def _amount(rate: float) -> str:
     return f"{rate / 1e3:.1f}k" if rate >= 1e3 else f"{rate:.0f}"
 
 
+def _size(count: float) -> str:
+    """812 B, 12.3 kB, 4.56 GB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def memory_cells(record: dict[str, Any]) -> dict[str, str]:
+    """Role -> how much memory, for people: the roles of `train.memory.memory_by_role` that hold anything."""
+    return {role: _size(count) for role, count in record.items() if role != "kind" and count}
+
+
 class PlainLines:
     """One line for every record, for logs and pipes."""
 
@@ -68,6 +82,8 @@ class PlainLines:
             if record["skipped"]:
                 line += f"  skipped {record['skipped']}"
             self.say(f"{line}  left {_clock(left)}")
+        elif record["kind"] == "memory":
+            self.say("memory  " + "  ".join(f"{role} {size}" for role, size in memory_cells(record).items()))
         elif record["kind"] == "eval":
             self.say(f"step {record['step']:>6}  val loss {record['loss']:.4f}  val bpb {record['bpb']:.4f}")
 
@@ -92,6 +108,7 @@ class LiveLine:
         self.task = self.bar.add_task("train", total=1)
         self.live = Live(self.bar, console=console, refresh_per_second=4, transient=True)
         self.best = math.inf
+        self.memory: dict[str, str] = {}
 
     def start(self, done: int, total: int) -> None:
         self.bar.update(self.task, total=total, completed=done)
@@ -112,12 +129,14 @@ class LiveLine:
                 cells["skipped"] = str(record["skipped"])
             if math.isfinite(self.best):
                 cells["best val bpb"] = f"{self.best:.4f}"
-            grid = Table.grid(padding=(0, 2))
-            grid.add_row(*(f"[dim]{name}[/dim] [bold]{value}[/bold]" for name, value in cells.items()))
             page = Table.grid()
             page.add_row(self.bar)
-            page.add_row(grid)
+            for row in (cells, self.memory):
+                if row:
+                    page.add_row("  ".join(f"[dim]{name}[/dim] [bold]{value}[/bold]" for name, value in row.items()))
             self.live.update(page)
+        elif record["kind"] == "memory":
+            self.memory = memory_cells(record)
         elif record["kind"] == "eval":
             self.best = min(self.best, record["bpb"])
             self.say(f"step {record['step']:>6}  val loss {record['loss']:.4f}  val bpb {record['bpb']:.4f}")

@@ -11,19 +11,23 @@ from tritwise.models import ByteLM
 from tritwise.nn import trit_modules
 from tritwise.train.checkpoint import Checkpoint
 from tritwise.train.config import Config
+from tritwise.train.device import build_model
 from tritwise.train.optimizers import build_optimizers
 from tritwise.train.run import RunFolder
 
 
 def pack_state(model: ByteLM, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors by name, plain JSON) that `unpack_state` needs to bring model and optimizers back bit for bit."""
-    tensors = {f"model.{name}": tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    """(tensors by name, plain JSON) that `unpack_state` needs to bring model and optimizers back bit for bit.
+
+    The tensors are the live ones, where they are: whoever writes them down takes no copy of them all.
+    """
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
     groups: list[list[dict[str, Any]]] = []
     for number, optimizer in enumerate(optimizers):
         state = optimizer.state_dict()
         for index, values in state["state"].items():
             for key, value in values.items():
-                tensors[f"optimizer.{number}.{index}.{key}"] = value.detach().cpu()
+                tensors[f"optimizer.{number}.{index}.{key}"] = value.detach()
         groups.append([_plain(group) for group in state["param_groups"]])
     return tensors, {"groups": groups}
 
@@ -41,13 +45,15 @@ def unpack_state(checkpoint: Checkpoint, model: ByteLM, optimizers: Sequence[tor
             if name.startswith("model.")
         }
         model.load_state_dict(weights)
+        on_cpu = next(model.parameters()).is_cpu
         for number, optimizer in enumerate(optimizers):
             state: dict[int, dict[str, Tensor]] = {}
             for name, tensor in checkpoint.tensors.items():
                 kind, _, rest = name.partition(".")
                 if kind == "optimizer" and rest.startswith(f"{number}."):
                     _, index, key = rest.split(".", 2)
-                    state.setdefault(int(index), {})[key] = tensor
+                    # torch takes what is on the right device as it is, and these are pages of the checkpoint's file.
+                    state.setdefault(int(index), {})[key] = tensor.clone() if on_cpu else tensor
             optimizer.load_state_dict({"state": state, "param_groups": checkpoint.meta["groups"][number]})
     except (RuntimeError, KeyError, IndexError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
@@ -63,7 +69,7 @@ def load_run(path: Any, *, with_optimizers: bool = False) -> tuple[Config, ByteL
     folder = RunFolder(path)
     config = folder.config()
     checkpoint = folder.store().load()
-    model = ByteLM(config.model)
+    model = build_model(config, torch.device("cpu"))
     optimizers = build_optimizers(model, config.train) if with_optimizers else []
     unpack_state(checkpoint, model, optimizers)
     if not with_optimizers:

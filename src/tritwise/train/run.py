@@ -17,9 +17,23 @@ from tritwise.ops import backend_table
 from tritwise.train.checkpoint import CheckpointStore
 from tritwise.train.config import Config, flat, override
 
-# What a resumed run may change without becoming another run. Changing steps changes the schedule of the rate.
+# What a resumed run may change without becoming another run. Changing steps changes the schedule of the rate;
+# another device or loss_chunk, or compiling, rounds sums in another way.
 RESUMABLE = frozenset(
-    ("steps", "log_interval", "eval_interval", "save_interval", "keep", "save", "sample_bytes", "eval_bytes", "device")
+    (
+        "steps",
+        "log_interval",
+        "eval_interval",
+        "save_interval",
+        "keep",
+        "save",
+        "sample_bytes",
+        "eval_bytes",
+        "device",
+        "compile",
+        "checkpoint",
+        "loss_chunk",
+    )
 )
 
 
@@ -91,6 +105,17 @@ class RunFolder:
 def manifest(config: Config, device: torch.device) -> dict[str, Any]:
     """Versions, hardware, backend table, seed and command of this process, as plain JSON."""
     return {
+        **surroundings(device),
+        "backends": backend_table(),
+        "seed": config.train.seed,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware of this process: what can be said of any measurement, as plain JSON."""
+    return {
         "tritwise": __version__,
         "git_commit": _git_commit(),
         "python": platform.python_version(),
@@ -99,10 +124,6 @@ def manifest(config: Config, device: torch.device) -> dict[str, Any]:
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "backends": backend_table(),
-        "seed": config.train.seed,
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 

@@ -55,10 +55,13 @@ def direction(momentum: Tensor, row_exponent: Tensor, method: str, steps: int, b
     value_OI = momentum.to(torch.float32)
     if method == "sign":
         return unit_rms(value_OI.sign_())
+    rows, columns = value_OI.shape
+    if method == "balanced":
+        turned_OI = newton_schulz(row_column(value_OI.view(blocks, rows // blocks, columns)), steps)
+        return unit_rms(turned_OI.reshape(rows, columns)).contiguous()
     if method == "row_column":  # each row is divided by its own RMS: its exponent would cancel
         return unit_rms(row_column(value_OI))
     # Relative to the largest row exponent of a matrix nothing overflows; rows 2**126 below it are as good as zero.
-    rows, columns = value_OI.shape
     matrices = blocks if method == "newton_schulz" else 1
     exponent_MR = row_exponent.to(torch.int32).view(matrices, rows // matrices)
     relative_MR = (exponent_MR - exponent_MR.amax(dim=1, keepdim=True)).clamp_(min=-126)

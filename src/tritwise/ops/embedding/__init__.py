@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritwise.ops import native
+from tritwise.ops import gpu, native
 from tritwise.ops.backends import choose, implement
-from tritwise.ops.embedding import cpu, reference
+from tritwise.ops.embedding import cpu, reference, triton
 from tritwise.ops.library import LIBRARY, define
 
 implement("embedding", "reference", reference)
 implement("embedding", "cpu", cpu, priority=10, devices=("cpu",), refuses=native.refuses)
+implement("embedding", "triton", triton, priority=20, devices=("cuda",), refuses=gpu.refuses)
 
 
 def _forward(ids: Tensor, register: Tensor, exponent: Tensor, group: int, port: Tensor | None) -> Tensor:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritwise.ops import native
+from tritwise.ops import gpu, native
 from tritwise.ops.backends import choose, implement
 from tritwise.ops.library import LIBRARY, define
-from tritwise.ops.linear import cpu, reference
+from tritwise.ops.linear import cpu, reference, triton
 
 implement("linear", "reference", reference)
 implement("linear", "cpu", cpu, priority=10, devices=("cpu",), refuses=native.refuses)
+implement("linear", "triton", triton, priority=20, devices=("cuda",), refuses=gpu.refuses)
 
 
 def _forward(x: Tensor, register: Tensor, exponent: Tensor, group: int, port: Tensor | None) -> Tensor:

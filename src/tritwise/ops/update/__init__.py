@@ -1,20 +1,24 @@
 """The integer half of learning: gradients accumulate into int8 momentum, and a direction moves registers.
 
 Both operations change their integer arguments in place and take their randomness from a key (two ints), so equal
-inputs give equal bits on every backend.
+inputs give equal bits on every backend. The `_many` forms do a list of tensors in one call, with the same bits: on a
+GPU that is a few launches for a whole model.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tritwise.ops import native
+from tritwise.ops import gpu, native
 from tritwise.ops.backends import choose, implement
 from tritwise.ops.library import define
-from tritwise.ops.update import cpu, reference
+from tritwise.ops.update import cpu, reference, triton
 from tritwise.registers import REGISTER_LIMIT, Key
 
 implement("update", "reference", reference)
 implement("update", "cpu", cpu, priority=10, devices=("cpu",), refuses=native.refuses)
+implement("update", "triton", triton, priority=20, devices=("cuda",), refuses=gpu.refuses)
 
 
 def _accumulate(
@@ -29,6 +33,33 @@ def _move(register: Tensor, direction: Tensor, rate: float, limit: int, key_firs
     return module.move_registers(register, direction, rate, limit, Key(key_first, key_second))
 
 
+def _accumulate_many(
+    momenta: list[Tensor], row_exponents: list[Tensor], grads: list[Tensor], decay: float, keys: list[int]
+) -> Tensor:
+    module, pairs = choose("update", momenta[0].device), _pairs(keys)
+    if hasattr(module, "accumulate_momentum_many"):
+        return module.accumulate_momentum_many(momenta, row_exponents, grads, decay, pairs)
+    return reference.accumulate_each(module.accumulate_momentum, momenta, row_exponents, grads, decay, pairs)
+
+
+def _move_many(
+    registers: list[Tensor],
+    directions: list[Tensor],
+    rates: list[float],
+    limit: int,
+    keys: list[int],
+    go: Tensor | None,
+) -> Tensor:
+    module, pairs = choose("update", registers[0].device), _pairs(keys)
+    if hasattr(module, "move_registers_many"):
+        return module.move_registers_many(registers, directions, rates, limit, pairs, go)
+    return reference.move_each(module.move_registers, registers, directions, rates, limit, pairs, go)
+
+
+def _pairs(keys: list[int]) -> list[Key]:
+    return [Key(*pair) for pair in zip(keys[::2], keys[1::2], strict=True)]
+
+
 _accumulate_op = define(
     "accumulate_momentum(Tensor(a!) momentum, Tensor(b!) row_exponent, Tensor grad, float decay, "
     "int key_first, int key_second) -> Tensor",
@@ -40,6 +71,18 @@ _move_op = define(
     " -> Tensor",
     _move,
     lambda register, direction, rate, limit, key_first, key_second: register.new_empty((), dtype=torch.int64),
+)
+_accumulate_many_op = define(
+    "accumulate_momentum_many(Tensor(a!)[] momenta, Tensor(b!)[] row_exponents, Tensor[] grads, float decay, "
+    "int[] keys) -> Tensor",
+    _accumulate_many,
+    lambda momenta, row_exponents, grads, decay, keys: momenta[0].new_empty(len(momenta), dtype=torch.bool),
+)
+_move_many_op = define(
+    "move_registers_many(Tensor(a!)[] registers, Tensor[] directions, float[] rates, int limit, int[] keys, Tensor? go)"
+    " -> Tensor",
+    _move_many,
+    lambda registers, directions, rates, limit, keys, go: registers[0].new_empty(len(registers), dtype=torch.int64),
 )
 
 
@@ -61,3 +104,35 @@ def move_registers(register: Tensor, direction: Tensor, rate: float, key: Key, l
     Returns how many leading trits changed, an int64 0-d tensor.
     """
     return _move_op(register, direction, rate, limit, key.first, key.second)
+
+
+def accumulate_momentum_many(
+    momenta: Sequence[Tensor],
+    row_exponents: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    decay: float,
+    keys: Sequence[Key],
+) -> Tensor:
+    """`accumulate_momentum` of each of several tensors on one device (at least one), each with its own key.
+
+    Returns bool [tensors]: which were taken. One that refuses does not keep the others from being changed.
+    """
+    flat = [number for key in keys for number in key]
+    return _accumulate_many_op(list(momenta), list(row_exponents), list(grads), decay, flat)
+
+
+def move_registers_many(
+    registers: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    rates: Sequence[float],
+    keys: Sequence[Key],
+    limit: int = REGISTER_LIMIT,
+    go: Tensor | None = None,
+) -> Tensor:
+    """`move_registers` of each of several tensors on one device (at least one), each with its own rate and key.
+
+    go: a bool 0-d tensor on the device, or None. Where it is False nothing moves, and a GPU's host need not know.
+    Returns the flips, int64 [tensors].
+    """
+    flat = [number for key in keys for number in key]
+    return _move_many_op(list(registers), list(directions), list(rates), limit, flat, go)

@@ -1,5 +1,7 @@
 """The oracle of momentum accumulation and register moves, in torch."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,8 @@ def accumulate_momentum(momentum: Tensor, row_exponent: Tensor, grad: Tensor, de
         return torch.zeros((), dtype=torch.bool, device=momentum.device)
     # The least e with peak * 2**-e < 127: frexp gives peak/127 = f * 2**e with 0.5 <= f < 1, exactly. A row of zeros
     # takes the floor; frexp's 0 would stand above tiny rows and push them out of float range in the direction.
-    ratio_O1 = peak_O1 / MOMENTUM_LIMIT
+    # The divisor is a tensor: CUDA multiplies by the reciprocal of a plain number, which is not the same float.
+    ratio_O1 = peak_O1 / torch.full_like(peak_O1, MOMENTUM_LIMIT)
     exponent_O1 = torch.frexp(ratio_O1).exponent.masked_fill_(ratio_O1 == 0, EXPONENT_FLOOR)
     exponent_O1.clamp_(EXPONENT_FLOOR, EXPONENT_CEILING)
     fixed_OI = to_fixed_point(value_OI.mul_(power_of_two(-exponent_O1)), limit=MOMENTUM_LIMIT)
@@ -40,3 +43,32 @@ def move_registers(register: Tensor, direction: Tensor, rate: float, limit: int,
     before = leading_trit(register)
     register.copy_(move(register, steps, limit))
     return torch.count_nonzero(before != leading_trit(register))
+
+
+def accumulate_each(
+    accumulate: Callable[..., Tensor],
+    momenta: Sequence[Tensor],
+    row_exponents: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    decay: float,
+    keys: Sequence[Key],
+) -> Tensor:
+    """`accumulate_momentum_many` by one tensor after the other; accumulate: some backend's `accumulate_momentum`."""
+    parts = zip(momenta, row_exponents, grads, keys, strict=True)
+    return torch.stack([accumulate(m, e, g, decay, key) for m, e, g, key in parts])
+
+
+def move_each(
+    move_one: Callable[..., Tensor],
+    registers: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    rates: Sequence[float],
+    limit: int,
+    keys: Sequence[Key],
+    go: Tensor | None,
+) -> Tensor:
+    """`move_registers_many` by one tensor after the other; move_one: some backend's `move_registers`."""
+    parts = zip(registers, directions, rates, keys, strict=True)
+    if go is not None and not go:
+        return registers[0].new_zeros(len(registers), dtype=torch.int64)
+    return torch.stack([move_one(r, d, rate, limit, key) for r, d, rate, key in parts])

@@ -1,0 +1,192 @@
+"""The runs behind docs/RULE.md: update rules, scaling, robustness and two published set-ups, on one GPU or several.
+
+    python benchmarks/rule_study.py STAGE[,STAGE…] --data ENWIK8 --out FOLDER [--workers N]
+
+Every stage is a list of cells of `tritwise.bench`, in order of importance: a cell that FOLDER/rows.jsonl already holds
+is not run again, so a study can be cut off and taken up. The rows go to benchmarks/results/rules_GPU_DATE.jsonl.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tritwise.bench.grid import GRID, grid_cells
+from tritwise.bench.harness import Cell
+from tritwise.bench.sweep import SweepLines, devices_called, run_cells
+
+SPLIT = "first:38000000,last:2000000"
+
+
+def full(data: str) -> Cell:
+    """The 19.1M-weight byte model on enwik8, 3600 steps of 64 x 512 bytes."""
+    return Cell(
+        rule="ours",
+        rate=0.03,
+        data=data,
+        split=SPLIT,
+        width=512,
+        depth=6,
+        ctx=512,
+        batch=64,
+        steps=3600,
+        warmup=100,
+        decay=1.0,
+        dtype="bfloat16",
+    )
+
+
+def grid(base: Cell, rule: str, rates: list[float], *, seeds: int = 1, **changes: Any) -> list[Cell]:
+    """`base` with another rule at each rate and seed."""
+    return [replace(base, rule=rule, rate=rate, seed=seed, **changes) for seed in range(seeds) for rate in rates]
+
+
+def main_cells(data: str) -> list[Cell]:
+    """The comparison: every float rival and the one-byte variant tuned, then more seeds at the best rates."""
+    base = full(data)
+    return [
+        *grid(base, "ours", [0.03], seeds=3),
+        *grid(base, "adamw", [0.002]),
+        *grid(base, "muon", [0.02]),
+        *grid(base, "ours", [0.03], settings={"compact": True}),
+        *grid(base, "bitnet-adamw", [0.002]),
+        *grid(base, "bitnet-muon", [0.02]),
+        *grid(base, "adamw", [0.001, 0.003, 0.004]),
+        *grid(base, "muon", [0.01, 0.03]),
+        *grid(base, "bitnet-adamw", [0.001, 0.004]),
+        *grid(base, "bitnet-muon", [0.01, 0.04]),
+        *grid(base, "ours", [0.02, 0.045]),
+        *grid(base, "ours", [0.02, 0.045], settings={"compact": True}),
+    ]
+
+
+def short_cells(data: str) -> list[Cell]:
+    """The other rules, at a third of the length."""
+    base = replace(full(data), steps=1200)
+    return [
+        *grid(base, "ours", [0.03]),
+        *grid(base, "adamw", [0.003]),
+        *(replace(base, rule=f"sign-counter-{threshold}", rate=1.0) for threshold in (3, 8, 32)),
+        *grid(base, "random-trits", [0.002, 0.004, 0.008]),
+        *grid(base, "dqt", [0.003, 0.01, 0.03, 0.1]),
+        *grid(base, "bop", [0.001, 0.003, 0.01, 0.03]),
+        *grid(base, "signsgd", [0.0001, 0.0002, 0.0005]),
+        *grid(base, "lion", [0.0002, 0.0004, 0.0008]),
+        *grid(base, "lion-bf16", [0.0002, 0.0004, 0.0008]),
+        *grid(base, "adamw-bf16", [0.001, 0.002, 0.004]),
+    ]
+
+
+def probe_cells(data: str) -> list[Cell]:
+    """One setting of ours changed at a time, at a third of the length: the ablation."""
+    base = replace(full(data), steps=1200)
+
+    def ours(**settings: Any) -> Cell:
+        return replace(base, settings=settings)
+
+    return [
+        base,
+        replace(base, decay=0.5),
+        replace(base, rate=0.045),
+        replace(base, rate=0.02),
+        replace(base, shape={"group": 4096}),
+        ours(scale_rate=0.0),
+        ours(scale_rate=0.0025),
+        ours(head_rate=0.5),
+        ours(embedding_rate=2.0),
+        ours(direction="newton_schulz"),
+        ours(direction="row_column"),
+        ours(direction="sign"),
+        ours(direction="rms"),
+        ours(momentum=0.95),
+        ours(momentum=0.85),
+        ours(momentum=0.0),
+        ours(steps=2),
+        ours(steps=4),
+        ours(steps=5),
+        ours(interval=2),
+        ours(interval=4),
+        ours(compact=True),
+        replace(base, rule="adamw", rate=0.003),
+        replace(base, rule="adamw", rate=0.003, decay=0.5),
+        replace(base, rule="muon", rate=0.02),
+        replace(base, rule="muon", rate=0.02, decay=0.5),
+        replace(base, seed=1),
+        replace(base, seed=2),
+    ]
+
+
+def scaling_cells(data: str) -> list[Cell]:
+    """Ours against AdamW at three sizes and two lengths."""
+    cells = []
+    for width, depth, rates in ((256, 6, (0.002, 0.004)), (512, 6, (0.002, 0.003)), (1024, 7, (0.001, 0.002))):
+        for steps in (1200, 3600):
+            base = replace(full(data), width=width, depth=depth, steps=steps)
+            cells += [base, *grid(base, "adamw", list(rates))]
+    return cells
+
+
+def robust_cells(data: str) -> list[Cell]:
+    """The default rate and its neighbours over a range of 4 in batch and in width, at a third of the length."""
+    base, cells = replace(full(data), steps=1200), []
+    for batch in (32, 64, 128):
+        cells += [replace(base, batch=batch, rate=rate) for rate in (0.03, 0.015, 0.06)]
+    for width in (256, 1024):
+        cells += [replace(base, width=width, rate=rate) for rate in (0.03, 0.015, 0.06)]
+    return cells
+
+
+def nanogpt_cells(data: str) -> list[Cell]:
+    """nanoGPT's GPU recipe on tinyshakespeare: 10.8M weights, context 256, batch 64, at most 5000 steps."""
+    base = replace(
+        full("shakespeare"), split="90/10", width=384, depth=6, ctx=256, stride=128, bench="nanogpt", eval_interval=500
+    )
+    return [
+        *(replace(base, steps=steps) for steps in (1000, 2000, 5000)),
+        *(replace(base, steps=1000, rate=rate) for rate in (0.015, 0.06)),
+        *(replace(base, rule="adamw", rate=rate, steps=1000) for rate in (0.001, 0.002)),
+    ]
+
+
+def optimizer_cells(data: str) -> list[Cell]:
+    """The published optimizer grid, on both texts."""
+    base = replace(GRID, dtype="bfloat16")
+    return [*grid_cells(base), *grid_cells(replace(base, data=data))]
+
+
+STAGES: dict[str, Callable[[str], list[Cell]]] = {
+    "main": main_cells,
+    "short": short_cells,
+    "probe": probe_cells,
+    "scaling": scaling_cells,
+    "robust": robust_cells,
+    "nanogpt": nanogpt_cells,
+    "optimizers": optimizer_cells,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("stages", help=f"one or more of {', '.join(STAGES)}, separated by commas")
+    parser.add_argument("--data", required=True, help="enwik8, plain or compressed")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--workers", type=int, default=1, help="processes a device: 4 for small models")
+    options = parser.parse_args()
+    devices = devices_called(options.device)
+    for stage in options.stages.split(","):
+        run_cells(
+            STAGES[stage](options.data),
+            options.out / "rows.jsonl",
+            devices,
+            workers=options.workers,
+            compile=devices != ["cpu"],
+            display=SweepLines(Console()),
+        )
+
+
+if __name__ == "__main__":
+    main()

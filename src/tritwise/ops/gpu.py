@@ -1,0 +1,118 @@
+"""Where Triton's kernels can run, and how they are launched: what native.py is to the "cpu" backend.
+
+Triton is not a dependency of its own: torch for CUDA brings it. Without it, or where it cannot compile, the "triton"
+backends refuse with a reason and the reference runs. With TRITON_INTERPRET=1 set before the first use, and asked for
+by name, they run on CPU tensors in Triton's interpreter: slow, and meant for tests.
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritwise.registers import scale_table
+
+OLDEST = (7, 0)  # compute capability that Triton still compiles for
+INTERPRET = "TRITON_INTERPRET"
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """The kernels, `triton_kernels.py`. Only to be called once `refuses` has said None."""
+    return importlib.import_module("tritwise.ops.triton_kernels")
+
+
+@functools.cache
+def refuses(device: torch.device) -> str | None:
+    """Why the "triton" backend cannot run on `device`, or None. The first call compiles and runs a small kernel."""
+    interprets = os.environ.get(INTERPRET) == "1"
+    if device.type not in ("cuda", "cpu"):
+        return "it runs on CUDA devices only"
+    if device.type == "cpu" and not interprets:
+        return f"it runs on CUDA devices; {INTERPRET}=1 runs it on a CPU in Triton's interpreter, for tests"
+    if device.type == "cuda" and interprets:
+        return f"{INTERPRET}=1 is set, which is for CPU tensors; unset it"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability {OLDEST[0]}.{OLDEST[1]}"
+    try:
+        kernels()
+    except ImportError:
+        return "triton is not installed; run pip install triton"
+    try:
+        right = _self_test(device)
+    except Exception as error:  # no C compiler, no cache folder, a driver that is too old: whatever it is
+        return f"Triton cannot compile or run: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None if right else "Triton's kernels give wrong results on this machine; report this as a bug"
+
+
+def _self_test(device: torch.device) -> bool:
+    register = torch.tensor([[121, 41, 40, 0, -40, -41, -121]], dtype=torch.int8, device=device)
+    exponent = torch.tensor([[8]], dtype=torch.int8, device=device)
+    return decode(register, exponent, 256, torch.float32).tolist() == [[2.0, 2.0, 0.0, 0.0, 0.0, -2.0, -2.0]]
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Run `programs` programs of a kernel on `device`, with no product and sum fused into one operation."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](*arguments, **constants, enable_fp_fusion=False)
+
+
+def upload(lines: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """A table of integers as int64 on `device`; the host does not wait."""
+    if device.type == "cuda":  # pragma: no cover - on a GPU only
+        return torch.tensor(lines, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+    return torch.tensor(lines, dtype=torch.int64)
+
+
+def float_bits(value: float) -> int:
+    """The bits of the float32 nearest to `value` (infinity above its range) as a signed integer."""
+    return ctypes.c_int32.from_buffer(ctypes.c_float(value)).value
+
+
+def power_of_two_above(count: int) -> int:
+    """The least power of two that is `count` or more."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def is_served(register: Tensor, exponent: Tensor, group: int) -> bool:
+    """Whether a kernel can decode these: int8 [O, I] and int8 [O, ceil(I / group)] on one device, not empty."""
+    return (
+        register.dtype is torch.int8
+        and exponent.dtype is torch.int8
+        and register.device == exponent.device
+        and register.numel() > 0
+        and exponent.shape == (register.shape[0], -(-register.shape[1] // group))
+    )
+
+
+def decode(register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype, ids: Tensor | None = None) -> Tensor:
+    """W = trit * scale as `dtype` [O, I], or its rows `ids` (int64 [N]) as [N, I]; exact in float32 and bfloat16."""
+    r, e = register.contiguous(), exponent.contiguous()
+    table_rows, columns = r.shape
+    groups = e.shape[1]
+    rows = table_rows if ids is None else ids.numel()
+    weight = torch.empty(rows, columns, dtype=dtype, device=r.device)
+    if groups == 1:
+        group = power_of_two_above(columns)
+    # The widest block that never straddles two groups; where groups are odd, blocks straddle.
+    block, uniform = min(group & -group, 1024), True
+    if block < min(32, group):
+        block, uniform = min(power_of_two_above(columns), 256), False
+    block_rows = max(1, 4096 // block)
+    launch(
+        kernels().decode,
+        -(-rows // block_rows) * -(-columns // block),
+        r.device,
+        *(ids, r, e, scale_table(r.device), weight, rows, table_rows, columns, groups, group),
+        BLOCK_R=block_rows,
+        BLOCK_C=block,
+        UNIFORM=uniform,
+    )
+    return weight

@@ -1,0 +1,59 @@
+"""The ternary linear on a GPU: a kernel decodes the weight in one pass, and torch's matrix library multiplies."""
+
+import torch
+from torch import Tensor
+
+from tritwise.ops import gpu
+from tritwise.ops.linear import reference
+from tritwise.registers import scale_table
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def decode(register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """The weight W = trit * scale as `dtype` [O, I]; exact in float32 and bfloat16."""
+    if dtype not in DTYPES or not gpu.is_served(register, exponent, group):
+        return reference.decode(register, exponent, group, dtype)
+    return gpu.decode(register, exponent, group, dtype)
+
+
+def forward(x: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+    """y [..., O] = x [..., I] W^T."""
+    return torch.nn.functional.linear(x, decode(register, exponent, group, x.dtype))
+
+
+def input_grad(grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+    """dL/dx [..., I] = dL/dy [..., O] W."""
+    return grad @ decode(register, exponent, group, grad.dtype)
+
+
+def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """dL/dW [O, I] float32 = sum over rows of dL/dy^T x, kept in the float32 that the matrix units sum in."""
+    if grad.is_cuda and grad.dtype in (torch.bfloat16, torch.float16):  # pragma: no cover - on a GPU only
+        grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        return torch.mm(grad_NO.T, x_NI, out_dtype=torch.float32)
+    return reference.weight_grad(grad, x)
+
+
+def scale_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+    """Sum of dL/dW * W over each group, float32 [O, G]."""
+    served = weight_grad.dtype is torch.float32 and weight_grad.shape == register.shape
+    if not served or not gpu.is_served(register, exponent, group):
+        return reference.scale_grad(weight_grad, register, exponent, group)
+    g, r, e = weight_grad.contiguous(), register.contiguous(), exponent.contiguous()
+    rows, columns = r.shape
+    groups = e.shape[1]
+    out_OG = torch.empty(rows, groups, dtype=torch.float32, device=r.device)
+    span = min(group, columns)
+    block = min(gpu.power_of_two_above(span), 1024)
+    block_rows = max(1, 2048 // block)
+    gpu.launch(
+        gpu.kernels().scale_grad,
+        -(-rows // block_rows) * groups,
+        r.device,
+        *(g, r, e, scale_table(r.device), out_OG, rows, columns, groups, group),
+        SPAN=span,
+        BLOCK_R=block_rows,
+        BLOCK_C=block,
+    )
+    return out_OG

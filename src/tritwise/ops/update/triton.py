@@ -1,0 +1,137 @@
+"""Momentum accumulation and register moves on a GPU: a few launches for all tensors, the reference's bits.
+
+Nothing waits for the device: whether a gradient is finite is found, and heeded, there. Keys travel in a table that the
+host fills at every call, so these calls must not be captured into a CUDA graph, whose replays would draw equal bits.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tritwise.ops import gpu
+from tritwise.ops.update import reference
+from tritwise.registers import FRACTION_BITS, Key
+
+ELEMENTS = 2048  # of a program
+
+
+def accumulate_momentum(momentum: Tensor, row_exponent: Tensor, grad: Tensor, decay: float, key: Key) -> Tensor:
+    """See `tritwise.ops.update.accumulate_momentum`."""
+    return accumulate_momentum_many([momentum], [row_exponent], [grad], decay, [key]).view(())
+
+
+def move_registers(register: Tensor, direction: Tensor, rate: float, limit: int, key: Key) -> Tensor:
+    """See `tritwise.ops.update.move_registers`."""
+    return move_registers_many([register], [direction], [rate], limit, [key], None).view(())
+
+
+def accumulate_momentum_many(
+    momenta: Sequence[Tensor],
+    row_exponents: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    decay: float,
+    keys: Sequence[Key],
+) -> Tensor:
+    """See `tritwise.ops.update.accumulate_momentum_many`."""
+    device = momenta[0].device
+    parts = list(zip(momenta, row_exponents, grads, keys, strict=True))
+    if not all(_accumulates(m, e, g, device) for m, e, g, _ in parts):
+        one = reference.accumulate_momentum
+        return reference.accumulate_each(one, momenta, row_exponents, grads, decay, keys)
+    flat = [(m.contiguous(), e.contiguous(), g.contiguous()) for m, e, g, _ in parts]
+    across = min(gpu.power_of_two_above(max(m.shape[1] for m in momenta)), ELEMENTS // 4)
+    down = ELEMENTS // across
+    lines, programs, all_rows, aligned, bits = [], 0, 0, True, gpu.float_bits(decay)
+    for (m, e, g), key in zip(flat, keys, strict=True):
+        rows, columns = m.shape
+        addresses = m.data_ptr(), e.data_ptr(), g.data_ptr()
+        lines.append([programs, *key, *addresses, bits, rows, columns, all_rows])
+        programs += -(-rows // down) * -(-columns // across)
+        all_rows += rows
+        aligned = aligned and not (addresses[0] | addresses[2] | columns) % 16
+    tensors = len(lines)
+    table = gpu.upload(lines, device)
+    zeros = torch.zeros(all_rows + tensors, dtype=torch.int32, device=device)
+    peak_R, refused_T = zeros[:all_rows], zeros[all_rows:]
+    old_R = torch.empty(all_rows, dtype=torch.int32, device=device)
+    taken_T = torch.empty(tensors, dtype=torch.bool, device=device)
+    constants = {
+        "TENSORS": max(gpu.power_of_two_above(tensors), 16),
+        "BLOCK_R": down,
+        "BLOCK_C": across,
+        "ALIGNED": aligned,
+    }
+    run = gpu.kernels()
+    gpu.launch(run.peaks, programs, device, table, peak_R, old_R, refused_T, tensors, **constants)
+    out = taken_T.view(torch.int8)
+    gpu.launch(run.requantise, programs, device, table, peak_R, old_R, refused_T, out, tensors, **constants)
+    for (m, e, _), momentum, row_exponent in zip(flat, momenta, row_exponents, strict=True):
+        _put_back(m, momentum)
+        _put_back(e, row_exponent)
+    return taken_T
+
+
+def move_registers_many(
+    registers: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    rates: Sequence[float],
+    limit: int,
+    keys: Sequence[Key],
+    go: Tensor | None,
+) -> Tensor:
+    """See `tritwise.ops.update.move_registers_many`."""
+    device = registers[0].device
+    parts = list(zip(registers, directions, rates, keys, strict=True))
+    if not all(_moves(r, d, device) for r, d, _, _ in parts):
+        return reference.move_each(reference.move_registers, registers, directions, rates, limit, keys, go)
+    flat = [(r.contiguous(), d.contiguous()) for r, d, _, _ in parts]
+    lines, programs, aligned = [], 0, True
+    for (r, d), rate, key in zip(flat, rates, keys, strict=True):
+        factor = gpu.float_bits(-rate * (1 << FRACTION_BITS))
+        addresses, count = (r.data_ptr(), d.data_ptr()), r.numel()
+        lines.append([programs, *key, *addresses, factor, count, 0, 0, 0])  # zeros fill the line
+        programs += -(-count // ELEMENTS)
+        aligned = aligned and not (addresses[0] | addresses[1] | count) % 16
+    tensors = len(lines)
+    flips_T = torch.zeros(tensors, dtype=torch.int64, device=device)
+    gpu.launch(
+        gpu.kernels().move,
+        programs,
+        device,
+        *(gpu.upload(lines, device), go, flips_T, limit, tensors),
+        TENSORS=max(gpu.power_of_two_above(tensors), 16),
+        BLOCK=ELEMENTS,
+        ALIGNED=aligned,
+    )
+    for (r, _), register in zip(flat, registers, strict=True):
+        _put_back(r, register)
+    return flips_T
+
+
+def _accumulates(momentum: Tensor, row_exponent: Tensor, grad: Tensor, device: torch.device) -> bool:
+    return (
+        momentum.dtype is torch.int8
+        and row_exponent.dtype is torch.int8
+        and grad.dtype is torch.float32
+        and momentum.device == row_exponent.device == grad.device == device
+        and momentum.ndim == 2
+        and momentum.numel() > 0
+        and grad.shape == momentum.shape
+        and row_exponent.shape == (momentum.shape[0], 1)
+    )
+
+
+def _moves(register: Tensor, direction: Tensor, device: torch.device) -> bool:
+    return (
+        register.dtype is torch.int8
+        and direction.dtype is torch.float32
+        and register.device == direction.device == device
+        and register.numel() > 0
+        and direction.shape == register.shape
+    )
+
+
+def _put_back(changed: Tensor, original: Tensor) -> None:
+    if changed is not original:
+        original.copy_(changed)

@@ -1,0 +1,83 @@
+"""What a run computes with: the device, the type of activations, compiled or not, and batches on their way there."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritwise.data.sampler import Sampler
+from tritwise.errors import UserError
+from tritwise.models import ByteLM
+from tritwise.nn import trit_modules
+from tritwise.ops import gpu
+from tritwise.train.config import Config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SMALL = 0.01  # share of a GPU's memory that all weight gradients of a small model may take at once
+
+
+def device_called(name: str) -> torch.device:
+    """auto, cpu or cuda as a device. Raises UserError for cuda where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for but torch sees no GPU; use --set device=cpu")
+    return torch.device(name)
+
+
+def dtype_called(name: str, device: torch.device) -> torch.dtype:
+    """The type of activations: one of DTYPES; for auto bfloat16 on a GPU that computes in it, float32 elsewhere."""
+    if name != "auto":
+        return DTYPES[name]
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if able else torch.float32
+
+
+def build_model(config: Config, device: torch.device) -> ByteLM:
+    """The model of a run on `device`, new, with its type of activations and its ways to save memory."""
+    settings = config.train
+    model = ByteLM(
+        config.model,
+        dtype_called(settings.dtype, device),
+        checkpoint=settings.checkpoint == "block",
+        loss_chunk=settings.loss_chunk,
+    )
+    return model.to(device)
+
+
+class Speed(NamedTuple):
+    """How steps run: `compile` and `graph` as `Stepper` takes them."""
+
+    compile: bool
+    graph: bool
+
+
+def speed_of(compile: str, model: ByteLM, accum: int = 1) -> Speed:
+    """How to run the steps of `model`, where it is now. compile: true, false, or auto: on a GPU that can.
+
+    A recording pays for small models, whose kernels are shorter than the calls that start them. Its gradients wait in
+    memory all at once, so all of them, in float32, must be small beside the GPU. It writes the gradients of float
+    weights anew at every replay, so they cannot be added up over micro-batches.
+    """
+    device = next(model.parameters()).device
+    wanted = compile == "true" or (compile == "auto" and device.type == "cuda" and gpu.refuses(device) is None)
+    if not wanted or device.type != "cuda":
+        return Speed(wanted, graph=False)
+    numbers = sum(layer.register.numel() for _, layer in trit_modules(model))
+    floats = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    small = 4 * (numbers + floats) <= SMALL * torch.cuda.get_device_properties(device).total_memory
+    return Speed(wanted, graph=small and (accum == 1 or not floats))
+
+
+def batch_on(device: torch.device, sampler: Sampler, step: int, micro: int = 0) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of one micro-batch, int64 [B, T] each, on `device`, without waiting for it."""
+    ids, targets = sampler.batch_at(step, micro)
+    if device.type == "cuda":
+        return ids.pin_memory().to(device, non_blocking=True), targets.pin_memory().to(device, non_blocking=True)
+    return ids, targets
+
+
+def wait_for(device: torch.device) -> None:
+    """Let a GPU finish what it was given, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,273 @@
+"""TritOptimizer while it runs: settings that change, state that is forgotten, many gradients at once, slow scales, and
+what is different on a GPU."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tritwise.nn import TritEmbedding, TritLinear, TritModule, trit_modules
+from tritwise.optim import TritOptimizer
+from tritwise.train.optimizers import keep_initial_rates, set_rates
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Four(nn.Module):
+    """One layer of each role, and a table of which only the rows in use are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = TritEmbedding(12, 16)
+        self.table = TritEmbedding(9, 16, sparse=True, group=8)
+        self.body = TritLinear(16, 18, blocks=3)
+        self.head = TritLinear(18, 12, role="head", group=6)
+
+
+def layers_of(model: nn.Module) -> list[TritModule]:
+    return [layer for _, layer in trit_modules(model)]
+
+
+def gradients(model: nn.Module, seed: int) -> list[Tensor]:
+    """One for each layer; that of the table is zero in some rows."""
+    found = [normal(*layer.register.shape, seed=seed) for layer in layers_of(model)]
+    found[1][seed % 9 :: 3] = 0
+    return found
+
+
+def train(model: nn.Module, optimizer: TritOptimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        optimizer.consume(layers_of(model), gradients(model, step))
+        optimizer.step()
+
+
+def everything(model: nn.Module, optimizer: TritOptimizer) -> dict[str, Tensor]:
+    found = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for name, layer in trit_modules(model):
+        found |= {f"{name}.{key}": t.clone() for key, t in optimizer.state.get(layer.register, {}).items()}
+    return found
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def groups_of(optimizer: TritOptimizer) -> list[dict]:
+    return copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
+
+
+# --- configure ------------------------------------------------------------------------------------------------------
+
+
+def test_settings_of_all_groups_change():
+    optimizer = TritOptimizer(Four(), rate=0.02)
+    settings = {"momentum": 0.5, "scale_rate": 0.1, "direction": "sign", "steps": 5, "interval": 2, "seed": 9}
+    optimizer.configure(**settings)
+    assert [{name: group[name] for name in settings} for group in optimizer.param_groups] == [settings] * 3
+
+
+def test_settings_of_one_role_change():
+    optimizer = TritOptimizer(Four(), rate=0.02)
+    before = groups_of(optimizer)
+    optimizer.configure("head", direction="rms", interval=3)
+    assert groups_of(optimizer) == [*before[:2], before[2] | {"direction": "rms", "interval": 3}]
+    optimizer.configure(role="matrix")
+    assert groups_of(optimizer)[1] == before[1]
+
+
+def test_a_new_rate_is_that_of_matrices_or_of_the_role_named_and_schedules_start_from_it():
+    optimizer = TritOptimizer(Four(), rate=0.02)
+    keep_initial_rates([optimizer])
+    optimizer.configure(rate=0.3)
+    expected = [group["lr"] for group in TritOptimizer(Four(), rate=0.3).param_groups]
+    assert [group["initial_lr"] for group in optimizer.param_groups] == expected and expected[1] == 0.3
+    optimizer.configure("head", rate=0.1)
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [*expected[:2], 0.1]
+    set_rates([optimizer], 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [expected[0] / 2, 0.15, 0.05]
+
+
+def test_changed_settings_are_used_at_once():
+    model, other = Four(), Four()
+    optimizer, fresh = TritOptimizer(model, 0.02, momentum=0.9), TritOptimizer(other, 0.3, momentum=0.5, seed=4)
+    optimizer.configure(rate=0.3, momentum=0.5, seed=4)
+    train(model, optimizer, 0, 3)
+    train(other, fresh, 0, 3)
+    assert_equal(everything(model, optimizer), everything(other, fresh))
+
+
+LISTED = "rate, momentum, scale_rate, direction, steps, interval, seed"
+
+
+@pytest.mark.parametrize(
+    ("role", "settings", "message"),
+    [
+        ("vector", {"rate": 0.1}, "no group has the role 'vector'; choose one of embedding, head, matrix"),
+        (None, {"momentun": 0.5, "rate": 0.1}, f"there is no setting 'momentun'; choose one of {LISTED}"),
+        (None, {"lr": 0.5}, f"there is no setting 'lr'; choose one of {LISTED}"),
+        ("head", {"roles": {}}, f"there is no setting 'roles'; choose one of {LISTED}"),
+        ("matrix", {"momentum": 0.5, "rate": -1.0}, "rate is -1.0; it must be 0 or more and finite"),
+        (None, {"rate": 0.5, "scale_rate": math.inf}, "scale_rate is inf; it must be 0 or more and finite"),
+        ("head", {"rate": 0.5, "direction": "up"}, "there is no direction 'up'; choose one of newton_schulz"),
+        (None, {"steps": 4, "interval": 0}, "steps and interval must be at least 1"),
+    ],
+)
+def test_what_cannot_work_changes_nothing(role, settings, message):
+    optimizer = TritOptimizer(Four())
+    before = groups_of(optimizer)
+    with pytest.raises(ValueError) as caught:
+        optimizer.configure(role, **settings)
+    assert str(caught.value).startswith(message)
+    assert groups_of(optimizer) == before
+
+
+def test_groups_made_by_hand_have_no_role():
+    optimizer = TritOptimizer([{"params": [TritLinear(4, 4)]}])
+    with pytest.raises(ValueError, match="the role 'head'; choose one of none: groups made by hand"):
+        optimizer.configure("head", rate=0.1)
+    optimizer.configure(rate=0.1)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+# --- reset_runtime_state --------------------------------------------------------------------------------------------
+
+
+def test_after_a_reset_it_is_a_fresh_optimizer():
+    settings = {"rate": 0.1, "scale_rate": 0.2, "interval": 2, "seed": 3}
+    model = Four()
+    optimizer = TritOptimizer(model, **settings)
+    train(model, optimizer, 0, 3)
+    optimizer.refuse()
+    optimizer.step()
+    optimizer.consume(layers_of(model), gradients(model, 77))  # waits for a step that never comes
+    other = copy.deepcopy(model)
+    optimizer.reset_runtime_state()
+    assert_equal(dict(model.named_parameters()), dict(other.named_parameters()))  # what was learned stays
+    assert (optimizer.step_count, optimizer.skipped, optimizer.flips, len(optimizer.state)) == (0, 0, 0, 0)
+    fresh = TritOptimizer(other, **settings)
+    assert groups_of(optimizer) == groups_of(fresh)
+    train(model, optimizer, 5, 8)
+    train(other, fresh, 5, 8)
+    assert_equal(everything(model, optimizer), everything(other, fresh))
+    assert optimizer.flips == fresh.flips > 0
+
+
+def test_a_reset_forgets_a_gradient_that_was_no_number():
+    layer = TritLinear(4, 4)
+    optimizer = TritOptimizer(layer, rate=1.0)
+    optimizer.consume([layer], [torch.full((4, 4), math.nan)])
+    optimizer.reset_runtime_state()
+    before = layer.register.clone()
+    optimizer.consume([layer], [normal(4, 4)])
+    optimizer.step()
+    assert optimizer.skipped == 0 and not torch.equal(layer.register, before)
+
+
+# --- many gradients at once -----------------------------------------------------------------------------------------
+
+
+def test_many_gradients_at_once_are_one_after_the_other():
+    """Two micro-batches of each layer, with learned scales and a sparse table among them; then with a NaN in one."""
+    results, skipped = [], []
+    for at_once in (True, False):
+        model = Four()
+        optimizer, layers = TritOptimizer(model, 0.1, scale_rate=0.2, roles={"head": {"momentum": 0.5}}), None
+        layers = layers_of(model)
+        for step in range(4):
+            for micro in range(2):
+                grads = gradients(model, 10 * step + micro)
+                if (step, micro) == (2, 1):
+                    grads[2][3, 5] = math.nan
+                if at_once:
+                    optimizer.consume(layers, grads)
+                else:
+                    for layer, grad in zip(reversed(layers), reversed(grads), strict=True):
+                        optimizer.consume([layer], [grad])
+            optimizer.step()
+        results.append(everything(model, optimizer))
+        skipped.append(optimizer.skipped)
+    assert_equal(*results)
+    assert skipped == [1, 1]
+
+
+def test_the_layers_it_trains_are_named_group_by_group():
+    model = Four()
+    optimizer = TritOptimizer([{"params": [model.head]}, {"params": [model.body, model.embed]}])
+    assert optimizer.layers == [model.head, model.body, model.embed]
+
+
+# --- slow scales ----------------------------------------------------------------------------------------------------
+
+
+def test_slow_scales_go_with_the_gradient_and_do_not_wander():
+    """100 steps of 0.005 octaves are 4 exponents of 1/8 octave. Each step is a 25th of an exponent: rounded to whole
+    ones its noise would add up to 2 exponents, kept as evidence to 0.02."""
+    steps, moved = 100, []
+    for seed in range(6):
+        layer = TritLinear(16, 8, group=4)
+        with torch.no_grad():
+            layer.register.fill_(81)
+            layer.exponent.zero_()
+        optimizer = TritOptimizer(layer, rate=1e-9, scale_rate=0.005, momentum=0.9, seed=seed)
+        for _ in range(steps):
+            optimizer.consume([layer], [torch.ones(8, 16)])
+            optimizer.step()
+        evidence = optimizer.state[layer.register]["scale_evidence"].view(8, 4)
+        assert (layer.exponent == -4).all() and evidence.any()
+        moved.append(-(layer.exponent.double() + evidence.double() / 256))
+    found = torch.stack(moved)
+    assert found.mean().item() == pytest.approx(steps * 0.005 * 8, rel=0.005)
+    assert 0 < found.std().item() < 0.05
+
+
+# --- as on a GPU ----------------------------------------------------------------------------------------------------
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors say that they are on a GPU: layers move in lots, and the host does not look whether anything did."""
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda tensor: True), raising=True)
+
+
+@pytest.mark.parametrize("together", [1 << 25, 1, 300])
+def test_layers_that_move_in_lots_have_the_bits_of_layers_that_move_alone(together, monkeypatch):
+    results = []
+    for pretend in (False, True):
+        with monkeypatch.context() as patch:
+            if pretend:
+                pretend_gpu(patch)
+                patch.setattr("tritwise.optim.trit._TOGETHER", together)
+            torch.manual_seed(0)
+            model = nn.ModuleList([TritLinear(16, 8), TritLinear(8, 16), TritEmbedding(9, 6, sparse=True, group=3)])
+            optimizer = TritOptimizer(model, 0.1, interval=2, scale_rate=0.0)
+            for step in range(3):
+                optimizer.consume(layers_of(model), [normal(*m.register.shape, seed=step) for m in layers_of(model)])
+                optimizer.step()
+            results.append(everything(model, optimizer) | {"flips": torch.tensor(optimizer.flips)})
+    assert_equal(*results)
+    assert results[0]["flips"] > 0
+
+
+def test_skipped_steps_are_counted_when_someone_asks(monkeypatch):
+    pretend_gpu(monkeypatch)
+    model = Four()
+    optimizer = TritOptimizer(model, 0.2, scale_rate=0.5)
+    train(model, optimizer, 0, 1)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for bad in range(2):
+        grads = gradients(model, 1 + bad)
+        grads[2][0, 0] = math.nan
+        optimizer.consume(layers_of(model), grads)
+        optimizer.step()
+        assert_equal(dict(model.named_parameters()), before)
+        assert optimizer.flips == 0
+    assert [group["skipped"] for group in optimizer.param_groups] == [0] * 3  # the host has not looked
+    assert [group["skipped"] for group in optimizer.state_dict()["param_groups"]] == [2] * 3
+    assert optimizer.skipped == 2
+    train(model, optimizer, 3, 4)
+    assert optimizer.skipped == 2 and optimizer.flips > 0

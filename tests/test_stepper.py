@@ -1,0 +1,160 @@
+"""Stepper: a step as one call, with the bits of a loop written by hand, whether eager, compiled or a recorded graph."""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tritwise.models import ByteLM, ModelConfig
+from tritwise.nn import trit_modules
+from tritwise.optim import TritOptimizer
+from tritwise.train.optimizers import float_optimizers
+from tritwise.train.stepper import Stepper
+
+SHAPE = ModelConfig(width=32, depth=1, ctx=16)
+RULES = ("trit", "adamw", "muon")
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile without code generation: the traced graphs, forward and backward, run as they are."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    yield
+    torch._dynamo.reset()
+
+
+def build(rule: str, device: str = "cpu", **settings: Any) -> tuple[ByteLM, list[torch.optim.Optimizer]]:
+    torch.manual_seed(0)
+    model = ByteLM(ModelConfig(**SHAPE.__dict__ | {"weights": "trit" if rule == "trit" else "float"})).to(device)
+    if rule == "trit":
+        return model, [TritOptimizer(model, 0.05, **settings)]
+    return model, float_optimizers(model, rule, 0.02)
+
+
+def batches(count: int, device: str = "cpu") -> list[tuple[Tensor, Tensor]]:
+    ids = torch.randint(0, 256, (count, 4, 17), generator=torch.Generator().manual_seed(1)).to(device)
+    return [(row[:, :-1], row[:, 1:]) for row in ids]
+
+
+def state_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Every parameter and every tensor of the optimizers' state."""
+    found = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for number, optimizer in enumerate(optimizers):
+        for index, values in optimizer.state_dict()["state"].items():
+            found |= {f"{number}.{index}.{key}": t.clone() for key, t in values.items() if isinstance(t, Tensor)}
+    return found
+
+
+def run(rule: str, steps: int, device: str = "cpu", **how: bool) -> tuple[list[float], dict[str, Tensor]]:
+    model, optimizers = build(rule, device)
+    stepper = Stepper(model, optimizers, **how)
+    losses = [stepper.step(*batch).clone() for batch in batches(steps, device)]
+    return torch.stack(losses).tolist(), state_of(model, optimizers)
+
+
+def run_by_hand(rule: str, steps: int) -> tuple[list[float], dict[str, Tensor]]:
+    model, optimizers = build(rule)
+    losses = []
+    for ids, targets in batches(steps):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = model.loss(ids, targets)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append(loss.item())
+    return losses, state_of(model, optimizers)
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_eager_is_the_loop_by_hand(rule):
+    (losses, state), (expected, by_hand) = run(rule, 4), run_by_hand(rule, 4)
+    assert losses == expected and len(set(losses)) == 4
+    assert_equal(state, by_hand)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_compiled_has_the_same_bits(rule, quick_compiler):
+    (losses, state), (expected, by_hand) = run(rule, 3, compile=True), run_by_hand(rule, 3)
+    assert losses == expected
+    assert_equal(state, by_hand)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1  # and it was compiled
+
+
+def test_the_loss_is_a_tensor_without_a_graph_and_gradients_are_let_go_of():
+    model, optimizers = build("adamw")
+    stepper = Stepper(model, optimizers)
+    loss = stepper.step(*batches(1)[0])
+    assert loss.shape == () and loss.dtype == torch.float32 and not loss.requires_grad
+    assert math.log(256) - 1 < loss.item() < math.log(256) + 1
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_every_optimizer_steps():
+    model, optimizers = build("muon")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    Stepper(model, optimizers).step(*batches(1)[0])
+    assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
+
+
+def test_a_graph_away_from_a_gpu_is_refused():
+    with pytest.raises(ValueError, match="a CUDA graph cannot be recorded on cpu; leave out graph"):
+        Stepper(*build("trit"), graph=True)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+def test_a_graph_gives_the_state_of_eager_steps(rule):
+    (losses, state), (expected, eager) = (run(rule, 10, "cuda", graph=graph) for graph in (True, False))
+    assert losses == expected and losses[-1] < losses[0]
+    assert_equal(state, eager)
+
+
+@pytest.mark.gpu
+def test_in_a_graph_a_loss_that_is_no_number_is_skipped_and_counted():
+    """The rotary table is read by the recording where it lies: NaN in it makes a whole batch no number."""
+    model, optimizers = build("trit", "cuda", scale_rate=0.1)
+    (optimizer,) = optimizers
+    assert isinstance(optimizer, TritOptimizer)
+    stepper = Stepper(model, optimizers, graph=True)
+    one, two, three = batches(3, "cuda")
+    stepper.step(*one)
+    before, table = state_of(model, optimizers), model.rotary.cos.clone()
+    model.rotary.cos.fill_(math.nan)
+    assert stepper.step(*two).isnan()
+    assert (optimizer.skipped, optimizer.step_count, optimizer.flips) == (1, 2, 0)
+    kept = {name for name, tensor in state_of(model, optimizers).items() if torch.equal(tensor, before[name])}
+    assert kept >= {name for name, _ in model.named_parameters()}
+    model.rotary.cos.copy_(table)
+    assert stepper.step(*three).isfinite()
+    assert (optimizer.skipped, optimizer.step_count) == (1, 3) and optimizer.flips > 0
+
+
+@pytest.mark.gpu
+def test_in_a_graph_gradients_come_through_the_consumers():
+    """Whoever is no TritOptimizer is handed every gradient of its layers, after the replay."""
+    model, _ = build("trit", "cuda")
+    received: dict[nn.Module, list[Tensor]] = {layer: [] for _, layer in trit_modules(model)}
+    for layer in received:
+        layer.consumer = lambda layer, grad: received[layer].append(grad.clone())
+    stepper = Stepper(model, [], graph=True)
+    one, two = batches(2, "cuda")
+    for ids, targets in (one, two, one):
+        stepper.step(ids, targets)
+    for layer, grads in received.items():
+        assert len(grads) == 3 and layer.port.grad is None
+        assert grads[0].shape == layer.register.shape and grads[0].any()
+        assert torch.equal(grads[0], grads[2]) and not torch.equal(grads[0], grads[1])

@@ -1,0 +1,440 @@
+"""The "triton" backend: integers bit-equal to the reference on the CPU, floats within fixed errors.
+
+The same tests run on two devices: on CPU tensors in Triton's interpreter, which must be chosen before Triton is
+imported and therefore has a process of its own (`test_in_the_interpreter`), and on a GPU with -m gpu.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tritwise import ops
+from tritwise.ops import gpu
+from tritwise.ops.direction import METHODS
+from tritwise.ops.linear import reference, triton
+from tritwise.registers import Key, make_key
+
+INTERPRETED = os.environ.get(gpu.INTERPRET) == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="is about a process without the interpreter")
+in_the_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+on_each_device = pytest.mark.parametrize(
+    "device", [*(["cpu"] if INTERPRETED else []), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+SHAPES = [(1, 1), (3, 7), (1, 2100), (21, 130), (6, 64), (5, 1000)]  # the last: several tiles both ways
+OPS = torch.ops.tritwise
+
+
+def int8(low: int, high: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    """int8 uniform over low … high."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high + 1, shape, dtype=torch.int16, generator=generator).to(torch.int8)
+
+
+def normal(*shape: int, seed: int = 2) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def floats(shape: tuple[int, ...], seed: int, low: int = 0, high: int = 0) -> Tensor:
+    """float32 normal numbers times 2**low … 2**high; some rows and elements are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, dtype=torch.float64, generator=generator)
+    x *= torch.exp2(torch.randint(low, high + 1, shape, generator=generator).double())
+    x[torch.rand(shape, generator=generator) < 0.05] = 0
+    x[torch.rand(shape[0], generator=generator) < 0.1] = 0
+    return x.float()
+
+
+def placed(value: Any, device: str) -> Any:
+    """A copy of a tensor, or of those in a list, on `device`; other things as they are."""
+    if isinstance(value, list):
+        return [placed(v, device) for v in value]
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
+
+
+def results(name: str, device: str, run: Callable[..., Any], *arguments: Any) -> list[Tensor]:
+    """What `run` returns under the backend `name`, then its tensor arguments after it; all on the CPU."""
+    copies = placed(list(arguments), device)
+    with ops.backend(name):
+        returned = run(*copies)
+    every: list[Tensor] = []
+    for value in (returned, *copies):
+        every += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, Tensor)]
+    return [tensor.detach().cpu() for tensor in every]
+
+
+def assert_same_bits(device: str, run: Callable[..., Any], *arguments: Any) -> list[Tensor]:
+    """Triton on `device` and the reference on the CPU return and leave behind the same types and bits."""
+    found = results("triton", device, run, *arguments)
+    for a, b in zip(found, results("reference", "cpu", run, *arguments), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        views = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+        assert torch.equal(a.contiguous().view(views.get(a.dtype, a.dtype)), b.view(views.get(b.dtype, b.dtype)))
+    return found
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert found.shape == expected.shape
+    assert (found.double() - expected.double()).norm() <= tolerance * expected.double().norm()
+
+
+# ---- accumulation
+
+
+@on_each_device
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("low", "high", "decay"), [(-9, 2, 0.9), (-149, -120, 1.0), (-20, 126, 0.9)])
+def test_accumulation(device, shape, decay, low, high, poisoned):
+    grad = floats(shape, 0, low, high)
+    grad[grad.isinf()] = 1.0
+    momentum, exponent = int8(-127, 127, shape, 1), int8(max(low, -126), min(high, 118), (shape[0], 1), 2)
+    taken, *_ = assert_same_bits(device, ops.accumulate_momentum, momentum, exponent, grad, decay, make_key(3))
+    assert taken.shape == () and bool(taken)
+
+
+@on_each_device
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 70),
+    seed=st.integers(0, 2**32 - 1),
+    decay=st.floats(0, 1),
+    sizes=st.tuples(st.integers(-150, 127), st.integers(-150, 127)).map(sorted),
+    key=st.tuples(st.integers(-(2**31), 2**31 - 1), st.integers(-(2**31), 2**31 - 1)),
+)
+def test_accumulation_of_any_state(device, rows, columns, seed, decay, sizes, key):
+    momentum, exponent = int8(-128, 127, (rows, columns), seed), int8(-128, 127, (rows, 1), seed)
+    grad = floats((rows, columns), seed, sizes[0], sizes[1])
+    assert_same_bits(device, ops.accumulate_momentum, momentum, exponent, grad, decay, Key(*key))
+
+
+@on_each_device
+def test_peaks_at_every_power_of_two_get_the_same_exponent(device):
+    # peak / 127 just below, at and above each power of two; then the smallest floats there are.
+    peaks = 127 * torch.exp2(torch.arange(-149, 121).double()).float()
+    around = torch.stack((torch.nextafter(peaks, torch.tensor(0.0)), peaks, torch.nextafter(peaks, 2 * peaks)))
+    tiny = torch.tensor([1e-45, 3e-45, 1e-38, 1.1754944e-38, 0.0])
+    grad = torch.cat((around.view(-1), tiny)).view(-1, 1)
+    momentum, exponent = torch.zeros(len(grad), 1, dtype=torch.int8), torch.zeros(len(grad), 1, dtype=torch.int8)
+    _, _, found, _ = assert_same_bits(device, ops.accumulate_momentum, momentum, exponent, grad, 1.0, make_key(1))
+    assert found.unique().numel() > 240
+
+
+@on_each_device
+@pytest.mark.parametrize(
+    ("bad", "at"), [(float("nan"), (0, 0)), (float("inf"), (9, 519)), (float("-inf"), (5, 64)), (3e38, (9, 130))]
+)
+def test_what_is_not_finite_is_refused_and_changes_nothing(device, bad, at):
+    momentum, exponent, grad = int8(-127, 127, (10, 520), 0), int8(-9, 9, (10, 1), 1), normal(10, 520)
+    if bad == 3e38:  # finite, but the sum is not
+        momentum[at], exponent[at[0]] = 100, 120
+    grad[at] = bad
+    taken, m, e, _ = assert_same_bits(device, ops.accumulate_momentum, momentum, exponent, grad, 1.0, make_key(3))
+    assert not bool(taken) and torch.equal(m, momentum) and torch.equal(e, exponent)
+
+
+@on_each_device
+def test_many_tensors_of_mixed_shapes(device, poisoned):
+    shapes = [*SHAPES[:-2], SHAPES[-1], (257, 130) if device == "cuda" else (67, 130)]  # the interpreter is slow
+    momenta = [int8(-127, 127, shape, n) for n, shape in enumerate(shapes)]
+    exponents = [int8(-9, 9, (shape[0], 1), n) for n, shape in enumerate(shapes)]
+    grads = [floats(shape, n, -3, 3) for n, shape in enumerate(shapes)]
+    keys = [make_key(n) for n in range(len(shapes))]
+    for go in (torch.tensor(True), torch.tensor(False)):
+        rates = [0.5, 9.0, 30.0, 81.0, 0.0, 2.0]
+        flips, *_ = assert_same_bits(device, ops.move_registers_many, momenta, grads, rates, keys, 127, go)
+        assert bool(flips.sum()) is bool(go)
+    grads[3][20, 77] = float("nan")
+    taken, *_ = assert_same_bits(device, ops.accumulate_momentum_many, momenta, exponents, grads, 0.9, keys)
+    assert taken.tolist() == [True, True, True, False, True, True]
+
+
+# ---- moves
+
+
+@on_each_device
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("rate", "limit"), [(9.7, 121), (0.01, 127), (1e6, 121)])
+def test_moves(device, shape, rate, limit):
+    register, direction = int8(-limit, limit, shape, 5), floats(shape, 6, -3, 4)
+    flips, *_ = assert_same_bits(device, ops.move_registers, register, direction, rate, make_key(7), limit)
+    assert flips.dtype == torch.int64 and flips.shape == ()
+
+
+@on_each_device
+@settings(max_examples=15, deadline=None)
+@given(
+    direction=st.lists(st.floats(allow_nan=False, width=32), min_size=1, max_size=40),
+    rate=st.one_of(st.floats(0, 1e3), st.sampled_from([1 / 65536, 81.0])),
+    key=st.tuples(st.integers(-(2**31), 2**31 - 1), st.integers(-(2**31), 2**31 - 1)),
+)
+def test_any_move(device, direction, rate, key):
+    x = torch.tensor(direction)
+    if rate * 65536 < 1e-45 and x.isinf().any():
+        x = x.clamp(-3e38, 3e38)  # 0 times infinity is not a number, and which integer that becomes is not defined
+    assert_same_bits(device, ops.move_registers, int8(-128, 127, x.shape, 1), x, rate, Key(*key))
+
+
+# ---- linear
+
+
+@on_each_device
+@pytest.mark.parametrize(
+    ("columns", "group"), [(256, 256), (130, 256), (600, 256), (130, 64), (81, 40), (13, 5), (1, 1)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_decoding(device, columns, group, dtype, poisoned):
+    register, exponent = int8(-128, 127, (19, columns), 3), int8(-128, 127, (19, -(-columns // group)), 4)
+    expected = reference.decode(register, exponent, group, dtype)
+    found = triton.decode(register.to(device), exponent.to(device), group, dtype).cpu()
+    integer = torch.int32 if dtype is torch.float32 else torch.int16
+    assert found.dtype == dtype and torch.equal(found.view(integer), expected.view(integer))
+
+
+@on_each_device
+def test_every_register_with_every_exponent(device):
+    register = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).repeat(256, 1)
+    exponent = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).view(256, 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = triton.decode(register.to(device), exponent.to(device), 256, dtype).cpu()
+        assert torch.equal(found, reference.decode(register, exponent, 256, dtype))
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("leading", [(70,), (2, 3), ()])
+def test_linear_and_its_gradients(device, dtype, leading):
+    register, exponent = int8(-121, 121, (31, 300), 0), int8(-20, 8, (31, 2), 1)
+    x, upstream = normal(*leading, 300).to(dtype), normal(*leading, 31, seed=3).to(dtype)
+
+    def run(x: Tensor, register: Tensor, exponent: Tensor, upstream: Tensor) -> list[Tensor]:
+        x, port = x.requires_grad_(), torch.zeros(1, device=x.device).expand(31, 300).requires_grad_()
+        y = ops.linear(x, register, exponent, 256, port)
+        y.backward(upstream)
+        assert x.grad is not None and port.grad is not None and port.grad.dtype == torch.float32
+        return [y, x.grad, port.grad]
+
+    expected = results("reference", "cpu", run, *(v.float() for v in (x,)), register, exponent, upstream.float())
+    found = results("triton", device, run, x, register, exponent, upstream)
+    for a, b in zip(found[:3], expected[:3], strict=True):
+        assert_close(a, b, 2e-6 if dtype == torch.float32 else 2**-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [0, 1, 700])
+def test_a_weight_gradient_is_not_rounded_to_bfloat16(rows):
+    grad, x = normal(rows, 31).bfloat16(), normal(rows, 300, seed=3).bfloat16()
+    with ops.backend("triton"):
+        found = OPS.linear_weight_grad(grad.cuda(), x.cuda())
+    assert found.dtype == torch.float32
+    assert_close(found.cpu(), grad.double().T @ x.double(), 1e-5)
+
+
+@on_each_device
+@pytest.mark.parametrize(("columns", "group"), [(256, 256), (130, 256), (600, 256), (2500, 4096), (130, 64), (13, 5)])
+def test_scale_gradients(device, columns, group, poisoned):
+    register, exponent = int8(-121, 121, (19, columns), 0), int8(-20, 8, (19, -(-columns // group)), 1)
+    arguments = (normal(19, columns), register, exponent, group)
+    expected = reference.scale_grad(arguments[0].double(), *arguments[1:])
+    found = results("triton", device, ops.linear_scale_grad, *arguments)[0]
+    assert found.dtype == torch.float32
+    assert_close(found, expected, 1e-5)
+
+
+# ---- embedding
+
+
+@on_each_device
+@pytest.mark.parametrize(
+    ("rows", "columns", "group", "shape"),
+    [(1, 1, 256, (2, 3)), (256, 13, 256, (2, 50)), (11, 130, 4, (11,)), (17, 600, 256, (4,)), (9, 7, 3, (0,))],
+)
+def test_embedding_rows(device, rows, columns, group, shape, poisoned):
+    register, exponent = int8(-128, 127, (rows, columns), 0), int8(-20, 8, (rows, -(-columns // group)), 1)
+    ids = torch.randint(0, rows, shape, generator=torch.Generator().manual_seed(7))
+    assert_same_bits(device, ops.embedding, ids, register, exponent, group)
+
+
+@on_each_device
+@pytest.mark.parametrize(("count", "rows"), [(300, 9), (5000, 256), (5000, 4000)])
+def test_embedding_gradients_are_the_same_every_time(device, count, rows):
+    ids = torch.randint(0, rows, (count,), generator=torch.Generator().manual_seed(7)) ** 3 % rows  # some are common
+    grad = normal(count, 40)
+    first, *_ = results("triton", device, OPS.embedding_weight_grad, grad, ids, rows)
+    for _ in range(3):
+        assert torch.equal(results("triton", device, OPS.embedding_weight_grad, grad, ids, rows)[0], first)
+    expected = torch.zeros(rows, 40, dtype=torch.float64).index_add_(0, ids, grad.double())
+    assert_close(first, expected, 1e-6)
+    assert first.dtype == torch.float32 and torch.equal(first == 0, expected == 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wrong", [9, 10**6, -1])
+def test_an_id_outside_the_table_gives_no_number(wrong):
+    ids = torch.tensor([3, wrong, 8]).cuda()
+    with ops.backend("triton"):
+        y = ops.embedding(ids, int8(-121, 121, (9, 40), 0).cuda(), int8(0, 9, (9, 1), 1).cuda())
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+# ---- directions
+
+
+@on_each_device
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_directions_are_close(device, method, rank):
+    """Gradients are close to low rank, where the rounding of a matrix product is amplified most."""
+    shapes, blocks = [(60, 20), (20, 20), (40, 100), (100, 20), (20, 20), (1, 7)], [3, 1, 2, 1, 2, 1]
+    momenta, exponents = [], []
+    for n, (rows, columns) in enumerate(shapes):
+        value = normal(rows, columns, seed=n)
+        if rank is not None:
+            value = normal(rows, rank, seed=n) @ normal(rank, columns, seed=n + 50)
+        momenta.append((value / value.abs().amax(dim=1, keepdim=True) * 127).round().to(torch.int8))
+        exponents.append(int8(-9, -2, (rows, 1), n))
+    found = results("triton", device, ops.direction_many, momenta, exponents, method, 3, blocks)
+    expected = results("reference", "cpu", ops.direction_many, momenta, exponents, method, 3, blocks)
+    tolerance = 1e-2 if device == "cuda" and method in ("newton_schulz", "balanced") else 1e-5
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, tolerance)
+
+
+# ---- what kernels are not made for
+
+
+@on_each_device
+def test_the_reference_serves_what_the_kernels_do_not(device):
+    """Nothing at all, and types that only a test has: the same bits, from the reference's own code."""
+    m, e, x, key = int8(-9, 9, (3, 8), 0), int8(-3, 3, (3, 1), 1), normal(3, 8).double(), make_key(4)
+    assert_same_bits(
+        device, ops.accumulate_momentum_many, [m, m[:0]], [e, e[:0]], [x.float(), x[:0].float()], 0.9, [key] * 2
+    )
+    assert_same_bits(device, ops.accumulate_momentum, m, e, x, 0.9, key)
+    assert_same_bits(device, ops.move_registers, m, x, 9.0, key)
+    ids = torch.tensor([2, 0, 2], dtype=torch.int32)
+    assert_same_bits(device, ops.embedding, ids, m, e)
+    for run, arguments in ((ops.linear, (x, m, e)), (ops.linear_scale_grad, (x, m, e, 256))):
+        found, expected = (
+            results(name, on, run, *arguments)[0] for name, on in (("triton", device), ("reference", "cpu"))
+        )
+        assert_close(found, expected, 1e-6)
+
+
+@on_each_device
+def test_no_newton_schulz_steps_leave_the_momentum(device):
+    for shape in ((4, 20), (20, 4), (6, 6)):
+        m, e = int8(-99, 99, shape, 0), torch.zeros(shape[0], 1, dtype=torch.int8)
+        found = results("triton", device, ops.direction, m, e, "newton_schulz", 0)[0]
+        assert_close(found, m.double() / m.double().square().mean().sqrt(), 2e-3 if device == "cuda" else 1e-5)
+
+
+# ---- where it runs
+
+
+@needs_triton
+@not_interpreted
+def test_in_the_interpreter():
+    """Every test above on CPU tensors, those of lists of tensors, and torch's own checks of the operations."""
+    here = Path(__file__).parent
+    files = ["test_triton.py", "test_ops_many.py", "test_ops_linear.py", "test_ops_embedding.py"]
+    some = "test_triton or (triton and (many or opcheck))"
+    command = [sys.executable, "-m", "pytest", "-m", "not gpu", "-k", some, "-p", "no:cacheprovider", "-rs"]
+    environment = os.environ | {gpu.INTERPRET: "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*command, *(str(here / f) for f in files)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    (passed,) = re.findall(r"(\d+) passed", run.stdout)
+    assert int(passed) > 120
+    reasons = set(re.findall(r"^SKIPPED .*?: (.*)$", run.stdout, flags=re.MULTILINE))
+    assert reasons <= {"is about a process without the interpreter"}
+
+
+@needs_triton
+@not_interpreted
+def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
+    """To the instructions that keep bits: no fused multiply-add and no flushing of small numbers to zero."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    pointers = {"go": "*i1", "ids": "*i64", "table": "*i64", "flips_T": "*i64", "taken_T": "*i8"}
+    pointers |= dict.fromkeys(("register", "exponent"), "*i8")
+    pointers |= dict.fromkeys(("scales", "weight", "weight_grad", "out"), "*fp32")
+    pointers |= dict.fromkeys(("peak_R", "old_R", "refused_T"), "*i32")
+    tiles = {"TENSORS": 16, "BLOCK_R": 4, "BLOCK_C": 512, "ALIGNED": True}
+    for name, constants in (
+        ("peaks", tiles),
+        ("requantise", tiles),
+        ("move", {"TENSORS": 16, "BLOCK": 2048, "ALIGNED": True}),
+        ("decode", {"BLOCK_R": 16, "BLOCK_C": 256, "UNIFORM": True}),
+        ("scale_grad", {"SPAN": 256, "BLOCK_R": 8, "BLOCK_C": 256}),
+    ):
+        kernel = getattr(gpu.kernels(), name)
+        types = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in kernel.arg_names}
+        source = ASTSource(kernel, types, {(kernel.arg_names.index(a),): v for a, v in constants.items()})
+        made = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+        assert "st.global" in made.asm["ptx"]
+        assert not re.findall(r"\bfma\b|\.ftz", made.asm["ptx"])
+
+
+@not_interpreted
+def test_reasons_to_refuse(monkeypatch):
+    why = gpu.refuses.__wrapped__
+    assert "TRITON_INTERPRET=1" in why(torch.device("cpu"))
+    assert why(torch.device("mps")) == "it runs on CUDA devices only"
+    monkeypatch.setenv(gpu.INTERPRET, "1")
+    assert "unset it" in why(torch.device("cuda"))
+
+    def missing() -> None:
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(gpu, "kernels", missing)
+    assert why(torch.device("cpu")) == "triton is not installed; run pip install triton"
+
+    def broken(*_: Any) -> bool:
+        raise RuntimeError("no C compiler\nin PATH")
+
+    monkeypatch.setattr(gpu, "kernels", lambda: None)
+    monkeypatch.setattr(gpu, "_self_test", broken)
+    assert why(torch.device("cpu")) == "Triton cannot compile or run: RuntimeError: no C compiler in PATH"
+    monkeypatch.setattr(gpu, "_self_test", lambda device: False)
+    assert "wrong results" in why(torch.device("cpu"))
+    monkeypatch.setattr(gpu, "_self_test", lambda device: True)
+    assert why(torch.device("cpu")) is None
+
+
+@not_interpreted
+def test_an_old_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GTX 1080")
+    assert gpu.refuses.__wrapped__(torch.device("cuda")) == "GTX 1080 is older than compute capability 7.0"
+
+
+@not_interpreted
+def test_it_is_the_choice_for_cuda_and_none_of_a_cpu():
+    for operation in ("linear", "embedding", "update", "direction"):
+        assert ops.backends_of(operation)[0] == "triton"
+        assert ops.backends._backends[operation]["triton"].devices == ("cuda",)
+
+
+@in_the_interpreter
+def test_on_a_cpu_it_must_be_asked_for():
+    register, exponent = int8(-121, 121, (3, 7), 0), int8(-9, 9, (3, 1), 1)
+    ops.linear(normal(2, 7), register, exponent)
+    assert ops.backend_table()["linear"] != "triton"
+    with ops.backend("triton"):
+        ops.linear(normal(2, 7), register, exponent)
+    assert ops.backend_table()["linear"] == "triton"
