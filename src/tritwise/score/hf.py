@@ -176,7 +176,7 @@ def load_hf(where: str, device: torch.device | str = "cpu") -> HFBytes | HFToken
     installed, if there is no such model, and for a model without a tokenizer whose vocabulary is not the 256 bytes.
     """
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(f"transformers is not installed ({error}); {INSTALL}") from None
     try:
@@ -197,7 +197,7 @@ def load_hf(where: str, device: torch.device | str = "cpu") -> HFBytes | HFToken
 
 def _tokenizer(where: str) -> Any | None:
     """The tokenizer of a model, or None: transformers makes an empty one up where there are no files for it."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
