@@ -16,13 +16,12 @@ from tritwise.bench.phases import PhaseTimer
 from tritwise.bench.rules import rule_called
 from tritwise.bench.true_ternary_tables import show_loss
 from tritwise.data.sampler import Sampler
-from tritwise.errors import UserError
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import trit_modules
 from tritwise.ops import backend_table
 from tritwise.optim import rate_factor
 from tritwise.registers import REGISTER_LIMIT
-from tritwise.score import Score, score
+from tritwise.score import NoNumberError, Score, score
 from tritwise.score.ladder import NGram, count_ngrams
 from tritwise.train.audit import audit, peak_bytes
 from tritwise.train.optimizers import set_rates
@@ -200,7 +199,7 @@ class Bench:
         """The score in windows of ctx, or None if the model's probabilities are no numbers."""
         try:
             return score(model, val, stride=self.task.ctx, device=self.device)
-        except UserError:  # the text was checked before the run, so it is the model
+        except NoNumberError:  # diverged; a broken guard is an error
             return None
 
     def _switches(self, name: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tritwise.bench.flips import FlipWatch, showing_trits, zero_share
 from tritwise.bench.rules import rule_called
@@ -30,13 +30,13 @@ from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import trit_modules
 from tritwise.optim import TritOptimizer, rate_factor
 from tritwise.registers import REGISTER_LIMIT
-from tritwise.score import Score, score
+from tritwise.score import NoNumberError, Score, score
 from tritwise.train.audit import audit
+from tritwise.train.device import DTYPES, batch_on
 from tritwise.train.optimizers import set_rates
 from tritwise.train.run import surroundings
 from tritwise.train.stepper import Stepper
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 POINTS = 200  # of a training curve, at the most
 BLOCK = 10  # steps between two readings of the clock
 WATCHED = 200  # steps at the end over which flips are watched, at the least
@@ -169,7 +169,7 @@ def run_cell(
     clock, evals, away = _Clock(device), [], 0.0
     bytes_a_step, glance = cell.batch * cell.ctx, max(1, cell.steps // 20)
     began = time.perf_counter()
-    batch = _to_device(sampler, 0, device)
+    batch = batch_on(device, sampler, 0, 0)
     done = 0
     while done < cell.steps:
         if done == cell.steps - tail:
@@ -184,7 +184,7 @@ def run_cell(
             clock.forget()
             watch.look()
         if done < cell.steps:
-            batch = _to_device(sampler, done, device)  # while the device is still at the step before
+            batch = batch_on(device, sampler, done, 0)  # while the device is still at the step before
         # Waiting for the device stops a hopeless run early; twenty times in a run cost nothing.
         if done % glance == 0 or done == cell.steps:
             if tell is not None:
@@ -240,18 +240,11 @@ def run_cell(
     return finite(row)
 
 
-def _to_device(sampler: Sampler, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    ids, targets = sampler.batch_at(step)
-    if device.type == "cuda":
-        return ids.pin_memory().to(device, non_blocking=True), targets.pin_memory().to(device, non_blocking=True)
-    return ids, targets
-
-
 def _score(model: ByteLM, cell: Cell, val: np.ndarray, device: torch.device) -> Score | None:
     """The score of the whole val part, or None if the model's probabilities are no numbers."""
     try:
         return score(model, val, stride=cell.stride or cell.ctx, device=device)
-    except UserError:  # the part was checked before the run, so it is the model
+    except NoNumberError:  # diverged; a broken guard is an error
         return None
 
 

@@ -1,7 +1,8 @@
 """Everything that turns a model into a number: bits per byte, and the ladder of simple baselines beside it."""
 
+from tritwise.score.guards import NoNumberError
 from tritwise.score.ladder import ladder
 from tritwise.score.protocol import Predictor, Stream, stream_of
 from tritwise.score.scorer import Score, score, score_stream
 
-__all__ = ["Predictor", "Score", "Stream", "ladder", "score", "score_stream", "stream_of"]
+__all__ = ["NoNumberError", "Predictor", "Score", "Stream", "ladder", "score", "score_stream", "stream_of"]

@@ -47,6 +47,10 @@ UNKNOWN = 512  # bytes of the probe of a stream that does not tell its window
 SHORTS, SHORT = 8, 32  # besides: so many probes of so many bytes
 
 
+class NoNumberError(UserError):
+    """A probability is zero or no number: what training that diverged leaves behind, and no cheat."""
+
+
 def broken(condition: int, what: str) -> UserError:
     """The error that names the condition a model breaks."""
     return UserError(f"{what}; such a model cannot be scored ({CONDITIONS[condition]})")
@@ -79,7 +83,7 @@ class Tally:
         if self.done != self.total:
             raise broken(4, f"{self.done} bytes were scored of a text of {self.total}")
         if not math.isfinite(self.nats):
-            raise UserError("the model gives some byte a probability of zero or no number; it cannot be scored")
+            raise NoNumberError("the model gives some byte a probability of zero or no number; it cannot be scored")
         return self.nats
 
 
@@ -95,7 +99,8 @@ def check_sums(log_probs: Tensor, seed: int, where: np.ndarray | None = None) ->
     sums = rows_NV[torch.from_numpy(places).to(rows_NV.device)].double().exp().sum(dim=-1).cpu()
     wrong = sums[~((sums - 1).abs() <= SUM_TOLERANCE)]
     if len(wrong):
-        raise broken(2, f"the model's probabilities sum to {float(wrong[0]):.6f}, not 1")
+        error = broken(2, f"the model's probabilities sum to {float(wrong[0]):.6f}, not 1")
+        raise NoNumberError(str(error)) if wrong.isnan().any() else error
 
 
 @torch.inference_mode()
