@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritwise.registers import scale_table
+from tritwise.registers import Key, scale_table
 
 OLDEST = (7, 0)  # compute capability that Triton still compiles for
 INTERPRET = "TRITON_INTERPRET"
+ELEMENTS = 2048  # of a program of the update kernels
 
 
 @functools.cache
@@ -116,3 +117,57 @@ def decode(register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype, i
         UNIFORM=uniform,
     )
     return weight
+
+
+def can_move(register: Tensor, direction: Tensor, device: torch.device) -> bool:
+    """Whether a kernel can move `register`: int8, by as many float32, both on `device`, not empty."""
+    return (
+        register.dtype is torch.int8
+        and direction.dtype is torch.float32
+        and register.device == direction.device == device
+        and register.numel() > 0
+        and direction.shape == register.shape
+    )
+
+
+def move_all(
+    kernel: Any,
+    registers: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    factors: Sequence[float],
+    keys: Sequence[Key],
+    go: Tensor | None,
+    last: int,
+) -> Tensor:
+    """Run a kernel that moves registers over all of them in one launch; returns the flips, int64 [tensors].
+
+    factors: steps of a register for a direction of 1, in 1/65536ths. last: one int that the kernel takes besides.
+    """
+    device = registers[0].device
+    flat = [(r.contiguous(), d.contiguous()) for r, d in zip(registers, directions, strict=True)]
+    lines, programs, aligned = [], 0, True
+    for (r, d), factor, key in zip(flat, factors, keys, strict=True):
+        addresses, count = (r.data_ptr(), d.data_ptr()), r.numel()
+        lines.append([programs, *key, *addresses, float_bits(factor), count, 0, 0, 0])  # zeros fill the line
+        programs += -(-count // ELEMENTS)
+        aligned = aligned and not (addresses[0] | addresses[1] | count) % 16
+    tensors = len(lines)
+    flips_T = torch.zeros(tensors, dtype=torch.int64, device=device)
+    launch(
+        kernel,
+        programs,
+        device,
+        *(upload(lines, device), go, flips_T, last, tensors),
+        TENSORS=max(power_of_two_above(tensors), 16),
+        BLOCK=ELEMENTS,
+        ALIGNED=aligned,
+    )
+    for (r, _), register in zip(flat, registers, strict=True):
+        put_back(r, register)
+    return flips_T
+
+
+def put_back(changed: Tensor, original: Tensor) -> None:
+    """Copy what a kernel changed in a contiguous copy into the original, where it had to be copied at all."""
+    if changed is not original:
+        original.copy_(changed)

@@ -1,9 +1,11 @@
-"""The torch.library namespace `tritwise`, and one helper that defines an operation in it."""
+"""The torch.library namespace `tritwise`, a helper that defines an operation in it, and how keys pass a schema."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from tritwise.registers import Key
 
 LIBRARY = torch.library.Library("tritwise", "DEF")
 
@@ -15,3 +17,13 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> An
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tritwise::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.tritwise, name).default
+
+
+def flat_keys(keys: Sequence[Key]) -> list[int]:
+    """Keys as the ints that a schema can hold: two for each."""
+    return [number for key in keys for number in key]
+
+
+def keys_of(flat: Sequence[int]) -> list[Key]:
+    """The inverse of `flat_keys`."""
+    return [Key(*pair) for pair in zip(flat[::2], flat[1::2], strict=True)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tritwise.ops import gpu
 from tritwise.ops.backends import choose, implement
-from tritwise.ops.library import define
+from tritwise.ops.library import define, flat_keys, keys_of
 from tritwise.ops.nibble import reference, triton
 from tritwise.ops.nibble.reference import EXPONENT_FLOOR, GROUP
 from tritwise.registers import Key
@@ -36,14 +36,6 @@ implement("nibble", "reference", reference)
 implement("nibble", "triton", triton, priority=20, devices=("cuda",), refuses=gpu.refuses)
 
 
-def _flat(keys: Sequence[Key]) -> list[int]:
-    return [number for key in keys for number in key]
-
-
-def _pairs(keys: list[int]) -> list[Key]:
-    return [Key(*pair) for pair in zip(keys[::2], keys[1::2], strict=True)]
-
-
 def _accumulate(
     registers: list[Tensor],
     row_exponents: list[Tensor],
@@ -54,7 +46,7 @@ def _accumulate(
     phase: int,
 ) -> Tensor:
     run = choose("nibble", registers[0].device).accumulate_nibble_many
-    return run(registers, row_exponents, group_exponents, grads, decay, _pairs(keys), phase)
+    return run(registers, row_exponents, group_exponents, grads, decay, keys_of(keys), phase)
 
 
 def _move(
@@ -66,7 +58,7 @@ def _move(
     go: Tensor | None,
 ) -> Tensor:
     run = choose("nibble", registers[0].device).move_nibbles_many
-    return run(registers, directions, rates, _pairs(keys), phase, go)
+    return run(registers, directions, rates, keys_of(keys), phase, go)
 
 
 def _momentum_of(registers: list[Tensor], row_exponents: list[Tensor], group_exponents: list[Tensor]) -> list[Tensor]:
@@ -111,7 +103,7 @@ def accumulate_nibble_many(
     others do.
     """
     lists = list(registers), list(row_exponents), list(group_exponents), list(grads)
-    return _accumulate_op(*lists, decay, _flat(keys), phase)
+    return _accumulate_op(*lists, decay, flat_keys(keys), phase)
 
 
 def move_nibbles_many(
@@ -129,7 +121,7 @@ def move_nibbles_many(
     go: a bool 0-d tensor on the device, or None. Where it is False nothing moves, and a GPU's host need not know.
     Returns how many leading trits changed, int64 [tensors].
     """
-    return _move_op(list(registers), list(directions), list(rates), _flat(keys), phase, go)
+    return _move_op(list(registers), list(directions), list(rates), flat_keys(keys), phase, go)
 
 
 def momentum_of_many(

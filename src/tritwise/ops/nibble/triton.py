@@ -16,8 +16,7 @@ from tritwise.ops import gpu
 from tritwise.ops.nibble import reference
 from tritwise.registers import FRACTION_BITS, NIBBLE_LEAD, Key, scale_table, weyl_turn
 
-ELEMENTS = 2048  # of a program
-LINES = ELEMENTS // reference.GROUP
+LINES = gpu.ELEMENTS // reference.GROUP
 
 
 @functools.cache
@@ -37,7 +36,7 @@ def accumulate_nibble_many(
     """See `tritwise.ops.nibble.accumulate_nibble_many`."""
     device = registers[0].device
     state = list(zip(registers, row_exponents, group_exponents, strict=True))
-    if not all(_has_momentum(*s, device) and _fits(s[0], g, device) for s, g in zip(state, grads, strict=True)):
+    if not all(_has_momentum(*s, device) and gpu.can_move(s[0], g, device) for s, g in zip(state, grads, strict=True)):
         lists = registers, row_exponents, group_exponents, grads
         return reference.accumulate_nibble_many(*lists, decay, keys, phase)
     flat = [tuple(tensor.contiguous() for tensor in tensors) for tensors in state]
@@ -55,7 +54,7 @@ def accumulate_nibble_many(
     gpu.launch(_kernels().requantise, programs, device, *shared, out, weyl_turn(phase), tensors, **constants)
     for changed, originals in zip(flat, state, strict=True):
         for one, original in zip(changed, originals, strict=True):
-            _put_back(one, original)
+            gpu.put_back(one, original)
     return taken_T
 
 
@@ -69,30 +68,10 @@ def move_nibbles_many(
 ) -> Tensor:
     """See `tritwise.ops.nibble.move_nibbles_many`."""
     device = registers[0].device
-    if not all(_fits(r, d, device) for r, d in zip(registers, directions, strict=True)):
+    if not all(gpu.can_move(r, d, device) for r, d in zip(registers, directions, strict=True)):
         return reference.move_nibbles_many(registers, directions, rates, keys, phase, go)
-    flat = [(r.contiguous(), d.contiguous()) for r, d in zip(registers, directions, strict=True)]
-    lines, programs, aligned = [], 0, True
-    for (r, d), rate, key in zip(flat, rates, keys, strict=True):
-        factor = gpu.float_bits(-rate * NIBBLE_LEAD * (1 << FRACTION_BITS))
-        addresses, count = (r.data_ptr(), d.data_ptr()), r.numel()
-        lines.append([programs, *key, *addresses, factor, count, 0, 0, 0])  # zeros fill the line
-        programs += -(-count // ELEMENTS)
-        aligned = aligned and not (addresses[0] | addresses[1] | count) % 16
-    tensors = len(lines)
-    flips_T = torch.zeros(tensors, dtype=torch.int64, device=device)
-    gpu.launch(
-        _kernels().move,
-        programs,
-        device,
-        *(gpu.upload(lines, device), go, flips_T, weyl_turn(phase), tensors),
-        TENSORS=max(gpu.power_of_two_above(tensors), 16),
-        BLOCK=ELEMENTS,
-        ALIGNED=aligned,
-    )
-    for (r, _), register in zip(flat, registers, strict=True):
-        _put_back(r, register)
-    return flips_T
+    factors = [-rate * NIBBLE_LEAD * (1 << FRACTION_BITS) for rate in rates]
+    return gpu.move_all(_kernels().move, registers, directions, factors, keys, go, weyl_turn(phase))
 
 
 def momentum_of_many(
@@ -137,18 +116,3 @@ def _has_momentum(register: Tensor, row_exponent: Tensor, group_exponent: Tensor
         and register.device == device
         and gpu.is_served(register, group_exponent, reference.GROUP)
     )
-
-
-def _fits(register: Tensor, value: Tensor, device: torch.device) -> bool:
-    return (
-        register.dtype is torch.int8
-        and value.dtype is torch.float32
-        and register.device == value.device == device
-        and register.numel() > 0
-        and value.shape == register.shape
-    )
-
-
-def _put_back(changed: Tensor, original: Tensor) -> None:
-    if changed is not original:
-        original.copy_(changed)

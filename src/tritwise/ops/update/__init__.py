@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritwise.ops import gpu, native
 from tritwise.ops.backends import choose, implement
-from tritwise.ops.library import define
+from tritwise.ops.library import define, flat_keys, keys_of
 from tritwise.ops.update import cpu, reference, triton
 from tritwise.registers import REGISTER_LIMIT, Key
 
@@ -36,7 +36,7 @@ def _move(register: Tensor, direction: Tensor, rate: float, limit: int, key_firs
 def _accumulate_many(
     momenta: list[Tensor], row_exponents: list[Tensor], grads: list[Tensor], decay: float, keys: list[int]
 ) -> Tensor:
-    module, pairs = choose("update", momenta[0].device), _pairs(keys)
+    module, pairs = choose("update", momenta[0].device), keys_of(keys)
     if hasattr(module, "accumulate_momentum_many"):
         return module.accumulate_momentum_many(momenta, row_exponents, grads, decay, pairs)
     return reference.accumulate_each(module.accumulate_momentum, momenta, row_exponents, grads, decay, pairs)
@@ -50,14 +50,10 @@ def _move_many(
     keys: list[int],
     go: Tensor | None,
 ) -> Tensor:
-    module, pairs = choose("update", registers[0].device), _pairs(keys)
+    module, pairs = choose("update", registers[0].device), keys_of(keys)
     if hasattr(module, "move_registers_many"):
         return module.move_registers_many(registers, directions, rates, limit, pairs, go)
     return reference.move_each(module.move_registers, registers, directions, rates, limit, pairs, go)
-
-
-def _pairs(keys: list[int]) -> list[Key]:
-    return [Key(*pair) for pair in zip(keys[::2], keys[1::2], strict=True)]
 
 
 _accumulate_op = define(
@@ -117,8 +113,7 @@ def accumulate_momentum_many(
 
     Returns bool [tensors]: which were taken. One that refuses does not keep the others from being changed.
     """
-    flat = [number for key in keys for number in key]
-    return _accumulate_many_op(list(momenta), list(row_exponents), list(grads), decay, flat)
+    return _accumulate_many_op(list(momenta), list(row_exponents), list(grads), decay, flat_keys(keys))
 
 
 def move_registers_many(
@@ -134,5 +129,4 @@ def move_registers_many(
     go: a bool 0-d tensor on the device, or None. Where it is False nothing moves, and a GPU's host need not know.
     Returns the flips, int64 [tensors].
     """
-    flat = [number for key in keys for number in key]
-    return _move_many_op(list(registers), list(directions), list(rates), limit, flat, go)
+    return _move_many_op(list(registers), list(directions), list(rates), limit, flat_keys(keys), go)

@@ -13,8 +13,6 @@ from tritwise.ops import gpu
 from tritwise.ops.update import reference
 from tritwise.registers import FRACTION_BITS, Key
 
-ELEMENTS = 2048  # of a program
-
 
 def accumulate_momentum(momentum: Tensor, row_exponent: Tensor, grad: Tensor, decay: float, key: Key) -> Tensor:
     """See `tritwise.ops.update.accumulate_momentum`."""
@@ -40,8 +38,8 @@ def accumulate_momentum_many(
         one = reference.accumulate_momentum
         return reference.accumulate_each(one, momenta, row_exponents, grads, decay, keys)
     flat = [(m.contiguous(), e.contiguous(), g.contiguous()) for m, e, g, _ in parts]
-    across = min(gpu.power_of_two_above(max(m.shape[1] for m in momenta)), ELEMENTS // 4)
-    down = ELEMENTS // across
+    across = min(gpu.power_of_two_above(max(m.shape[1] for m in momenta)), gpu.ELEMENTS // 4)
+    down = gpu.ELEMENTS // across
     lines, programs, all_rows, aligned, bits = [], 0, 0, True, gpu.float_bits(decay)
     for (m, e, g), key in zip(flat, keys, strict=True):
         rows, columns = m.shape
@@ -67,8 +65,8 @@ def accumulate_momentum_many(
     out = taken_T.view(torch.int8)
     gpu.launch(run.requantise, programs, device, table, peak_R, old_R, refused_T, out, tensors, **constants)
     for (m, e, _), momentum, row_exponent in zip(flat, momenta, row_exponents, strict=True):
-        _put_back(m, momentum)
-        _put_back(e, row_exponent)
+        gpu.put_back(m, momentum)
+        gpu.put_back(e, row_exponent)
     return taken_T
 
 
@@ -82,31 +80,10 @@ def move_registers_many(
 ) -> Tensor:
     """See `tritwise.ops.update.move_registers_many`."""
     device = registers[0].device
-    parts = list(zip(registers, directions, rates, keys, strict=True))
-    if not all(_moves(r, d, device) for r, d, _, _ in parts):
+    if not all(gpu.can_move(r, d, device) for r, d in zip(registers, directions, strict=True)):
         return reference.move_each(reference.move_registers, registers, directions, rates, limit, keys, go)
-    flat = [(r.contiguous(), d.contiguous()) for r, d, _, _ in parts]
-    lines, programs, aligned = [], 0, True
-    for (r, d), rate, key in zip(flat, rates, keys, strict=True):
-        factor = gpu.float_bits(-rate * (1 << FRACTION_BITS))
-        addresses, count = (r.data_ptr(), d.data_ptr()), r.numel()
-        lines.append([programs, *key, *addresses, factor, count, 0, 0, 0])  # zeros fill the line
-        programs += -(-count // ELEMENTS)
-        aligned = aligned and not (addresses[0] | addresses[1] | count) % 16
-    tensors = len(lines)
-    flips_T = torch.zeros(tensors, dtype=torch.int64, device=device)
-    gpu.launch(
-        gpu.kernels().move,
-        programs,
-        device,
-        *(gpu.upload(lines, device), go, flips_T, limit, tensors),
-        TENSORS=max(gpu.power_of_two_above(tensors), 16),
-        BLOCK=ELEMENTS,
-        ALIGNED=aligned,
-    )
-    for (r, _), register in zip(flat, registers, strict=True):
-        _put_back(r, register)
-    return flips_T
+    factors = [-rate * (1 << FRACTION_BITS) for rate in rates]
+    return gpu.move_all(gpu.kernels().move, registers, directions, factors, keys, go, limit)
 
 
 def _accumulates(momentum: Tensor, row_exponent: Tensor, grad: Tensor, device: torch.device) -> bool:
@@ -120,18 +97,3 @@ def _accumulates(momentum: Tensor, row_exponent: Tensor, grad: Tensor, device: t
         and grad.shape == momentum.shape
         and row_exponent.shape == (momentum.shape[0], 1)
     )
-
-
-def _moves(register: Tensor, direction: Tensor, device: torch.device) -> bool:
-    return (
-        register.dtype is torch.int8
-        and direction.dtype is torch.float32
-        and register.device == direction.device == device
-        and register.numel() > 0
-        and direction.shape == register.shape
-    )
-
-
-def _put_back(changed: Tensor, original: Tensor) -> None:
-    if changed is not original:
-        original.copy_(changed)
