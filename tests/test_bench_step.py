@@ -19,13 +19,13 @@ from tritwise.bench import capacity
 from tritwise.bench.capacity import LEAST, Probe, ask, measure_capacity, search, take_probe
 from tritwise.bench.hardware import measure_hardware
 from tritwise.bench.kernel_bench import measure_kernels
-from tritwise.bench.memory import THREE_BILLION, is_out_of_memory
+from tritwise.bench.memory import THREE_BILLION
 from tritwise.bench.phases import Clock, PhaseTimer, update_spans
 from tritwise.bench.rules import RULES
 from tritwise.bench.runner import ENTRIES, Batches, Runner
 from tritwise.bench.sizes import SIZES, Size, build_quickly, flops_of, shape_of, size_called, weights_of
 from tritwise.bench.step import measure_steps
-from tritwise.errors import UserError
+from tritwise.errors import UserError, is_out_of_memory
 from tritwise.files import read_json, write_json
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import trit_modules

@@ -22,6 +22,8 @@ from torch import Tensor
 from tritwise import ops
 from tritwise.ops import gpu
 from tritwise.ops.direction import METHODS
+from tritwise.ops.direction import triton as direction_triton
+from tritwise.ops.direction.reference import newton_schulz, unit_rms
 from tritwise.ops.linear import reference, triton
 from tritwise.registers import Key, make_key
 
@@ -339,6 +341,16 @@ def test_no_newton_schulz_steps_leave_the_momentum(device):
         m, e = int8(-99, 99, shape, 0), torch.zeros(shape[0], 1, dtype=torch.int8)
         found = results("triton", device, ops.direction, m, e, "newton_schulz", 0)[0]
         assert_close(found, m.double() / m.double().square().mean().sqrt(), 2e-3 if device == "cuda" else 1e-5)
+
+
+@pytest.mark.parametrize(("steps", "tolerance"), [(3, 5e-3), (5, 3e-2)])
+@pytest.mark.parametrize("shape", [(40, 100), (50, 40), (128, 128), (256, 64)])
+def test_half_precision_newton_schulz_is_close(shape, steps, tolerance):
+    """What a GPU computes, in the CPU's float16: docs/LOG.md quotes these bounds."""
+    value = normal(shape[0], 4) @ normal(4, shape[1], seed=1) + 0.01 * normal(*shape, seed=2)
+    exact = unit_rms(newton_schulz(value.double(), steps))
+    found = unit_rms(direction_triton.newton_schulz(value[None].clone(), steps, torch.float16)[0].double())
+    assert_close(found, exact, tolerance)
 
 
 # ---- where it runs

@@ -9,3 +9,9 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed. torch has a type for a full GPU, but on a CPU only its allocator's words tell."""
+    told = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in told or "DefaultCPUAllocator" in told

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from tritwise.bench.memory import device_bytes, free_bytes, is_out_of_memory, resident_bytes, restart_peak
+from tritwise.bench.memory import device_bytes, free_bytes, resident_bytes, restart_peak
 from tritwise.bench.phases import Clock
 from tritwise.bench.runner import Batches, Entry, Runner, entries_called
 from tritwise.bench.sizes import Size, shape_of, weights_of
-from tritwise.errors import UserError
+from tritwise.errors import UserError, is_out_of_memory
 from tritwise.files import finite, write_json
 from tritwise.models import ModelConfig
 from tritwise.train.audit import audit, peak_bytes

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from tritwise.bench.flips import FlipWatch, showing_trits, zero_share
+from tritwise.bench.phases import Clock
 from tritwise.bench.rules import rule_called
 from tritwise.data.sampler import Sampler
 from tritwise.data.source import BUNDLED_NAMES, describe
@@ -166,7 +167,7 @@ def run_cell(
     tail = min(cell.steps, max(WATCHED, cell.steps // 10))
     watch = FlipWatch(model, tail, cell.seed)
     losses = torch.full((cell.steps,), math.nan, device=device)
-    clock, evals, away = _Clock(device), [], 0.0
+    clock, evals, away = _Blocks(device), [], 0.0
     bytes_a_step, glance = cell.batch * cell.ctx, max(1, cell.steps // 20)
     began = time.perf_counter()
     batch = batch_on(device, sampler, 0, 0)
@@ -277,20 +278,16 @@ def _saturation(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> fl
     return full / sum(register.numel() for register in registers)
 
 
-class _Clock:
-    """When steps were done. On a GPU events are recorded and read at the end, so no step waits for the clock."""
+class _Blocks:
+    """When steps were done, read at the end, so that no step waits for the clock."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._clock = Clock(device)
         self._marks: list[tuple[int, Any, bool] | None] = []  # None: something other than steps came between
 
     def mark(self, done: int, *, watched: bool) -> None:
         """`done` steps are done. `watched`: flips are being watched between the steps, which may slow them."""
-        now: Any = time.perf_counter()
-        if self._cuda:
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        self._marks.append((done, now, watched))
+        self._marks.append((done, self._clock.mark(), watched))
 
     def forget(self) -> None:
         """Something other than steps happens now."""
@@ -298,12 +295,11 @@ class _Clock:
 
     def step_ms(self) -> float | None:
         """Median milliseconds a step over blocks of steps, without the first and, if others are left, watched ones."""
-        if self._cuda:
-            torch.cuda.synchronize()
+        self._clock.wait()
         blocks: list[tuple[float, bool]] = []
         for one, two in pairwise(self._marks):
             if one is not None and two is not None and two[0] > one[0]:
-                took = one[1].elapsed_time(two[1]) if self._cuda else 1000 * (two[1] - one[1])
+                took = 1000 * self._clock.seconds(one[1], two[1])
                 blocks.append((took / (two[0] - one[0]), two[2]))
         blocks = blocks[1:] or blocks
         times = [took for took, watched in blocks if not watched] or [took for took, _ in blocks]

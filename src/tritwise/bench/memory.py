@@ -76,12 +76,6 @@ def device_bytes(device: torch.device) -> int | None:
     return total - free
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed. torch has a type for a full GPU, but on a CPU only its allocator's words tell."""
-    told = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in told or "DefaultCPUAllocator" in told
-
-
 def measure_state(device: torch.device, shape: ModelConfig = THREE_BILLION, seed: int = 0) -> dict[str, Any]:
     """Build a ternary ByteLM of `shape`, take one whole training step, and measure what is held; plain JSON.
 

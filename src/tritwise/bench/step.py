@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from tritwise.bench.hardware import measure_hardware
-from tritwise.bench.memory import device_bytes, free_bytes, hand_back, is_out_of_memory, resident_bytes, restart_peak
+from tritwise.bench.memory import device_bytes, free_bytes, hand_back, resident_bytes, restart_peak
 from tritwise.bench.phases import Clock
 from tritwise.bench.runner import ENTRIES, Batches, Entry, Runner, entries_called
 from tritwise.bench.sizes import Size, flops_of, weights_of
-from tritwise.errors import UserError
+from tritwise.errors import UserError, is_out_of_memory
 from tritwise.files import finite, write_json
 from tritwise.nn import trit_modules
 from tritwise.ops import backend_table

@@ -11,7 +11,7 @@ import typer
 
 from tritwise._version import __version__
 from tritwise.cli import bench, commands, compress
-from tritwise.errors import UserError
+from tritwise.errors import UserError, is_out_of_memory
 from tritwise.files import explain
 
 # typer brings click under another name in some versions; its public BadParameter leads to the classes either way.
@@ -82,15 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps({"interrupted": True}))
         return 130
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _fail("there is not enough memory for this; choose a smaller --batch, --ctx or --width", given)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """torch has a type for a full GPU, but on a CPU only its allocator's words tell."""
-    told = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in told or "DefaultCPUAllocator" in told
 
 
 def _fail(message: str, given: list[str]) -> int:
