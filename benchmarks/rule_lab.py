@@ -66,6 +66,8 @@ DEFAULTS: dict[str, Any] = {
     "scale_rate": 0.0,  # octaves a step
     "sgrid": 0,  # 8: scales are used rounded to 1/8 octave
     "sgroup": 0,  # inputs that share a scale; 0: a row
+    "column": 0.0,  # octaves a step of a second scale a column, as a gain of the norm before it would be; 0: none
+    "even": 0,  # 1: every gradient counts the same in the momentum (unit RMS); 2: rows and columns made equal too
     "branch": 1.0,  # factor of the scale of matrices that write to the residual stream
     "weight_decay": 0.0,
     "dtype": "bfloat16",  # of activations
@@ -142,6 +144,8 @@ class Ours:
         groups = w.shape[2] // (run["sgroup"] or w.shape[2])
         self.scale = torch.full((w.shape[0], w.shape[1], groups, 1), 1 / math.sqrt(fan_in * density), device=device)
         self.scale_momentum = torch.zeros_like(self.scale)
+        self.column = torch.ones(w.shape[0], 1, w.shape[2], device=device)
+        self.column_momentum = torch.zeros_like(self.column)
         self.row_square = torch.zeros(w.shape[0], w.shape[1], 1, device=device)
         self.part = torch.ones(w.shape[0], 1, 1, device=device)
         self.offset = torch.rand(w.shape, device=device) if run["weyl"] else None
@@ -160,7 +164,8 @@ class Ours:
         grid, scale = self.run["sgrid"], self.scale
         if grid:
             scale = torch.exp2(torch.round(torch.log2(scale) * grid) / grid)
-        self.stack.weight.copy_((self.trits().view(*scale.shape[:3], -1) * scale).view(self.register.shape))
+        by_row = (self.trits().view(*scale.shape[:3], -1) * scale).view(self.register.shape)
+        self.stack.weight.copy_(by_row * self.column if self.run["column"] else by_row)
 
     def requantise(self, m: Tensor) -> Tensor:
         run, levels = self.run, self.run["levels"]
@@ -188,7 +193,9 @@ class Ours:
 
     def update(self, grad: Tensor, factor: Tensor) -> None:
         run, role = self.run, self.stack.role
-        beta = run["beta"]
+        beta, raw = run["beta"], grad
+        if run["even"]:
+            grad = unit_rms(row_column(grad) if run["even"] > 1 else grad)
         if run["beta_end"]:
             beta = run["beta_end"] + (run["beta"] - run["beta_end"]) * factor
         m = self.requantise(self.momentum * beta + grad)
@@ -209,10 +216,15 @@ class Ours:
             u = unit_rms(u * (u * grad > 0))
         rate = run["rate"] * factor * {"embedding": run["embedding_rate"], "head": run["head_rate"]}.get(role, 1.0)
         if run["scale_rate"]:
-            s = (grad * self.trits()).view(*self.scale.shape[:3], -1).sum(dim=-1, keepdim=True) * self.scale
+            s = (raw * self.trits() * self.column).view(*self.scale.shape[:3], -1).sum(dim=-1, keepdim=True) * self.scale
             self.scale_momentum.mul_(run["beta"]).add_(s)
             rms = self.scale_momentum.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1e-30
             self.scale.mul_(torch.exp2(-run["scale_rate"] * factor * self.scale_momentum / rms))
+        if run["column"]:
+            c = (raw * self.stack.weight).sum(dim=1, keepdim=True)
+            self.column_momentum.mul_(run["beta"]).add_(c)
+            rms = self.column_momentum.square().mean(dim=(1, 2), keepdim=True).sqrt() + 1e-30
+            self.column.mul_(torch.exp2(-run["column"] * factor * self.column_momentum / rms))
         target = self.register - u * (rate * self.lead) * self.part
         if run["pull"]:
             target -= self.register * (rate * run["pull"])
