@@ -21,6 +21,7 @@ SHAPES = [
     {"width": 64, "depth": 2, "heads": 4, "kv_heads": 2},
     {"width": 96, "depth": 1, "window": 5, "group": 32},
     {"width": 32, "depth": 1, "ngrams": 3, "ngram_rows": 37},
+    {"width": 32, "depth": 2, "column_scales": True, "group": 8},
     {"width": 34, "depth": 1, "heads": 1, "mlp_ratio": 3, "group": 7},
 ]
 
@@ -31,7 +32,8 @@ def scrambled(seed: int = 0, **shape: object) -> ByteLM:
     model = ByteLM(ModelConfig(**({"width": 32, "depth": 1, "ctx": 16} | shape)))  # type: ignore[arg-type]
     for _, layer in trit_modules(model):
         layer.register.copy_(torch.randint(-REGISTER_LIMIT, REGISTER_LIMIT + 1, layer.register.shape))
-        layer.exponent.add_(torch.randint(-6, 7, layer.exponent.shape, dtype=torch.int8))
+        for exponent in layer.exponents():
+            exponent.add_(torch.randint(-6, 7, exponent.shape, dtype=torch.int8))
     return model
 
 
@@ -54,7 +56,7 @@ def test_logits_are_identical(shape: dict, tmp_path: Path):
     for (name, layer), (other_name, other) in zip(trit_modules(model), trit_modules(reread), strict=True):
         assert name == other_name
         assert torch.equal(leading_trit(layer.register) * LEAD, other.register)
-        assert torch.equal(layer.exponent, other.exponent)
+        assert all(map(torch.equal, layer.exponents(), other.exponents()))
 
 
 def test_what_is_read_is_frozen_and_holds_no_float(shipped: Path):

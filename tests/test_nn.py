@@ -504,3 +504,44 @@ def test_ngram_context_stands_before_the_embedded_ids():
 def test_a_short_ngram_embedding_is_refused():
     with pytest.raises(AssertionError, match="longest >= 2"):
         NGramEmbedding(8, 4, 1, embedding=TritEmbedding)(torch.tensor([[1]]), 1)
+
+
+# --- scales of columns ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_column_scales_weigh_what_the_columns_meet(kind, dtype):
+    torch.manual_seed(0)
+    layer = TritLinear(12, 7, group=5) if kind == "linear" else TritEmbedding(7, 12, group=5)
+    varied(layer)
+    x = normal(3, 12).to(dtype) if kind == "linear" else torch.tensor([[6, 0, 3]])
+    plain = layer(x)
+    layer.add_column_scales()
+    assert torch.equal(layer(x), plain)  # they start at 1
+    exponent = torch.arange(-8, 16, 2, dtype=torch.int8)
+    layer.column_exponent.copy_(exponent)
+    scales = scale_table()[exponent.long() + 128]
+    if kind == "linear":
+        weighed, layer.column_exponent = x * scales.to(dtype), None
+        expected = layer(weighed)
+        layer.column_exponent = nn.Parameter(exponent, requires_grad=False)
+        assert torch.equal(layer(x), expected)
+    else:
+        assert torch.equal(layer(x), plain * scales)
+    assert tensor_roles(layer)["column_exponent"] == "scale"
+    layer.reset_parameters()
+    assert not layer.column_exponent.any()
+
+
+def test_every_layer_of_a_model_gets_column_scales_and_copies_keep_them():
+    model = ByteLM(ModelConfig(width=32, depth=1, ctx=8, column_scales=True, ngrams=2, ngram_rows=11))
+    layers = [layer for _, layer in trit_modules(model)]
+    assert all(layer.column_exponent.shape == layer.register.shape[1:] for layer in layers)
+    ids = torch.randint(0, 256, (2, 8))
+    for layer in layers:
+        layer.column_exponent.copy_(torch.randint(-5, 6, layer.column_exponent.shape))
+    assert torch.equal(copy.deepcopy(model)(ids), model(ids))
+    other = ByteLM(model.config)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(ids), model(ids))

@@ -107,6 +107,20 @@ def test_scale_gradient_against_dense_autograd(leading, inputs, outputs, group, 
     assert_close(found, grad_of(log), 1e-5)
 
 
+@pytest.mark.parametrize(("leading", "inputs", "outputs", "group"), SHAPES[:10])
+def test_column_gradient_against_dense_autograd(leading, inputs, outputs, group, poisoned):
+    """A column's scale is put on what the column meets; its logarithm has the gradient that the weight's tells."""
+    register, exponent = registers(outputs, inputs), exponents(outputs, -(-inputs // group))
+    x, upstream = normal(*leading, inputs), normal(*leading, outputs, seed=3)
+    trits, scales = dense(register, exponent, group)
+    log = normal(inputs, seed=4).double().requires_grad_()
+    (((x.double() * log.exp()) @ (trits * scales).T) * upstream.double()).sum().backward()
+    weight_grad = OPS.linear_weight_grad(upstream.double(), x.double() * log.detach().exp()).float()
+    found = ops.linear_column_grad(weight_grad, register, exponent, group)
+    assert found.dtype == torch.float32
+    assert_close(found, grad_of(log), 1e-5)
+
+
 def test_default_group_is_256():
     register, x = registers(3, 300), normal(2, 300)
     for exponent in (exponents(3, 2), exponents(3, 2, seed=9)):
@@ -115,6 +129,10 @@ def test_default_group_is_256():
         assert torch.equal(
             ops.linear_scale_grad(weight_grad, register, exponent),
             ops.linear_scale_grad(weight_grad, register, exponent, 256),
+        )
+        assert torch.equal(
+            ops.linear_column_grad(weight_grad, register, exponent),
+            ops.linear_column_grad(weight_grad, register, exponent, 256),
         )
 
 
@@ -237,6 +255,7 @@ def test_nothing_is_changed():
     kept_grad = weight_grad.clone()
     ops.linear(x.requires_grad_(), register, exponent, 3, open_port(4, 9)).sum().backward()
     ops.linear_scale_grad(weight_grad, register, exponent, 3)
+    ops.linear_column_grad(weight_grad, register, exponent, 3)
     assert all(torch.equal(a, b) for a, b in zip((x, register, exponent), kept, strict=True))
     assert torch.equal(weight_grad, kept_grad)
 
@@ -257,3 +276,4 @@ def test_opcheck_gradients(dtype):
     torch.library.opcheck(OPS.linear_input_grad.default, (grad, register, exponent, 3))
     torch.library.opcheck(OPS.linear_weight_grad.default, (grad, x))
     torch.library.opcheck(OPS.linear_scale_grad.default, (normal(4, 7), register, exponent, 3))
+    torch.library.opcheck(OPS.linear_column_grad.default, (normal(4, 7), register, exponent, 3))

@@ -27,6 +27,8 @@ class Four(nn.Module):
         self.table = TritEmbedding(9, 16, sparse=True, group=8)
         self.body = TritLinear(16, 18, blocks=3)
         self.head = TritLinear(18, 12, role="head", group=6)
+        self.head.add_column_scales()
+        self.table.add_column_scales()
 
 
 def layers_of(model: nn.Module) -> list[TritModule]:
@@ -244,7 +246,7 @@ def test_layers_that_move_in_lots_have_the_bits_of_layers_that_move_alone(togeth
                 patch.setattr("tritwise.optim.trit._TOGETHER", together)
             torch.manual_seed(0)
             model = nn.ModuleList([TritLinear(16, 8), TritLinear(8, 16), TritEmbedding(9, 6, sparse=True, group=3)])
-            optimizer = TritOptimizer(model, 0.1, interval=2, scale_rate=0.0)
+            optimizer = TritOptimizer(model, 0.1, interval=2, scale_rate=0.05)
             for step in range(3):
                 optimizer.consume(layers_of(model), [normal(*m.register.shape, seed=step) for m in layers_of(model)])
                 optimizer.step()
@@ -271,3 +273,54 @@ def test_skipped_steps_are_counted_when_someone_asks(monkeypatch):
     assert optimizer.skipped == 2
     train(model, optimizer, 3, 4)
     assert optimizer.skipped == 2 and optimizer.flips > 0
+
+
+# --- recorded ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_reads_keys_and_rates_from_the_device_has_the_bits_of_any_other():
+    results = []
+    for records in (False, True):
+        torch.manual_seed(0)
+        model = nn.ModuleList([TritLinear(16, 9, blocks=3), TritEmbedding(9, 6, group=3)])
+        for layer in layers_of(model):
+            layer.add_column_scales()
+        optimizer = TritOptimizer(model, 0.1, scale_rate=0.1, seed=5)
+        keep_initial_rates([optimizer])
+        assert optimizer.recordable
+        for step in range(6):
+            set_rates([optimizer], 1 / (1 + step))
+            grads = [normal(*layer.register.shape, seed=step) for layer in layers_of(model)]
+            if records:
+                with optimizer.recording() as changed:
+                    assert {id(t) for t in changed} >= {id(p) for p in model.parameters()}
+                    optimizer.before_replay()
+                    optimizer.consume(layers_of(model), grads)
+                    optimizer.step()
+            else:
+                optimizer.consume(layers_of(model), grads)
+                optimizer.step()
+        assert optimizer.step_count == 6 and optimizer.flips > 0
+        results.append(everything(model, optimizer))
+    assert_equal(*results)
+
+
+def test_what_cannot_be_recorded_says_so():
+    assert not TritOptimizer(Four(), 0.1).recordable  # a sparse table
+    linear = [TritLinear(16, 8)]
+    assert not TritOptimizer(linear, 0.1, interval=2).recordable
+    assert TritOptimizer(linear, 0.1).recordable
+    assert not TritOptimizer(linear, 0.1, compact=True).recordable
+
+
+@pytest.mark.parametrize("how", ["configure", "load", "forget", "add"])
+def test_whatever_makes_a_recording_stale_changes_the_version(how):
+    optimizer = TritOptimizer([TritLinear(16, 8)], 0.1)
+    before = optimizer.version
+    {
+        "configure": lambda: optimizer.configure(momentum=0.5),
+        "load": lambda: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+        "forget": optimizer.reset_runtime_state,
+        "add": lambda: optimizer.add_param_group({"params": [TritLinear(4, 4)]}),
+    }[how]()
+    assert optimizer.version > before

@@ -9,7 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tritwise.registers import Key, make_key, random_bits16, random_words
+from tritwise.registers import (
+    Key,
+    Place,
+    keys_at,
+    make_key,
+    random_bits16,
+    random_bits16_many,
+    random_words,
+    rows_of_places,
+)
 from tritwise.registers import random as random_module
 
 
@@ -236,3 +245,26 @@ def test_one_flipped_bit_of_the_seed_flips_half_the_key():
             one, other = make_key(seed), make_key(seed ^ (1 << bit))
             flips += [((a ^ b) % 2**32).bit_count() for a, b in zip(one, other, strict=True)]
     assert abs(sum(flips) / len(flips) - 16) < 5 * math.sqrt(8 / len(flips))
+
+
+# --- many tensors at once, and a step that only the device knows
+
+
+@given(
+    st.integers(0, 2**63 - 1),
+    st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**40), st.integers(-(2**31), 2**31)), min_size=1),
+)
+@settings(max_examples=50, deadline=None)
+def test_keys_at_a_step_on_the_device_are_those_of_the_host(step, places):
+    rows = torch.tensor(rows_of_places([Place(seed, -7, tensor, stream) for seed, tensor, stream in places]))
+    found = keys_at(torch.tensor(step), rows)
+    assert found.tolist() == [list(make_key(seed, step, tensor, stream)) for seed, tensor, stream in places]
+
+
+@pytest.mark.parametrize("counts", [[1], [4, 1, 7], [2, 2], [3, 300, 5, 1]])
+def test_bits_of_many_tensors_are_those_of_each(counts):
+    keys = [make_key(3, 1, tensor) for tensor in range(len(counts))]
+    expected = torch.cat([random_bits16(count, key) for count, key in zip(counts, keys, strict=True)])
+    assert torch.equal(random_bits16_many(counts, keys, torch.device("cpu")), expected)
+    table = torch.tensor([list(key) for key in keys])
+    assert torch.equal(random_bits16_many(counts, table, torch.device("cpu")), expected)

@@ -255,6 +255,17 @@ def test_scale_gradients(device, columns, group, poisoned):
     assert_close(found, expected, 1e-5)
 
 
+@on_each_device
+@pytest.mark.parametrize(("rows", "columns", "group"), [(19, 256, 256), (130, 130, 64), (257, 13, 5), (1, 1, 256)])
+def test_column_gradients(device, rows, columns, group, poisoned):
+    register, exponent = int8(-121, 121, (rows, columns), 0), int8(-20, 8, (rows, -(-columns // group)), 1)
+    arguments = (normal(rows, columns), register, exponent, group)
+    expected = reference.column_grad(arguments[0].double(), *arguments[1:])
+    found = results("triton", device, ops.linear_column_grad, *arguments)[0]
+    assert found.dtype == torch.float32
+    assert_close(found, expected, 1e-5)
+
+
 # ---- embedding
 
 

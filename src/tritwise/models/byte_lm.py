@@ -21,6 +21,7 @@ from tritwise.nn import (
     TritEmbedding,
     TritLinear,
     rms_norm,
+    trit_modules,
 )
 
 # Nothing here draws random numbers, and their generators cannot be read while a CUDA graph is recorded.
@@ -99,6 +100,9 @@ class ByteLM(nn.Module):
         self.blocks = nn.ModuleList(Block(config, linear) for _ in range(config.depth))
         self.head = linear(config.width, config.vocab, role="head", group=config.group)
         self.rotary = Rotary(config.head_size, config.ctx)
+        if config.column_scales:
+            for _, layer in trit_modules(self):
+                layer.add_column_scales()
 
     def forward(self, ids: Tensor, state: DecodeState | None = None) -> Tensor:
         return self._logits(self._features(ids, state))

@@ -19,6 +19,7 @@ class ModelConfig:
     vocab      symbols, 256 bytes
     softcap    logits are softcap * tanh(z / softcap)
     group      inputs that share one scale exponent
+    column_scales  inputs of every ternary matrix have scales of their own, which learn; float matrices need none
     ngrams     longest n-gram of bytes with a hashed embedding table of its own, 2 … ngrams; 1: none
     ngram_rows entries of each such table
     weights    "trit", or "float" for the baseline with the same shape
@@ -35,6 +36,7 @@ class ModelConfig:
     vocab: int = 256
     softcap: float = 15.0
     group: int = 256
+    column_scales: bool = False
     ngrams: int = 1
     ngram_rows: int = 4096
     weights: str = "trit"

@@ -26,7 +26,7 @@ class TritEmbedding(TritModule):
         super().__init__(num_embeddings, embedding_dim, role=role, fan_in=1, group=group, sparse=sparse)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return ops.embedding(ids, self.register, self.exponent, self.group, self.port)
+        return self.scale_columns(ops.embedding(ids, self.register, self.exponent, self.group, self.port))
 
 
 class FloatEmbedding(nn.Module):

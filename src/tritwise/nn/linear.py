@@ -22,7 +22,7 @@ class TritLinear(TritModule):
         super().__init__(out_features, in_features, role=role, fan_in=in_features, group=group, blocks=blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.register, self.exponent, self.group, self.port)
+        return ops.linear(self.scale_columns(x), self.register, self.exponent, self.group, self.port)
 
 
 class FloatLinear(nn.Module):

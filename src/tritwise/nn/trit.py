@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritwise.registers import exponent_for, init_registers, leading_trit, make_key, zero_fraction
+from tritwise.registers import exponent_for, init_registers, leading_trit, make_key, scale_table, zero_fraction
 
 ROLES = ("matrix", "embedding", "head", "vector", "scale", "table")
 """matrix, embedding, head, vector: weights by what they do. scale: scale exponents. table: constants, not trained."""
@@ -20,6 +20,8 @@ class TritModule(nn.Module):
 
     register  int8 Parameter [rows, columns], five-trit registers
     exponent  int8 Parameter [rows, ceil(columns/group)], scale exponents; `group` inputs share one
+    column_exponent  None, or after `add_column_scales` an int8 Parameter [columns]: scales of the columns of W, which
+              layers put on the vector that the columns meet. Ternary rows cannot weigh their inputs; these can.
     port      float32 [rows, columns] of stride 0 and one element: autograd leaves dL/dW in `port.grad`. It is no
               parameter, is never saved and holds no weight. None while the layer is frozen.
 
@@ -58,6 +60,8 @@ class TritModule(nn.Module):
         groups = -(-columns // group)
         self.register = nn.Parameter(torch.empty(rows, columns, dtype=torch.int8), requires_grad=False)
         self.exponent = nn.Parameter(torch.empty(rows, groups, dtype=torch.int8), requires_grad=False)
+        self.column_exponent: nn.Parameter | None = None
+        self._scales: Tensor | None = None  # the table of all scales, where the registers are
         self.port: Tensor | None = None
         self.consumer: Consumer | None = None
         self.reset_parameters()
@@ -72,6 +76,25 @@ class TritModule(nn.Module):
         """The ternary weights that a matmul uses now: leading trits, int8 [rows, columns]."""
         return leading_trit(self.register)
 
+    def add_column_scales(self) -> None:
+        """Give every column of W a scale of its own, 1 at first, which the optimizer trains like the others."""
+        columns, device = self.register.shape[1], self.register.device
+        zeros = torch.zeros(columns, dtype=torch.int8, device=device)
+        self.column_exponent = nn.Parameter(zeros, requires_grad=False)
+        self.roles = self.roles | {"column_exponent": "scale"}
+        self._scales = scale_table(device)
+
+    def exponents(self) -> list[Tensor]:
+        """Every tensor of scale exponents: those of rows, then those of columns where there are any."""
+        return [self.exponent] if self.column_exponent is None else [self.exponent, self.column_exponent]
+
+    def scale_columns(self, x: Tensor) -> Tensor:
+        """x [..., columns], each column times its scale: what W's columns meet. Without column scales x itself."""
+        if self.column_exponent is None:
+            return x
+        assert self._scales is not None
+        return x * self._scales[self.column_exponent.int() + 128].to(x.dtype)
+
     @torch.no_grad()
     def reset_parameters(self, span: float = 0.9) -> None:
         """New registers, uniform within +-span of a leading trit, and the scale that gives W its standard deviation."""
@@ -79,6 +102,8 @@ class TritModule(nn.Module):
         self.register.copy_(init_registers(tuple(self.register.shape), key, span))
         density = 1.0 - zero_fraction(self.register)
         self.exponent.fill_(exponent_for(1.0 / math.sqrt(self.fan_in * max(density, 1e-6))))
+        if self.column_exponent is not None:
+            self.column_exponent.zero_()
 
     def trainable(self, flag: bool = True) -> "TritModule":
         """Open (True) or close (False) the gradient port. Closed, the layer is frozen and costs no weight gradient."""
@@ -112,6 +137,8 @@ class TritModule(nn.Module):
             raise ValueError("ternary layers hold int8 registers; move them with .to(device), not .to(dtype)")
         if self.port is not None and self.port.device != self.register.device:
             self.trainable(True)
+        if self._scales is not None:
+            self._scales = scale_table(self.register.device)
         return self
 
     def extra_repr(self) -> str:

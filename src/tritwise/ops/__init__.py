@@ -15,7 +15,7 @@ update, nibble and direction have `_many` forms for a list of tensors: a whole m
 from tritwise.ops.backends import backend, backend_table, backends_of
 from tritwise.ops.direction import direction, direction_many
 from tritwise.ops.embedding import embedding
-from tritwise.ops.linear import linear, linear_scale_grad
+from tritwise.ops.linear import linear, linear_column_grad, linear_scale_grad
 from tritwise.ops.nibble import (
     accumulate_nibble,
     accumulate_nibble_many,
@@ -43,6 +43,7 @@ __all__ = [
     "direction_many",
     "embedding",
     "linear",
+    "linear_column_grad",
     "linear_scale_grad",
     "momentum_of",
     "momentum_of_many",

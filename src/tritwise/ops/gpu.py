@@ -22,6 +22,7 @@ from tritwise.registers import Key, scale_table
 OLDEST = (7, 0)  # compute capability that Triton still compiles for
 INTERPRET = "TRITON_INTERPRET"
 ELEMENTS = 2048  # of a program of the update kernels
+KEYS, FACTOR = 1, 5  # columns of the tables, as triton_kernels.py names them
 
 
 @functools.cache
@@ -65,9 +66,43 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **
         kernel[(programs,)](*arguments, **constants, enable_fp_fusion=False)
 
 
+_shelf: "Shelf | None" = None
+
+
+class Shelf:
+    """Keeps what `upload` reads from while a CUDA graph is recorded: every replay reads it again.
+
+    As a context manager it catches the uploads of its thread. Memory for them is taken before, because none can be
+    taken during a recording.
+    """
+
+    def __init__(self, numbers: int = 1 << 18) -> None:
+        self._pinned = torch.empty(numbers, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+        self._used = 0
+
+    def keep(self, table: Tensor) -> Tensor:
+        """A pinned copy of int64 `table`."""
+        first, self._used = self._used, self._used + table.numel()
+        assert self._used <= self._pinned.numel(), "the model has too many tensors for one recording"
+        kept = self._pinned[first : self._used].view(table.shape)
+        return kept.copy_(table)
+
+    def __enter__(self) -> "Shelf":
+        global _shelf
+        assert _shelf is None
+        _shelf = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _shelf
+        _shelf = None
+
+
 def upload(lines: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """A table of integers as int64 on `device`; the host does not wait."""
     if device.type == "cuda":  # pragma: no cover - on a GPU only
+        if _shelf is not None:
+            return _shelf.keep(torch.tensor(lines, dtype=torch.int64)).to(device, non_blocking=True)
         return torch.tensor(lines, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
     return torch.tensor(lines, dtype=torch.int64)
 
@@ -138,10 +173,14 @@ def move_all(
     keys: Sequence[Key],
     go: Tensor | None,
     last: int,
+    live_rates: Tensor | None = None,
+    live_keys: Tensor | None = None,
 ) -> Tensor:
     """Run a kernel that moves registers over all of them in one launch; returns the flips, int64 [tensors].
 
     factors: steps of a register for a direction of 1, in 1/65536ths. last: one int that the kernel takes besides.
+    live_rates, live_keys: steps for a direction of -1, float64 [tensors], and keys, int64 [tensors, 2], on the device:
+    they take the place of factors and keys.
     """
     device = registers[0].device
     flat = [(r.contiguous(), d.contiguous()) for r, d in zip(registers, directions, strict=True)]
@@ -153,11 +192,15 @@ def move_all(
         aligned = aligned and not (addresses[0] | addresses[1] | count) % 16
     tensors = len(lines)
     flips_T = torch.zeros(tensors, dtype=torch.int64, device=device)
+    table = upload(lines, device)
+    if live_rates is not None:
+        table[:, FACTOR] = (live_rates * -65536.0).float().view(torch.int32)
+    put_keys(table, live_keys)
     launch(
         kernel,
         programs,
         device,
-        *(upload(lines, device), go, flips_T, last, tensors),
+        *(table, go, flips_T, last, tensors),
         TENSORS=max(power_of_two_above(tensors), 16),
         BLOCK=ELEMENTS,
         ALIGNED=aligned,
@@ -165,6 +208,12 @@ def move_all(
     for (r, _), register in zip(flat, registers, strict=True):
         put_back(r, register)
     return flips_T
+
+
+def put_keys(table: Tensor, live_keys: Tensor | None) -> None:
+    """Keys, int64 [tensors, 2] on the device, into a table in place of those that the host knew of."""
+    if live_keys is not None:
+        table[:, KEYS : KEYS + 2] = live_keys
 
 
 def put_back(changed: Tensor, original: Tensor) -> None:

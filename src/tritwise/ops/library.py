@@ -21,7 +21,7 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> An
 
 def flat_keys(keys: Sequence[Key]) -> list[int]:
     """Keys as the ints that a schema can hold: two for each."""
-    return [number for key in keys for number in key]
+    return [int(number) for key in keys for number in key]
 
 
 def keys_of(flat: Sequence[int]) -> list[Key]:

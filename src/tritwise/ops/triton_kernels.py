@@ -310,3 +310,33 @@ def scale_grad(
     to = row * groups + number
     e = tl.load(exponent + to, mask=row < rows, other=0).to(tl.int32)
     tl.store(out + to, tl.sum(total, axis=1) * tl.load(scales + (e + 128)), mask=row < rows)
+
+
+@triton.jit
+def column_grad(
+    weight_grad,
+    register,
+    exponent,
+    scales,
+    out,
+    rows,
+    columns,
+    groups,
+    group,
+    STRIP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """out [strips, columns] = the sum of scale * trit * weight_grad over each strip of STRIP rows."""
+    across = tl.cdiv(columns, BLOCK_C)
+    strip = tl.program_id(0) // across
+    column = tl.program_id(0) % across * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    for at in range(0, STRIP, BLOCK_R):
+        row = strip.to(tl.int64) * STRIP + at + tl.arange(0, BLOCK_R)
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        where = row[:, None] * columns + column[None, :]
+        trit = leading_trit(tl.load(register + where, mask=mask, other=0)).to(tl.float32)
+        e = tl.load(exponent + row[:, None] * groups + (column // group)[None, :], mask=mask, other=0).to(tl.int32)
+        total += trit * tl.load(scales + (e + 128)) * tl.load(weight_grad + where, mask=mask, other=0.0)
+    tl.store(out + strip * columns + column, tl.sum(total, axis=0), mask=column < columns)

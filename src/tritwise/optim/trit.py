@@ -18,6 +18,7 @@ A compact layer keeps momentum and register in one byte, as nibbles (`tritwise.r
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,10 +29,12 @@ from tritwise.nn import TritModule, trit_modules
 from tritwise.ops import nibble
 from tritwise.ops.direction import METHODS
 from tritwise.ops.update.reference import EXPONENT_FLOOR
-from tritwise.registers import LEAD, Key, make_key, move_exponents, to_nibbles
+from tritwise.optim.live import Live
+from tritwise.optim.scales import make_scale_state, move_scales, scale_grads, scale_sets
+from tritwise.registers import LEAD, Key, Place, make_key, to_nibbles
 
-# Streams of randomness of one tensor at one step; micro-batches count up from the last.
-_MOVE, _MOVE_SCALE, _ACCUMULATE = 0, 1, 2
+# Streams of randomness of one tensor at one step; micro-batches count up from the last. Those of columns count down.
+_MOVE, _MOVE_SCALE, _ACCUMULATE, _MOVE_COLUMN, _ACCUMULATE_COLUMN = 0, 1, 2, -1, -2
 _NO_STEP = -1  # in the key of a compact layer: its rounding counts steps by phase
 
 # Weights that move in one call on a GPU: their directions are held at once, about 10 bytes each.
@@ -101,6 +104,10 @@ class TritOptimizer(torch.optim.Optimizer):
         self._taken: list[Tensor] = []
         self._touched: dict[Tensor, Tensor] = {}
         self._uncounted: Tensor | None = None  # skipped steps that the host has not read yet
+        self._live: Live | None = None
+        self._records = False
+        self.version = 0
+        """Counts what makes a recorded step stale: changed groups or settings, tensors in the place of others."""
         self.flips_by_layer: dict[TritModule, Tensor] = {}
         super().__init__(_groups(layers, roles or {}, rate), defaults)
 
@@ -121,6 +128,7 @@ class TritOptimizer(torch.optim.Optimizer):
                     "a sparse layer cannot be compact; make it with sparse=False, or take it out of the group"
                 )
             _drop_momentum(layers)
+        self.version += 1
         super().add_param_group({"params": [layer.register for layer in layers], **settings})
         for layer in layers:
             self._layers[layer.register] = layer
@@ -142,7 +150,8 @@ class TritOptimizer(torch.optim.Optimizer):
     def skipped(self) -> int:
         """Steps at which nothing moved because a gradient held a NaN or an infinity."""
         if self._uncounted is not None:
-            count, self._uncounted = int(self._uncounted), None
+            count = int(self._uncounted)
+            self._uncounted.zero_()
             for group in self.param_groups:
                 group["skipped"] += count
         return self.param_groups[0]["skipped"]
@@ -176,6 +185,7 @@ class TritOptimizer(torch.optim.Optimizer):
                 factor = ROLE_RATES.get(group.get("role", ""), 1.0) if role is None else 1.0
                 own["lr"] = own["initial_lr"] = settings["rate"] * factor
             changed.append(own)
+        self.version += 1
         for group, own in zip(groups, changed, strict=True):
             group.update(own)
 
@@ -186,6 +196,7 @@ class TritOptimizer(torch.optim.Optimizer):
         for pending in (self._received, self._taken, self._touched, self.flips_by_layer):
             pending.clear()
         self._uncounted = None
+        self.version += 1
         for group in self.param_groups:
             group["step"] = group["skipped"] = 0
             if group["compact"]:
@@ -196,6 +207,50 @@ class TritOptimizer(torch.optim.Optimizer):
         _ = self.skipped
         return super().state_dict()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's."""
+        self.version += 1
+        super().load_state_dict(state_dict)
+
+    @property
+    def recordable(self) -> bool:
+        """Whether a step can be recorded in a CUDA graph: every layer moves at every step, by the same calls."""
+        plain = all(group["interval"] == 1 and not group["compact"] for group in self.param_groups)
+        return plain and not any(layer.sparse for layer in self.layers)
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Tensor]]:
+        """Inside, `consume` and `step` take what changes from step to step from the device, and count no steps: so they
+        can be recorded in a CUDA graph. Before each replay call `before_replay`. Yields every tensor that they change,
+        for whoever tries a step first and wants to take it back. Only for optimizers that are `recordable`."""
+        self._live = Live(next(iter(self._layers)).device, len(self.param_groups))
+        self._live.write(self.step_count, [group["lr"] for group in self.param_groups])
+        if self._uncounted is None:
+            self._uncounted = torch.zeros(1, dtype=torch.int64, device=self._live.device)
+        changed = [self._uncounted]
+        for group in self.param_groups:
+            for layer in (self._layers[register] for register in group["params"]):
+                state = self._state_of(layer, group["scale_rate"] > 0)
+                changed += [layer.register, *layer.exponents(), *state.values()]
+        self._records = True
+        try:
+            yield changed
+        finally:
+            self._records = False
+
+    def before_replay(self) -> None:
+        """Tell the device the step's number and rates, and count the step that a replay now takes."""
+        assert self._live is not None
+        self._live.write(self.step_count, [group["lr"] for group in self.param_groups])
+        for group in self.param_groups:
+            group["step"] += 1
+
+    def _keys(self, places: Sequence[Place]) -> list[Key] | Tensor:
+        if self._records:
+            assert self._live is not None
+            return self._live.keys(places)
+        return [make_key(*place) for place in places]
+
     def _state_of(self, layer: TritModule, scales: bool) -> dict[str, Tensor]:
         state, register = self.state[layer.register], layer.register
         if "row_exponent" not in state and self._settings_of(register)["compact"]:
@@ -204,10 +259,8 @@ class TritOptimizer(torch.optim.Optimizer):
         elif "row_exponent" not in state:
             state["momentum"] = torch.zeros_like(register)
             state["row_exponent"] = torch.full_like(register[:, :1], EXPONENT_FLOOR)
-        if scales and "scale_momentum" not in state:
-            flat = layer.exponent.reshape(1, -1)
-            state["scale_momentum"], state["scale_evidence"] = torch.zeros_like(flat), torch.zeros_like(flat)
-            state["scale_row_exponent"] = torch.full_like(flat[:, :1], EXPONENT_FLOOR)
+        if scales:
+            make_scale_state(layer, state)
         return state
 
     def _settings_of(self, register: Tensor) -> dict[str, Any]:
@@ -217,7 +270,7 @@ class TritOptimizer(torch.optim.Optimizer):
     def consume(self, layers: Sequence[TritModule], grads: Sequence[Tensor]) -> None:
         """Take gradients, dL/dW float32 [rows, columns] of each layer, into the momenta. Called from backward with one
         layer at a time, once for every micro-batch; or for many at once by whoever kept the gradients."""
-        calls: dict[float, list[tuple[Tensor, Tensor, Tensor, Key]]] = {}  # decay -> what is accumulated with it
+        calls: dict[float, list[tuple[Tensor, Tensor, Tensor, Place]]] = {}  # decay -> what is accumulated with it
         compact: dict[
             tuple[float, int], list[tuple[Tensor, Tensor, Tensor, Tensor, Key]]
         ] = {}  # decay, phase -> the same
@@ -235,15 +288,15 @@ class TritOptimizer(torch.optim.Optimizer):
                 nibbles = (register, state["row_exponent"], state["group_exponent"], grad, key)
                 compact.setdefault((decay, group["step"]), []).append(nibbles)
             else:
-                entry = (state["momentum"], state["row_exponent"], grad, make_key(*where, stream))
+                entry = (state["momentum"], state["row_exponent"], grad, Place(*where, stream))
                 calls.setdefault(decay, []).append(entry)
             if scales:
-                scale_grad = ops.linear_scale_grad(grad, register, layer.exponent, layer.group).view(1, -1)
-                key = make_key(*where, stream + 2)
-                entry = (state["scale_momentum"], state["scale_row_exponent"], scale_grad, key)
-                calls.setdefault(decay, []).append(entry)
+                streams = (stream + 2, _ACCUMULATE_COLUMN - micro)
+                for one, part, own in zip(scale_sets(layer, state), scale_grads(layer, grad), streams, strict=False):
+                    calls.setdefault(decay, []).append((one.momentum, one.row_exponent, part, Place(*where, own)))
         for decay, entries in calls.items():
-            momenta, exponents, gradients, keys = zip(*entries, strict=True)
+            momenta, exponents, gradients, places = zip(*entries, strict=True)
+            keys = self._keys(places)
             self._taken.append(ops.accumulate_momentum_many(momenta, exponents, gradients, decay, keys))
         for (decay, phase), entries in compact.items():
             registers, rows, groups, gradients, keys = zip(*entries, strict=True)
@@ -289,17 +342,20 @@ class TritOptimizer(torch.optim.Optimizer):
         go = torch.cat(self._taken).all() if self._taken else None
         known = True  # whether something may move, as far as the host knows without asking a GPU
         if go is not None and go.is_cuda:
-            skips = (~go).to(torch.int64)
-            self._uncounted = skips if self._uncounted is None else self._uncounted + skips
+            if self._uncounted is None:
+                self._uncounted = torch.zeros(1, dtype=torch.int64, device=go.device)
+            self._uncounted += ~go
         elif go is not None and not bool(go):
             known = False
             for group in self.param_groups:
                 group["skipped"] += 1
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
+            rate = self._live.rates[index] if self._live is not None and self._records else group["lr"]
             if known:
                 for batch in self._batches(group):
-                    self._move(batch, group, go)
-            group["step"] += 1
+                    self._move(batch, group, rate * group["interval"], go)
+            if not self._records:
+                group["step"] += 1
         self._received.clear()
         self._taken.clear()
         self._touched.clear()
@@ -322,9 +378,9 @@ class TritOptimizer(torch.optim.Optimizer):
         if batch:
             yield batch
 
-    def _move(self, layers: list[TritModule], group: dict[str, Any], go: Tensor | None) -> None:
+    def _move(self, layers: list[TritModule], group: dict[str, Any], rate: float | Tensor, go: Tensor | None) -> None:
         """Move the registers and the scales of layers that are all dense, or of one sparse layer."""
-        step, rate, registers = group["step"], group["lr"] * group["interval"], [layer.register for layer in layers]
+        step, registers = group["step"], [layer.register for layer in layers]
         states = [self._state_of(layer, scales=False) for layer in layers]
         exponents, rows = [s["row_exponent"] for s in states], None
         if group["compact"]:
@@ -341,48 +397,46 @@ class TritOptimizer(torch.optim.Optimizer):
         blocks = [layer.blocks for layer in layers]
         directions = ops.direction_many(momenta, exponents, group["direction"], group["steps"], blocks)
         if group["compact"]:
+            assert not isinstance(rate, Tensor), "compact groups are not recorded"
             phase = step // group["interval"]
             keys = [make_key(group["seed"], _NO_STEP, self._number[layer.register], _MOVE) for layer in layers]
             flips = ops.move_nibbles_many(registers, directions, [rate] * len(layers), keys, phase, go)
         else:
-            keys = [make_key(group["seed"], step, self._number[layer.register], _MOVE) for layer in layers]
-            flips = ops.move_registers_many(registers, directions, [rate * LEAD] * len(layers), keys, go=go)
+            keys = self._keys([Place(group["seed"], step, self._number[layer.register], _MOVE) for layer in layers])
+            far = rate * LEAD
+            rates = far.expand(len(layers)) if isinstance(far, Tensor) else [far] * len(layers)
+            flips = ops.move_registers_many(registers, directions, rates, keys, go=go)
         if rows is not None:
             layers[0].register[rows] = registers[0]
         self.flips_by_layer.update(zip(layers, flips, strict=True))
         if group["scale_rate"] > 0:
             # Scales follow the schedule of the rate; at a rate of 0 they stay.
             initial = group.get("initial_lr", group["lr"])
-            scale_rate = group["scale_rate"] * rate / initial if initial else 0.0
-            self._move_scales(
-                layers,
-                scale_rate,
-                make_key(group["seed"], step, self._number[layers[0].register], _MOVE_SCALE),
-                rows,
-                go,
-            )
+            octaves = group["scale_rate"] * rate / initial if initial else 0.0
+            self._move_scales(layers, group["seed"], step, octaves, rows, go)
 
     def _move_scales(
-        self, layers: list[TritModule], scale_rate: float, key: Key, rows: Tensor | None, go: Tensor | None
+        self,
+        layers: list[TritModule],
+        seed: int,
+        step: int,
+        octaves: float | Tensor,
+        rows: Tensor | None,
+        go: Tensor | None,
     ) -> None:
-        """The same for scale exponents, those of all layers as one vector: they are few. `rows` of a sparse layer."""
-        states = [self.state[layer.register] for layer in layers]
-        momenta, exponents = [s["scale_momentum"] for s in states], [s["scale_row_exponent"] for s in states]
-        u_N = torch.cat([u.view(-1) for u in ops.direction_many(momenta, exponents, "rms")])
+        """The same for the scales of these layers. rows: those of a sparse layer that move; columns always do."""
+        sets, places = [], []
+        for layer in layers:
+            own = scale_sets(layer, self.state[layer.register])
+            sets += own
+            streams = (_MOVE_SCALE, _MOVE_COLUMN)[: len(own)]
+            places += [Place(seed, step, self._number[layer.register], stream) for stream in streams]
+        still = None
         if rows is not None:
-            still = torch.ones_like(layers[0].exponent, dtype=torch.bool)
-            still[rows] = False
-            u_N = u_N.masked_fill(still.view(-1), 0.0)
-        if go is not None:
-            u_N = torch.where(go, u_N, 0.0)
-        exponent_N = torch.cat([layer.exponent.view(-1) for layer in layers])
-        evidence_N = torch.cat([s["scale_evidence"].view(-1) for s in states])
-        moved = move_exponents(exponent_N, evidence_N, u_N, -scale_rate, key)
-        kept = ([layer.exponent for layer in layers], [s["scale_evidence"] for s in states])
-        for tensors, values in zip(kept, moved, strict=True):
-            parts = values.split([tensor.numel() for tensor in tensors])
-            views = [part.view(tensor.shape) for tensor, part in zip(tensors, parts, strict=True)]
-            torch._foreach_copy_(list(tensors), views)  # pyright: ignore[reportPrivateImportUsage]
+            parts = [torch.zeros(one.exponent.numel(), dtype=torch.bool, device=rows.device) for one in sets]
+            parts[0] = parts[0].view(layers[0].exponent.shape).fill_(True).index_fill_(0, rows, False).view(-1)
+            still = torch.cat(parts)
+        move_scales(sets, octaves, self._keys(places), still=still, go=go)
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ the word hash is the two-multiply xorshift finaliser with the constants 0x21f0aa
 hash-prospector project as having the least known bias of its shape.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,10 +20,20 @@ _MASK64 = (1 << 64) - 1
 
 
 class Key(NamedTuple):
-    """Two signed 32-bit numbers that stand for (seed, step, tensor, stream). Plain ints, so kernels take them as is."""
+    """Two signed 32-bit numbers that stand for (seed, step, tensor, stream). Plain ints, so kernels take them as is;
+    or 0-d int64 tensors out of `keys_at`, where a device knows the step and the host does not."""
 
-    first: int
-    second: int
+    first: int | Tensor
+    second: int | Tensor
+
+
+class Place(NamedTuple):
+    """What a key is made of: see `make_key`."""
+
+    seed: int
+    step: int
+    tensor: int
+    stream: int
 
 
 def _splitmix64(state: int) -> int:
@@ -43,6 +55,38 @@ def make_key(seed: int, step: int = 0, tensor: int = 0, stream: int = 0) -> Key:
     return Key(_signed32(state & 0xFFFFFFFF), _signed32(state >> 32))
 
 
+def rows_of_places(places: Sequence[Place]) -> list[tuple[int, int, int]]:
+    """What `keys_at` needs of places besides the step: rows of signed 64-bit numbers."""
+    return [(_signed64(_splitmix64(place.seed & _MASK64)), place.tensor, place.stream) for place in places]
+
+
+def keys_at(step: Tensor, rows_N3: Tensor) -> Tensor:
+    """The keys of N places at a step that only the device knows: int64 [N, 2], each as `make_key` has it.
+
+    step: int64 0-d; rows_N3: int64, from `rows_of_places`; all on one device.
+    """
+    state_N, tensor_N, stream_N = rows_N3.unbind(1)
+    for part in (step, tensor_N, stream_N):
+        state_N = _splitmix64_each(state_N ^ part)
+    return torch.stack(((state_N << 32) >> 32, state_N >> 32), dim=1)
+
+
+def _splitmix64_each(state_N: Tensor) -> Tensor:
+    state_N = state_N + _signed64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state_N = (state_N ^ _shifted(state_N, shift)) * _signed64(factor)
+    return state_N ^ _shifted(state_N, 31)
+
+
+def _shifted(x_N: Tensor, count: int) -> Tensor:
+    """x >> count without its sign: torch's shift of int64 keeps it."""
+    return (x_N >> count) & ((1 << (64 - count)) - 1)
+
+
+def _signed64(value: int) -> int:
+    return value - (1 << 64) if value & (1 << 63) else value
+
+
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -62,17 +106,21 @@ def random_words(count: int, key: Key, device: torch.device | str = "cpu") -> Te
     mix(x): x ^= x >>> 16; x *= 0x21f0aaad; x ^= x >>> 15; x ^= key.second; x *= 0xd35a2d97; x ^= x >>> 15.
     Shifts are logical; products are modulo 2**32.
     """
-    x = _counter(count, torch.device(device)) * _signed32(0x9E3779B1)
-    x.add_(key.first)
+    return _mixed(_counter(count, torch.device(device)) * _signed32(0x9E3779B1), key.first, key.second)
+
+
+def _mixed(x: Tensor, first: int | Tensor, second: int | Tensor) -> Tensor:
+    """The hash of int32 x, in place: see `random_words`. Keys may be int32 tensors of its shape."""
+    x.add_(first)
     shifted = torch.empty_like(x)
     for shift, mask, secret, factor in (
         (16, 0xFFFF, 0, 0x21F0AAAD),
-        (15, 0x1FFFF, key.second, _signed32(0xD35A2D97)),
+        (15, 0x1FFFF, second, _signed32(0xD35A2D97)),
     ):
         torch.bitwise_right_shift(x, shift, out=shifted)  # arithmetic shift; the mask makes it logical
         shifted.bitwise_and_(mask)
         x.bitwise_xor_(shifted)
-        if secret:
+        if isinstance(secret, Tensor) or secret:
             x.bitwise_xor_(secret)
         x.mul_(factor)
     torch.bitwise_right_shift(x, 15, out=shifted)
@@ -85,6 +133,30 @@ def random_bits16(count: int, key: Key, device: torch.device | str = "cpu") -> T
     Element i is half i % 2 (low half first) of word i // 2: one hash serves two elements.
     """
     return random_words((count + 1) // 2, key, device).view(torch.int16)[:count]
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of words for tensors of `counts` elements, one after the other: whose each is and which of its owner's, both
+    [words]; and where each element's 16 bits lie among the halves of all words, [elements]."""
+    words = [(count + 1) // 2 for count in counts]
+    owner_W = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(words))
+    number_W = torch.cat([torch.arange(many, dtype=torch.int32) for many in words])
+    firsts = [2 * sum(words[:tensor]) for tensor in range(len(counts))]
+    half_N = torch.cat([torch.arange(count) + first for count, first in zip(counts, firsts, strict=True)])
+    return owner_W.to(device), number_W.to(device), half_N.to(device)
+
+
+def random_bits16_many(counts: Sequence[int], keys: Sequence[Key] | Tensor, device: torch.device) -> Tensor:
+    """`random_bits16` of several tensors, of counts[i] elements under keys[i] each, one after the other: int16 [sum].
+
+    keys: or int64 [tensors, 2] on the device. A dozen calls however many tensors there are.
+    """
+    owner_W, number_W, half_N = _layout(tuple(counts), device)
+    keys_T2 = keys if isinstance(keys, Tensor) else torch.tensor([list(key) for key in keys], device=device)
+    first_W, second_W = keys_T2.to(torch.int32)[owner_W].unbind(1)
+    words_W = _mixed(number_W * _signed32(0x9E3779B1), first_W, second_W)
+    return words_W.view(torch.int16)[half_N]
 
 
 # Odd, so that 2**16 steps visit every number once. Of the numbers whose share of 2**16 has no quotient above 3 in its

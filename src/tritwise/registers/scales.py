@@ -10,8 +10,6 @@ import math
 import torch
 from torch import Tensor
 
-from tritwise.registers.random import Key, random_bits16
-
 EXPONENTS_PER_OCTAVE = 8
 EXPONENT_LIMIT = 127
 
@@ -41,17 +39,17 @@ EVIDENCE_PER_EXPONENT = 256
 
 
 def move_exponents(
-    exponent: Tensor, evidence: Tensor, direction: Tensor, octaves: float, key: Key
+    exponent: Tensor, evidence: Tensor, direction: Tensor, octaves: float | Tensor, bits: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The exponents and their evidence after a step of `octaves` * direction; new int8 tensors of shape [N].
 
     exponent, evidence: int8 [N], together the number exponent + evidence / 256, in 1/8 octaves; direction: float32 [N].
-    Rounded stochastically to 1/256 of an exponent's step. A step of an exponent is 9 %: rounded to whole ones, slow
-    learning would be lost in the noise of the rounding. Clamped to +-127 exponents.
+    octaves: a number, or a float64 0-d tensor. Rounded stochastically to 1/256 of a step of E, with `bits`, int16
+    [N] of `random_bits16`. A step of E is 9 %: rounded to whole ones, slow learning would be lost in the noise
+    of the rounding. Clamped to +-127 exponents.
     """
     most = 2 * EXPONENT_LIMIT * EVIDENCE_PER_EXPONENT
     moved = direction.double().mul_(octaves * EXPONENTS_PER_OCTAVE * EVIDENCE_PER_EXPONENT).clamp_(-most, most)
-    bits = random_bits16(direction.numel(), key, direction.device).to(torch.int64)
     steps = (moved.mul_(1 << 16).round_().to(torch.int64) + bits + (1 << 15)) >> 16
     limit = EXPONENT_LIMIT * EVIDENCE_PER_EXPONENT
     total = (exponent.to(torch.int64) * EVIDENCE_PER_EXPONENT + evidence + steps).clamp_(-limit, limit)

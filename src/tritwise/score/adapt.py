@@ -178,9 +178,9 @@ def _moving(model: nn.Module, kind: str) -> list[Tensor]:
     """The tensors that learn."""
     layers = [layer for _, layer in trit_modules(model)]
     if kind == "trit":
-        return [tensor for layer in layers for tensor in (layer.register, layer.exponent)]
+        return [tensor for layer in layers for tensor in (layer.register, *layer.exponents())]
     if kind == "scales":
-        return [layer.exponent for layer in layers]
+        return [exponent for layer in layers for exponent in layer.exponents()]
     return [tensor for tensor in model.parameters() if tensor.is_floating_point()]
 
 

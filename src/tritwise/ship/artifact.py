@@ -39,7 +39,7 @@ def write_artifact(model: ByteLM, path: Path, about: dict[str, Any] | None = Non
         raise UserError("only ternary models can be shipped; train with --set weights=trit")
     layers = list(trit_modules(model))
     trits = torch.cat([leading_trit(layer.register).reshape(-1).cpu() for _, layer in layers])
-    scales = torch.cat([layer.exponent.detach().reshape(-1).cpu() for _, layer in layers])
+    scales = torch.cat([e.detach().reshape(-1).cpu() for _, layer in layers for e in layer.exponents()])
     header = {
         "kind": KIND,
         "config": dataclasses.asdict(model.config),
@@ -75,7 +75,9 @@ def read_artifact(path: Path) -> tuple[ByteLM, dict[str, Any]]:
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is no byte model this version understands ({error}); upgrade tritwise") from None
     count = sum(layer.register.numel() for _, layer in layers)
-    if len(trits) != packed_bytes(count) or len(scales) != sum(layer.exponent.numel() for _, layer in layers):
+    if len(trits) != packed_bytes(count) or len(scales) != sum(
+        e.numel() for _, layer in layers for e in layer.exponents()
+    ):
         raise UserError(f"{path} holds another number of weights than it names; ship it again from its run")
     try:
         flat = unpack_base3(torch.from_numpy(np.frombuffer(trits, np.uint8).copy()), count)
@@ -84,9 +86,11 @@ def read_artifact(path: Path) -> tuple[ByteLM, dict[str, Any]]:
     exponents = torch.from_numpy(np.frombuffer(scales, np.int8).copy())
     with torch.no_grad():
         for _, layer in layers:
-            size, groups = layer.register.numel(), layer.exponent.numel()
+            size = layer.register.numel()
             layer.register.copy_(flat[:size].view_as(layer.register) * LEAD)
-            layer.exponent.copy_(exponents[:groups].view_as(layer.exponent))
-            flat, exponents = flat[size:], exponents[groups:]
+            flat = flat[size:]
+            for kept in layer.exponents():
+                kept.copy_(exponents[: kept.numel()].view_as(kept))
+                exponents = exponents[kept.numel() :]
             layer.trainable(False)
     return model.eval(), header

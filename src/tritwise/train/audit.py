@@ -16,6 +16,9 @@ STATE_ROLES = {
     "scale_momentum": "momentum",
     "scale_row_exponent": "momentum",
     "scale_evidence": "scale",
+    "column_momentum": "momentum",
+    "column_row_exponent": "momentum",
+    "column_evidence": "scale",
 }
 
 

@@ -2,20 +2,22 @@
 
 A small model on a GPU is bound by launches: its kernels are shorter than the time Python takes to ask for them. With
 `compile` the model's loss is one compiled function, and with `graph` its forward and backward are recorded once and
-replayed, so that a step costs the host a handful of launches. Gradients of ternary layers then wait in their ports
-until the replay is over, all at once, which is for models that are small beside the GPU; otherwise every gradient is
-consumed the moment it is made.
+replayed, and where the optimizers allow it the update with them, so that a step costs the host a handful of launches.
+Gradients of ternary layers then wait in their ports until backward is over, all at once, which is for models that are
+small beside the GPU; otherwise every gradient is consumed the moment it is made.
 
 Nothing here waits for the GPU: the loss comes back as a tensor that may not have been computed yet.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
 from tritwise.models import ByteLM
 from tritwise.nn import TritModule, trit_modules
+from tritwise.ops import gpu
 from tritwise.optim import TritOptimizer
 
 WARM_UP = 3  # steps before a recording: libraries and the allocator settle, as torch.cuda.graph asks for
@@ -47,6 +49,7 @@ class Stepper:
             raise ValueError(f"a CUDA graph cannot be recorded on {device}; leave out graph, or move the model to cuda")
         self._record = graph
         self._replay: _Recording | None = None
+        self._versions: list[int] = []
         floats = [optimizer for optimizer in self.optimizers if not isinstance(optimizer, TritOptimizer)]
         self._guarded = floats if guard else []
 
@@ -57,6 +60,9 @@ class Stepper:
     def step_over(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         """Train on `accum` micro-batches (ids, targets), int64 [B, T] each on the model's device. Returns their mean
         loss in nats per byte, a 0-d float32 tensor on the device, which may not have been computed yet."""
+        if self._record and self.accum == 1 and self._updates_record():
+            ((ids, targets),) = batches
+            return self._replayed(ids, targets)
         total: Tensor | None = None
         for ids, targets in batches:
             loss = self._pass(ids, targets)
@@ -82,11 +88,30 @@ class Stepper:
             loss = self._share(ids, targets)
             loss.backward()
             return loss.detach()
-        if self._replay is None:
+        if self._replay is None or self._replay.updates:
             self._replay = _Recording(self.model, self._share, ids, targets)
         loss = self._replay(ids, targets).detach().clone()  # the next replay writes over it
-        self._deliver(self._replay)
+        _deliver(self.optimizers, self._replay.port_grads)
         return loss
+
+    def _updates_record(self) -> bool:
+        """Whether the update can be recorded too: every optimizer says so, and together they train every layer."""
+        mine = [o for o in self.optimizers if isinstance(o, TritOptimizer) and o.recordable]
+        if not mine or len(mine) < len(self.optimizers):
+            return False
+        trained = {layer for optimizer in mine for layer in optimizer.layers}
+        return all(layer in trained for _, layer in trit_modules(self.model) if layer.port is not None)
+
+    def _replayed(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """One whole step out of the recording, which is made anew when an optimizer has changed since."""
+        mine = [optimizer for optimizer in self.optimizers if isinstance(optimizer, TritOptimizer)]
+        versions = [optimizer.version for optimizer in mine]
+        if self._replay is None or self._replay.updates != mine or self._versions != versions:
+            self._replay = None  # its memory can serve the next one
+            self._replay, self._versions = _Recording(self.model, self._share, ids, targets, mine), versions
+        for optimizer in mine:
+            optimizer.before_replay()
+        return self._replay(ids, targets).detach().clone()  # the next replay writes over it
 
     def _share(self, ids: Tensor, targets: Tensor) -> Tensor:
         loss = self._loss(ids, targets)
@@ -97,47 +122,68 @@ class Stepper:
         sums = [p.grad.sum() for group in groups for p in group["params"] if p.grad is not None]
         return bool(torch.isfinite(torch.stack([loss, *(total.float() for total in sums)])).all())
 
-    def _deliver(self, recording: "_Recording") -> None:
-        """Hand the gradients of ternary layers to whoever consumes them, a whole model in one call if it can."""
-        waiting = dict(recording.port_grads)
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, TritOptimizer):
-                mine = [layer for layer in optimizer.layers if layer in waiting]
-                optimizer.consume(mine, [waiting.pop(layer) for layer in mine])
-        for layer, grad in waiting.items():
-            if layer.consumer is not None:
-                layer.consumer(layer, grad)
-
 
 class _Recording:
     """Forward and backward of one batch shape as a CUDA graph. Gradients lie where the recording put them: they are
-    written anew by every replay, so they are neither added up nor set to None."""
+    written anew by every replay, so they are neither added up nor set to None.
 
-    def __init__(self, model: ByteLM, loss: Callable[[Tensor, Tensor], Tensor], ids: Tensor, targets: Tensor) -> None:
-        layers = [layer for _, layer in trit_modules(model)]
-        consumers = [layer.consumer for layer in layers]
-        floats = [p for p in model.parameters() if p.requires_grad]
-        self._ids, self._targets = ids.clone(), targets.clone()
-        for layer in layers:
+    updates: optimizers whose step belongs to the recording. To be recorded it must have been taken before, so a few
+    steps are taken and taken back.
+    """
+
+    def __init__(
+        self,
+        model: ByteLM,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        ids: Tensor,
+        targets: Tensor,
+        updates: Sequence[TritOptimizer] = (),
+    ) -> None:
+        self.updates = list(updates)
+        self._layers = [layer for _, layer in trit_modules(model)]
+        self._floats = [p for p in model.parameters() if p.requires_grad]
+        self._loss_of, self._ids, self._targets = loss, ids.clone(), targets.clone()
+        self._shelf = gpu.Shelf()
+        self.port_grads: dict[TritModule, Tensor] = {}
+        consumers = [layer.consumer for layer in self._layers]
+        for layer in self._layers:
             layer.consumer = None  # the gradient stays in the port
         side = torch.cuda.Stream(ids.device)
         side.wait_stream(torch.cuda.current_stream(ids.device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                _forget(layers, floats)
-                loss(self._ids, self._targets).backward()
-        torch.cuda.current_stream(ids.device).wait_stream(side)
-        _forget(layers, floats)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=side):
-            self._loss = loss(self._ids, self._targets)
-            self._loss.backward()
-        self.port_grads: dict[TritModule, Tensor] = {}
-        for layer, consumer in zip(layers, consumers, strict=True):
+        with ExitStack() as stack:
+            changed = [t for optimizer in self.updates for t in stack.enter_context(optimizer.recording())]
+            kept = [tensor.clone() for tensor in changed]
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    self._run()
+                for tensor, before in zip(changed, kept, strict=True):
+                    tensor.copy_(before)
+            torch.cuda.current_stream(ids.device).wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            stack.enter_context(self._shelf)
+            with torch.cuda.graph(self._graph, stream=side):
+                self._loss = self._run()
+        for layer, consumer in zip(self._layers, consumers, strict=True):
             layer.consumer = consumer
+        self._float_grads = [(p, p.grad) for p in self._floats]
+
+    def _run(self) -> Tensor:
+        """One pass, and what belongs to the recording after it."""
+        for tensor in [*(layer.port for layer in self._layers), *self._floats]:
+            if tensor is not None:
+                tensor.grad = None
+        loss = self._loss_of(self._ids, self._targets)
+        loss.backward()
+        self.port_grads = {}
+        for layer in self._layers:
             if layer.port is not None and layer.port.grad is not None:
                 self.port_grads[layer], layer.port.grad = layer.port.grad, None
-        self._float_grads = [(p, p.grad) for p in floats]
+        if self.updates:
+            _deliver(self.updates, self.port_grads)
+            self.port_grads = {}
+            for optimizer in self.updates:
+                optimizer.step()
+        return loss
 
     def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
         self._ids.copy_(ids)
@@ -148,7 +194,13 @@ class _Recording:
         return self._loss
 
 
-def _forget(layers: Sequence[TritModule], floats: Sequence[Tensor]) -> None:
-    for tensor in [*(layer.port for layer in layers), *floats]:
-        if tensor is not None:
-            tensor.grad = None
+def _deliver(optimizers: Sequence[torch.optim.Optimizer], port_grads: dict[TritModule, Tensor]) -> None:
+    """Hand the gradients of ternary layers to whoever consumes them, a whole model in one call if it can."""
+    waiting = dict(port_grads)
+    for optimizer in optimizers:
+        if isinstance(optimizer, TritOptimizer):
+            mine = [layer for layer in optimizer.layers if layer in waiting]
+            optimizer.consume(mine, [waiting.pop(layer) for layer in mine])
+    for layer, grad in waiting.items():
+        if layer.consumer is not None:
+            layer.consumer(layer, grad)

@@ -39,6 +39,10 @@ def _scale_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: 
     return choose("linear", weight_grad.device).scale_grad(weight_grad, register, exponent, group)
 
 
+def _column_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+    return choose("linear", weight_grad.device).column_grad(weight_grad, register, exponent, group)
+
+
 _linear = define(
     "linear(Tensor x, Tensor register, Tensor exponent, int group, Tensor? port) -> Tensor",
     _forward,
@@ -58,6 +62,11 @@ _linear_scale_grad = define(
     "linear_scale_grad(Tensor weight_grad, Tensor register, Tensor exponent, int group) -> Tensor",
     _scale_grad,
     lambda weight_grad, register, exponent, group: weight_grad.new_empty(exponent.shape),
+)
+_linear_column_grad = define(
+    "linear_column_grad(Tensor weight_grad, Tensor register, Tensor exponent, int group) -> Tensor",
+    _column_grad,
+    lambda weight_grad, register, exponent, group: weight_grad.new_empty(register.shape[1]),
 )
 
 
@@ -88,3 +97,8 @@ def linear(x: Tensor, register: Tensor, exponent: Tensor, group: int = 256, port
 def linear_scale_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int = 256) -> Tensor:
     """dL/d(log2 scale) / ln 2 for each exponent: the sum of dL/dW * W over its group, float32 [O, G]."""
     return _linear_scale_grad(weight_grad, register, exponent, group)
+
+
+def linear_column_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int = 256) -> Tensor:
+    """The same for a scale of each column, of which W's own are apart: the sum of dL/dW * W over it, float32 [I]."""
+    return _linear_column_grad(weight_grad, register, exponent, group)

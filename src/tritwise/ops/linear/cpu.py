@@ -44,3 +44,8 @@ def input_grad(grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> 
 
 weight_grad = reference.weight_grad
 scale_grad = reference.scale_grad
+
+
+def column_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+    """Sum of dL/dW * W over each column, float32 [I]."""
+    return decode(register, exponent, group, torch.float32).mul_(weight_grad).sum(dim=0)

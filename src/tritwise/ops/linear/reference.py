@@ -47,3 +47,8 @@ def scale_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: i
         padded_OI = torch.nn.functional.pad(product_OI, (0, groups * group - columns))
         sums_OG = padded_OI.view(rows, groups, group).sum(dim=2)
     return sums_OG.mul_(scale_values(exponent))
+
+
+def column_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+    """Sum of dL/dW * W over each column, float32 [I]."""
+    return (decode(register, exponent, group, torch.float32) * weight_grad).sum(dim=0)

@@ -8,6 +8,7 @@ from tritwise.ops.linear import reference
 from tritwise.registers import scale_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STRIP = 128  # rows that one program sums up for the gradients of columns
 
 
 def decode(register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype) -> Tensor:
@@ -57,3 +58,25 @@ def scale_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: i
         BLOCK_C=block,
     )
     return out_OG
+
+
+def column_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+    """Sum of dL/dW * W over each column, float32 [I]."""
+    served = weight_grad.dtype is torch.float32 and weight_grad.shape == register.shape
+    if not served or not gpu.is_served(register, exponent, group):
+        return reference.column_grad(weight_grad, register, exponent, group)
+    g, r, e = weight_grad.contiguous(), register.contiguous(), exponent.contiguous()
+    rows, columns = r.shape
+    strips = -(-rows // STRIP)
+    part_SI = torch.empty(strips, columns, dtype=torch.float32, device=r.device)
+    block = min(gpu.power_of_two_above(columns), 128)
+    gpu.launch(
+        gpu.kernels().column_grad,
+        -(-columns // block) * strips,
+        r.device,
+        *(g, r, e, scale_table(r.device), part_SI, rows, columns, e.shape[1], group),
+        STRIP=STRIP,
+        BLOCK_R=16,
+        BLOCK_C=block,
+    )
+    return part_SI.sum(dim=0)

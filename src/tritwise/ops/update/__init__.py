@@ -34,12 +34,17 @@ def _move(register: Tensor, direction: Tensor, rate: float, limit: int, key_firs
 
 
 def _accumulate_many(
-    momenta: list[Tensor], row_exponents: list[Tensor], grads: list[Tensor], decay: float, keys: list[int]
+    momenta: list[Tensor],
+    row_exponents: list[Tensor],
+    grads: list[Tensor],
+    decay: float,
+    keys: list[int],
+    live_keys: Tensor | None = None,
 ) -> Tensor:
     module, pairs = choose("update", momenta[0].device), keys_of(keys)
     if hasattr(module, "accumulate_momentum_many"):
-        return module.accumulate_momentum_many(momenta, row_exponents, grads, decay, pairs)
-    return reference.accumulate_each(module.accumulate_momentum, momenta, row_exponents, grads, decay, pairs)
+        return module.accumulate_momentum_many(momenta, row_exponents, grads, decay, pairs, live_keys)
+    return reference.accumulate_each(module.accumulate_momentum, momenta, row_exponents, grads, decay, pairs, live_keys)
 
 
 def _move_many(
@@ -49,11 +54,13 @@ def _move_many(
     limit: int,
     keys: list[int],
     go: Tensor | None,
+    live_rates: Tensor | None = None,
+    live_keys: Tensor | None = None,
 ) -> Tensor:
-    module, pairs = choose("update", registers[0].device), keys_of(keys)
+    module, pairs, live = choose("update", registers[0].device), keys_of(keys), (live_rates, live_keys)
     if hasattr(module, "move_registers_many"):
-        return module.move_registers_many(registers, directions, rates, limit, pairs, go)
-    return reference.move_each(module.move_registers, registers, directions, rates, limit, pairs, go)
+        return module.move_registers_many(registers, directions, rates, limit, pairs, go, *live)
+    return reference.move_each(module.move_registers, registers, directions, rates, limit, pairs, go, *live)
 
 
 _accumulate_op = define(
@@ -70,15 +77,19 @@ _move_op = define(
 )
 _accumulate_many_op = define(
     "accumulate_momentum_many(Tensor(a!)[] momenta, Tensor(b!)[] row_exponents, Tensor[] grads, float decay, "
-    "int[] keys) -> Tensor",
+    "int[] keys, Tensor? live_keys=None) -> Tensor",
     _accumulate_many,
-    lambda momenta, row_exponents, grads, decay, keys: momenta[0].new_empty(len(momenta), dtype=torch.bool),
+    lambda momenta, row_exponents, grads, decay, keys, live_keys=None: momenta[0].new_empty(
+        len(momenta), dtype=torch.bool
+    ),
 )
 _move_many_op = define(
-    "move_registers_many(Tensor(a!)[] registers, Tensor[] directions, float[] rates, int limit, int[] keys, Tensor? go)"
-    " -> Tensor",
+    "move_registers_many(Tensor(a!)[] registers, Tensor[] directions, float[] rates, int limit, int[] keys, Tensor? go,"
+    " Tensor? live_rates=None, Tensor? live_keys=None) -> Tensor",
     _move_many,
-    lambda registers, directions, rates, limit, keys, go: registers[0].new_empty(len(registers), dtype=torch.int64),
+    lambda registers, directions, rates, limit, keys, go, live_rates=None, live_keys=None: registers[0].new_empty(
+        len(registers), dtype=torch.int64
+    ),
 )
 
 
@@ -107,26 +118,37 @@ def accumulate_momentum_many(
     row_exponents: Sequence[Tensor],
     grads: Sequence[Tensor],
     decay: float,
-    keys: Sequence[Key],
+    keys: Sequence[Key] | Tensor,
 ) -> Tensor:
     """`accumulate_momentum` of each of several tensors on one device (at least one), each with its own key.
 
+    keys: or int64 [tensors, 2] on the device, where only that knows them: in a CUDA graph.
     Returns bool [tensors]: which were taken. One that refuses does not keep the others from being changed.
     """
-    return _accumulate_many_op(list(momenta), list(row_exponents), list(grads), decay, flat_keys(keys))
+    known, live = _known(keys, len(momenta))
+    return _accumulate_many_op(list(momenta), list(row_exponents), list(grads), decay, known, live)
 
 
 def move_registers_many(
     registers: Sequence[Tensor],
     directions: Sequence[Tensor],
-    rates: Sequence[float],
-    keys: Sequence[Key],
+    rates: Sequence[float] | Tensor,
+    keys: Sequence[Key] | Tensor,
     limit: int = REGISTER_LIMIT,
     go: Tensor | None = None,
 ) -> Tensor:
     """`move_registers` of each of several tensors on one device (at least one), each with its own rate and key.
 
+    rates, keys: or tensors on the device, float64 [tensors] and int64 [tensors, 2], as in `accumulate_momentum_many`.
     go: a bool 0-d tensor on the device, or None. Where it is False nothing moves, and a GPU's host need not know.
     Returns the flips, int64 [tensors].
     """
-    return _move_many_op(list(registers), list(directions), list(rates), limit, flat_keys(keys), go)
+    known, live = _known(keys, len(registers))
+    live_rates = rates if isinstance(rates, Tensor) else None
+    numbers = [0.0] * len(registers) if isinstance(rates, Tensor) else list(rates)
+    return _move_many_op(list(registers), list(directions), numbers, limit, known, go, live_rates, live)
+
+
+def _known(keys: Sequence[Key] | Tensor, count: int) -> tuple[list[int], Tensor | None]:
+    """Keys as a schema takes them: ints (zeros where only the device knows), and the tensor or None."""
+    return ([0] * (2 * count), keys) if isinstance(keys, Tensor) else (flat_keys(keys), None)

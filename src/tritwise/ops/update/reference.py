@@ -52,8 +52,11 @@ def accumulate_each(
     grads: Sequence[Tensor],
     decay: float,
     keys: Sequence[Key],
+    live_keys: Tensor | None = None,
 ) -> Tensor:
     """`accumulate_momentum_many` by one tensor after the other; accumulate: some backend's `accumulate_momentum`."""
+    if live_keys is not None:
+        keys = [Key(*pair) for pair in live_keys.tolist()]
     parts = zip(momenta, row_exponents, grads, keys, strict=True)
     return torch.stack([accumulate(m, e, g, decay, key) for m, e, g, key in parts])
 
@@ -66,8 +69,14 @@ def move_each(
     limit: int,
     keys: Sequence[Key],
     go: Tensor | None,
+    live_rates: Tensor | None = None,
+    live_keys: Tensor | None = None,
 ) -> Tensor:
     """`move_registers_many` by one tensor after the other; move_one: some backend's `move_registers`."""
+    if live_rates is not None:
+        rates = live_rates.tolist()
+    if live_keys is not None:
+        keys = [Key(*pair) for pair in live_keys.tolist()]
     parts = zip(registers, directions, rates, keys, strict=True)
     if go is not None and not go:
         return registers[0].new_zeros(len(registers), dtype=torch.int64)

@@ -1,7 +1,8 @@
 """Momentum accumulation and register moves on a GPU: a few launches for all tensors, the reference's bits.
 
 Nothing waits for the device: whether a gradient is finite is found, and heeded, there. Keys travel in a table that the
-host fills at every call, so these calls must not be captured into a CUDA graph, whose replays would draw equal bits.
+host fills at every call. A CUDA graph would replay that table, so a call that is recorded into one takes its keys and
+rates from tensors on the device instead ("live").
 """
 
 from collections.abc import Sequence
@@ -30,13 +31,14 @@ def accumulate_momentum_many(
     grads: Sequence[Tensor],
     decay: float,
     keys: Sequence[Key],
+    live_keys: Tensor | None = None,
 ) -> Tensor:
     """See `tritwise.ops.update.accumulate_momentum_many`."""
     device = momenta[0].device
     parts = list(zip(momenta, row_exponents, grads, keys, strict=True))
     if not all(_accumulates(m, e, g, device) for m, e, g, _ in parts):
         one = reference.accumulate_momentum
-        return reference.accumulate_each(one, momenta, row_exponents, grads, decay, keys)
+        return reference.accumulate_each(one, momenta, row_exponents, grads, decay, keys, live_keys)
     flat = [(m.contiguous(), e.contiguous(), g.contiguous()) for m, e, g, _ in parts]
     across = min(gpu.power_of_two_above(max(m.shape[1] for m in momenta)), gpu.ELEMENTS // 4)
     down = gpu.ELEMENTS // across
@@ -50,6 +52,7 @@ def accumulate_momentum_many(
         aligned = aligned and not (addresses[0] | addresses[2] | columns) % 16
     tensors = len(lines)
     table = gpu.upload(lines, device)
+    gpu.put_keys(table, live_keys)
     zeros = torch.zeros(all_rows + tensors, dtype=torch.int32, device=device)
     peak_R, refused_T = zeros[:all_rows], zeros[all_rows:]
     old_R = torch.empty(all_rows, dtype=torch.int32, device=device)
@@ -77,13 +80,15 @@ def move_registers_many(
     limit: int,
     keys: Sequence[Key],
     go: Tensor | None,
+    live_rates: Tensor | None = None,
+    live_keys: Tensor | None = None,
 ) -> Tensor:
     """See `tritwise.ops.update.move_registers_many`."""
-    device = registers[0].device
+    device, live = registers[0].device, (live_rates, live_keys)
     if not all(gpu.can_move(r, d, device) for r, d in zip(registers, directions, strict=True)):
-        return reference.move_each(reference.move_registers, registers, directions, rates, limit, keys, go)
+        return reference.move_each(reference.move_registers, registers, directions, rates, limit, keys, go, *live)
     factors = [-rate * (1 << FRACTION_BITS) for rate in rates]
-    return gpu.move_all(gpu.kernels().move, registers, directions, factors, keys, go, limit)
+    return gpu.move_all(gpu.kernels().move, registers, directions, factors, keys, go, limit, *live)
 
 
 def _accumulates(momentum: Tensor, row_exponent: Tensor, grad: Tensor, device: torch.device) -> bool:
