@@ -310,13 +310,16 @@ def test_an_id_outside_the_table_gives_no_number(wrong):
 @pytest.mark.parametrize("rank", [None, 2])
 def test_directions_are_close(device, method, rank):
     """Gradients are close to low rank, where the rounding of a matrix product is amplified most."""
-    shapes, blocks = [(60, 20), (20, 20), (40, 100), (100, 20), (20, 20), (1, 7)], [3, 1, 2, 1, 2, 1]
+    shapes = [(60, 20), (20, 20), (40, 100), (100, 20), (20, 20), (1, 7), (300, 40)]
+    blocks = [3, 1, 2, 1, 2, 1, 1]
     momenta, exponents = [], []
     for n, (rows, columns) in enumerate(shapes):
         value = normal(rows, columns, seed=n)
         if rank is not None:
             value = normal(rows, rank, seed=n) @ normal(rank, columns, seed=n + 50)
         momenta.append((value / value.abs().amax(dim=1, keepdim=True) * 127).round().to(torch.int8))
+        if n % 2:
+            momenta[-1][:1], momenta[-1][:, 2] = 0, 0  # a row and a column that nothing has reached
         exponents.append(int8(-9, -2, (rows, 1), n))
     found = results("triton", device, ops.direction_many, momenta, exponents, method, 3, blocks)
     expected = results("reference", "cpu", ops.direction_many, momenta, exponents, method, 3, blocks)
@@ -404,6 +407,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         ("move", {"TENSORS": 16, "BLOCK": 2048, "ALIGNED": True}),
         ("decode", {"BLOCK_R": 16, "BLOCK_C": 256, "UNIFORM": True}),
         ("scale_grad", {"SPAN": 256, "BLOCK_R": 8, "BLOCK_C": 256}),
+        ("column_grad", {"STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
     ):
         kernel = getattr(gpu.kernels(), name)
         types = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in kernel.arg_names}
