@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from tritwise.models.config import ModelConfig
+from tritwise.models.parts import Memory, feedforward_of, memory_of, mixer_of
 from tritwise.nn import (
-    MLP,
-    Attention,
     FloatEmbedding,
     FloatLinear,
-    KVCache,
     NGramEmbedding,
     Rotary,
     TritEmbedding,
@@ -33,17 +31,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, linear: type[nn.Module]) -> None:
         super().__init__()
-        self.attention = Attention(
-            config.width,
-            config.heads,
-            config.kv_heads,
-            linear=linear,
-            window=config.window or None,
-            group=config.group,
-        )
-        self.mlp = MLP(config.width, config.mlp_ratio * config.width, linear=linear, group=config.group)
+        self.attention = mixer_of(config, linear)
+        self.mlp = feedforward_of(config, linear)
 
-    def forward(self, x_BTC: Tensor, rotary: Rotary, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x_BTC: Tensor, rotary: Rotary, cache: Memory | None = None) -> Tensor:
         x_BTC = x_BTC + self.attention(rms_norm(x_BTC), rotary, cache)
         return x_BTC + self.mlp(rms_norm(x_BTC))
 
@@ -51,7 +42,7 @@ class Block(nn.Module):
 class DecodeState:
     """What a model remembers between calls while it reads one sequence: KV caches, and the last few ids."""
 
-    def __init__(self, caches: list[KVCache], history_BP: Tensor) -> None:
+    def __init__(self, caches: list[Memory], history_BP: Tensor) -> None:
         self.caches, self.history_BP = caches, history_BP
 
     @property
@@ -157,5 +148,5 @@ class ByteLM(nn.Module):
     def new_state(self, batch: int = 1) -> DecodeState:
         """An empty state for up to config.ctx positions."""
         c, device = self.config, next(self.parameters()).device
-        caches = [KVCache(batch, c.kv_heads, c.ctx, c.head_size, device, self.dtype) for _ in self.blocks]
+        caches = [memory_of(c, batch, device, self.dtype) for _ in self.blocks]
         return DecodeState(caches, torch.empty(batch, 0, dtype=torch.int64, device=device))

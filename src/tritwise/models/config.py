@@ -22,6 +22,7 @@ class ModelConfig:
     column_scales  inputs of every ternary matrix have scales of their own, which learn; float matrices need none
     ngrams     longest n-gram of bytes with a hashed embedding table of its own, 2 … ngrams; 1: none
     ngram_rows entries of each such table
+    mixer      what carries from position to position in a block: attention, or lstm, which has no heads and no window
     weights    "trit", or "float" for the baseline with the same shape
     Raises UserError for a shape that cannot be built.
     """
@@ -39,6 +40,7 @@ class ModelConfig:
     column_scales: bool = False
     ngrams: int = 1
     ngram_rows: int = 4096
+    mixer: str = "attention"
     weights: str = "trit"
 
     def __post_init__(self) -> None:
@@ -50,6 +52,8 @@ class ModelConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 (0 derives it)")
         if not 0 < self.softcap < float("inf"):
             raise UserError(f"softcap is {self.softcap}; it must be above 0 and finite")
+        if self.mixer not in ("attention", "lstm"):
+            raise UserError(f"mixer is {self.mixer!r}; choose attention or lstm")
         if self.weights not in ("trit", "float"):
             raise UserError(f"weights is {self.weights!r}; choose trit or float")
         heads = self.heads or max(1, self.width // (32 if self.width < 128 else 64))

@@ -3,6 +3,7 @@
 from tritwise.nn.attention import Attention, KVCache, Rotary
 from tritwise.nn.embedding import FloatEmbedding, TritEmbedding
 from tritwise.nn.linear import FloatLinear, TritLinear
+from tritwise.nn.lstm import TritLSTM, TritLSTMCell
 from tritwise.nn.mlp import MLP
 from tritwise.nn.ngram import NGramEmbedding
 from tritwise.nn.norm import relu_squared_norm, rms_norm
@@ -18,6 +19,8 @@ __all__ = [
     "NGramEmbedding",
     "Rotary",
     "TritEmbedding",
+    "TritLSTM",
+    "TritLSTMCell",
     "TritLinear",
     "TritModule",
     "relu_squared_norm",

@@ -1,0 +1,58 @@
+"""What a block of the byte model is made of, as its config says: the mixer of positions and the layer after it.
+
+A mixer is called with (x [B, T, C], rotary, memory): attention, or an LSTM, each with a memory of its own kind for
+sequences that go on. Memories count the positions they have read in `used`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from tritwise.models.config import ModelConfig
+from tritwise.nn import MLP, Attention, KVCache, Rotary, TritLSTM
+from tritwise.nn.lstm import LSTMState
+
+
+class LSTMMemory:
+    """What one recurrent mixer remembers between calls."""
+
+    def __init__(self) -> None:
+        self.state: LSTMState | None = None
+        self.used = 0
+
+
+class Recurrent(nn.Module):
+    """An LSTM in the place of attention. Positions are told apart by their order alone: `rotary` is not read."""
+
+    def __init__(self, width: int, *, linear: type[nn.Module], group: int) -> None:
+        super().__init__()
+        self.lstm = TritLSTM(width, width, linear=linear, group=group)
+
+    def forward(self, x_BTC: Tensor, rotary: Rotary, memory: LSTMMemory | None = None) -> Tensor:
+        y_BTC, state = self.lstm(x_BTC, memory.state if memory is not None else None)
+        if memory is not None:
+            memory.state, memory.used = state, memory.used + x_BTC.shape[1]
+        return y_BTC
+
+
+Memory = KVCache | LSTMMemory
+
+
+def mixer_of(config: ModelConfig, linear: type[nn.Module]) -> nn.Module:
+    """The mixer of one block."""
+    if config.mixer == "lstm":
+        return Recurrent(config.width, linear=linear, group=config.group)
+    return Attention(
+        config.width, config.heads, config.kv_heads, linear=linear, window=config.window or None, group=config.group
+    )
+
+
+def feedforward_of(config: ModelConfig, linear: type[nn.Module]) -> nn.Module:
+    """What follows the mixer in one block."""
+    return MLP(config.width, config.mlp_ratio * config.width, linear=linear, group=config.group)
+
+
+def memory_of(config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> Memory:
+    """An empty memory for one block's mixer."""
+    if config.mixer == "lstm":
+        return LSTMMemory()
+    return KVCache(batch, config.kv_heads, config.ctx, config.head_size, device, dtype)
