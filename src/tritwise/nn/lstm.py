@@ -1,6 +1,6 @@
 """LSTM with ternary projections: a cell for one step, and a layer that reads sequences and can carry its state on.
 
-Shape suffixes: B batch, T time, C inputs, H hidden units, Z = 4H pre-activations in the order input, forget, output, new.
+Shape suffixes: B batch, T time, C inputs, H hidden units, Z = 4H pre-activations in the order i, f, o, g.
 """
 
 from typing import Any, NamedTuple
