@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from tritwise.models.config import ModelConfig
-from tritwise.models.parts import Memory, feedforward_of, memory_of, mixer_of
+from tritwise.models.parts import Memory, feedforward_of, graph_of, memory_of, mixer_of
 from tritwise.nn import (
     FloatEmbedding,
     FloatLinear,
@@ -88,6 +88,8 @@ class ByteLM(nn.Module):
             if config.ngrams > 1
             else None
         )
+        self.graph = graph_of(config, linear)
+        self.history = config.ctx if config.graph else config.ngrams - 1  # ids that a state keeps
         self.blocks = nn.ModuleList(Block(config, linear) for _ in range(config.depth))
         self.head = linear(config.width, config.vocab, role="head", group=config.group)
         self.rotary = Rotary(config.head_size, config.ctx)
@@ -100,14 +102,7 @@ class ByteLM(nn.Module):
 
     def _features(self, ids: Tensor, state: DecodeState | None = None) -> Tensor:
         """What the head reads, of the activations' dtype [B, T, C]."""
-        x_BTC = self.embed(ids)
-        if self.ngrams is not None:
-            time, read = ids.shape[1], ids
-            if state is not None:
-                read = torch.cat((state.history_BP, ids), dim=1)
-                state.history_BP = read[:, -(self.config.ngrams - 1) :]
-            x_BTC = x_BTC + self.ngrams(read, time)
-        x_BTC = rms_norm(x_BTC.to(self.dtype))
+        x_BTC = rms_norm(self._embedded(ids, state))
         for index, block in enumerate(self.blocks):
             if self.checkpoint and state is None and torch.is_grad_enabled():
                 x_BTC = recomputed(block, x_BTC, self.rotary, **_AGAIN)  # type: ignore[assignment]
@@ -115,14 +110,28 @@ class ByteLM(nn.Module):
                 x_BTC = block(x_BTC, self.rotary, state.caches[index] if state is not None else None)
         return rms_norm(x_BTC)
 
+    def _embedded(self, ids: Tensor, state: DecodeState | None) -> Tensor:
+        """What stands for each byte before the first block, of the activations' dtype [B, T, C]."""
+        time, read = ids.shape[1], ids
+        if state is not None and self.history:
+            read = torch.cat((state.history_BP, ids), dim=1)
+            state.history_BP = read[:, -self.history :]
+        shown = ids if self.graph is None else read  # a graph reaches back to bytes of earlier calls
+        x_BSC = self.embed(shown)
+        if self.ngrams is not None:
+            x_BSC = x_BSC + self.ngrams(read, shown.shape[1])
+        x_BSC = x_BSC.to(self.dtype)
+        return x_BSC if self.graph is None else self.graph(x_BSC, read)[:, -time:]
+
     def _logits(self, x: Tensor) -> Tensor:
         """Capped logits float32 [..., V] of features [..., C]."""
         z = self.head(x).float()
         return self.config.softcap * torch.tanh(z / self.config.softcap)
 
-    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per byte. ids, targets: int64 [B, T]; a 0-d float32 tensor."""
-        x_NC, targets_N = self._features(ids).flatten(0, 1), targets.reshape(-1)
+    def loss(self, ids: Tensor, targets: Tensor, state: DecodeState | None = None) -> Tensor:
+        """Mean cross-entropy in nats per byte. ids, targets: int64 [B, T]; a 0-d float32 tensor. With a state, ids
+        continue what it has read."""
+        x_NC, targets_N = self._features(ids, state).flatten(0, 1), targets.reshape(-1)
         count = len(x_NC)
         if not 0 < self.loss_chunk < count:
             return nn.functional.cross_entropy(self._logits(x_NC), targets_N)
@@ -145,8 +154,12 @@ class ByteLM(nn.Module):
         """Natural logs of the probabilities of the next byte, float32 [B, T, V]."""
         return torch.log_softmax(self(ids), dim=-1)
 
-    def new_state(self, batch: int = 1) -> DecodeState:
-        """An empty state for up to config.ctx positions."""
+    def new_state(self, batch: int = 1, *, endless: bool = False) -> DecodeState:
+        """An empty state for up to config.ctx positions; endless: for any number, read at most config.ctx at a time.
+
+        An endless state holds what sliding windows can still see, and an LSTM's; no gradient goes back into it. Raises
+        UserError for attention without a window.
+        """
         c, device = self.config, next(self.parameters()).device
-        caches = [memory_of(c, batch, device, self.dtype) for _ in self.blocks]
+        caches = [memory_of(c, batch, device, self.dtype, endless=endless) for _ in self.blocks]
         return DecodeState(caches, torch.empty(batch, 0, dtype=torch.int64, device=device))

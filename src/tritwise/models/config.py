@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from tritwise.errors import UserError
+from tritwise.nn.moe import MOST_ITERS
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class ModelConfig:
     ngrams     longest n-gram of bytes with a hashed embedding table of its own, 2 … ngrams; 1: none
     ngram_rows entries of each such table
     mixer      what carries from position to position in a block: attention, or lstm, which has no heads and no window
+    experts    experts of a mixture in the place of the MLP; 0: none
+    active_experts  of them that a byte meets; their hidden sizes add up to that of the MLP
+    max_moe_iters   passes through the experts, as many of them as a byte learns to need, 1 … 4
+    graph      whether bytes get messages from their neighbours and from what followed the same trigram before
     weights    "trit", or "float" for the baseline with the same shape
     Raises UserError for a shape that cannot be built.
     """
@@ -41,17 +46,27 @@ class ModelConfig:
     ngrams: int = 1
     ngram_rows: int = 4096
     mixer: str = "attention"
+    experts: int = 0
+    active_experts: int = 2
+    max_moe_iters: int = 1
+    graph: bool = False
     weights: str = "trit"
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "ctx", "mlp_ratio", "vocab", "group", "ngrams", "ngram_rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("heads", "kv_heads", "window"):
+        for name in ("heads", "kv_heads", "window", "experts"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 (0 derives it)")
         if not 0 < self.softcap < float("inf"):
             raise UserError(f"softcap is {self.softcap}; it must be above 0 and finite")
+        if not 1 <= self.max_moe_iters <= MOST_ITERS:
+            raise UserError(f"max_moe_iters is {self.max_moe_iters}; choose 1 to {MOST_ITERS}")
+        if self.experts and not 1 <= self.active_experts <= self.experts:
+            raise UserError(
+                f"active_experts is {self.active_experts}; choose 1 to the number of experts, {self.experts}"
+            )
         if self.mixer not in ("attention", "lstm"):
             raise UserError(f"mixer is {self.mixer!r}; choose attention or lstm")
         if self.weights not in ("trit", "float"):

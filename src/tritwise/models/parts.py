@@ -1,4 +1,4 @@
-"""What a block of the byte model is made of, as its config says: the mixer of positions and the layer after it.
+"""What a block of the byte model is made of, as its config says: the mixer of positions and the layer after it; and the graph before.
 
 A mixer is called with (x [B, T, C], rotary, memory): attention, or an LSTM, each with a memory of its own kind for
 sequences that go on. Memories count the positions they have read in `used`.
@@ -7,8 +7,9 @@ sequences that go on. Memories count the positions they have read in `used`.
 import torch
 from torch import Tensor, nn
 
+from tritwise.errors import UserError
 from tritwise.models.config import ModelConfig
-from tritwise.nn import MLP, Attention, KVCache, Rotary, TritLSTM
+from tritwise.nn import MLP, Attention, KVCache, KVLedger, Rotary, TritGraph, TritLSTM, TritMoE
 from tritwise.nn.lstm import LSTMState
 
 
@@ -34,7 +35,7 @@ class Recurrent(nn.Module):
         return y_BTC
 
 
-Memory = KVCache | LSTMMemory
+Memory = KVCache | KVLedger | LSTMMemory
 
 
 def mixer_of(config: ModelConfig, linear: type[nn.Module]) -> nn.Module:
@@ -48,11 +49,36 @@ def mixer_of(config: ModelConfig, linear: type[nn.Module]) -> nn.Module:
 
 def feedforward_of(config: ModelConfig, linear: type[nn.Module]) -> nn.Module:
     """What follows the mixer in one block."""
-    return MLP(config.width, config.mlp_ratio * config.width, linear=linear, group=config.group)
+    hidden = config.mlp_ratio * config.width
+    if config.experts:
+        return TritMoE(
+            config.width,
+            max(1, hidden // config.active_experts),
+            experts=config.experts,
+            active=config.active_experts,
+            max_iters=config.max_moe_iters,
+            linear=linear,
+            group=config.group,
+        )
+    return MLP(config.width, hidden, linear=linear, group=config.group)
 
 
-def memory_of(config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> Memory:
-    """An empty memory for one block's mixer."""
+def graph_of(config: ModelConfig, linear: type[nn.Module]) -> TritGraph | None:
+    """What relates the bytes before the first block."""
+    return TritGraph(config.width, linear=linear, group=config.group) if config.graph else None
+
+
+def memory_of(
+    config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype, *, endless: bool = False
+) -> Memory:
+    """An empty memory for one block's mixer. endless: one that a stream never fills up.
+
+    Raises UserError for endless attention without a window: it would have to remember everything.
+    """
     if config.mixer == "lstm":
         return LSTMMemory()
-    return KVCache(batch, config.kv_heads, config.ctx, config.head_size, device, dtype)
+    if not endless:
+        return KVCache(batch, config.kv_heads, config.ctx, config.head_size, device, dtype)
+    if not config.window:
+        raise UserError("attention without a window cannot read on without an end; train with --set window=64")
+    return KVLedger(config.window)

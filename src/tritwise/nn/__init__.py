@@ -2,12 +2,16 @@
 
 from tritwise.nn.attention import Attention, KVCache, Rotary
 from tritwise.nn.embedding import FloatEmbedding, TritEmbedding
+from tritwise.nn.graph import TritGraph
+from tritwise.nn.ledger import KVLedger
 from tritwise.nn.linear import FloatLinear, TritLinear
 from tritwise.nn.lstm import TritLSTM, TritLSTMCell
 from tritwise.nn.mlp import MLP
+from tritwise.nn.moe import TritMoE
 from tritwise.nn.ngram import NGramEmbedding
 from tritwise.nn.norm import relu_squared_norm, rms_norm
 from tritwise.nn.trit import ROLES, TritModule, tensor_roles, trit_modules
+from tritwise.nn.vq import TritVQ
 
 __all__ = [
     "MLP",
@@ -16,13 +20,17 @@ __all__ = [
     "FloatEmbedding",
     "FloatLinear",
     "KVCache",
+    "KVLedger",
     "NGramEmbedding",
     "Rotary",
     "TritEmbedding",
+    "TritGraph",
     "TritLSTM",
     "TritLSTMCell",
     "TritLinear",
+    "TritMoE",
     "TritModule",
+    "TritVQ",
     "relu_squared_norm",
     "rms_norm",
     "tensor_roles",
