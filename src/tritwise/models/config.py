@@ -25,7 +25,7 @@ class ModelConfig:
     ngram_rows entries of each such table
     mixer      what carries from position to position in a block: attention, or lstm, which has no heads and no window
     experts    experts of a mixture in the place of the MLP; 0: none
-    active_experts  of them that a byte meets; their hidden sizes add up to that of the MLP
+    active_experts  of them that a byte meets, which hold with the router as many weights as the MLP
     max_moe_iters   passes through the experts, as many of them as a byte learns to need, 1 … 4
     graph      whether bytes get messages from their neighbours and from what followed the same trigram before
     weights    "trit", or "float" for the baseline with the same shape

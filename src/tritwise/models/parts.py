@@ -1,4 +1,4 @@
-"""What a block of the byte model is made of, as its config says: the mixer of positions and the layer after it; and the graph before.
+"""What a block of the byte model is made of, as its config says: the mixer, the layer after it, the graph before all.
 
 A mixer is called with (x [B, T, C], rotary, memory): attention, or an LSTM, each with a memory of its own kind for
 sequences that go on. Memories count the positions they have read in `used`.
@@ -51,9 +51,11 @@ def feedforward_of(config: ModelConfig, linear: type[nn.Module]) -> nn.Module:
     """What follows the mixer in one block."""
     hidden = config.mlp_ratio * config.width
     if config.experts:
+        # A byte meets as many weights as in the MLP: the router's are taken off the experts'.
+        own = max(1, (2 * hidden - config.experts) // (2 * config.active_experts))
         return TritMoE(
             config.width,
-            max(1, hidden // config.active_experts),
+            own,
             experts=config.experts,
             active=config.active_experts,
             max_iters=config.max_moe_iters,

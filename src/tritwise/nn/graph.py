@@ -30,7 +30,9 @@ def recurrences(ids_BS: Tensor, order: int, most: int) -> tuple[Tensor, Tensor]:
     batch, time = ids_BS.shape
     code_BS = ids_BS
     for back in range(1, order):
-        code_BS = code_BS * _FACTOR + torch.nn.functional.pad(ids_BS[:, :-back], (min(back, time), 0), value=-1)[:, :time]
+        code_BS = (
+            code_BS * _FACTOR + torch.nn.functional.pad(ids_BS[:, :-back], (min(back, time), 0), value=-1)[:, :time]
+        )
     # Sorted by n-gram, and among equal ones by place, the latest earlier occurrence is the neighbour in this order.
     code_N = _ranks(code_BS.flatten()) * batch + torch.arange(batch, device=ids_BS.device).repeat_interleave(time)
     place_N = torch.argsort(code_N, stable=True)
@@ -58,7 +60,7 @@ class TritGraph(nn.Module):
     """x[t] + sum over relations r of W_r (mean of rms_norm(x)[s] over the edges s -> t of r), with ternary W_r.
 
     Relations: the positions 1 … reach before; and what followed the `most` latest earlier occurrences of the n-gram
-    that ends here, for each n of `orders`. All edges lead from earlier positions to later ones, so a model stays causal.
+    that ends here, for each n of `orders`. No edge leads back in time, so a model stays causal.
 
     A message is made once for every node that sends it, gathered along the edges and added up where it arrives
     (`ops.gather_add`, `ops.edge_sum`). `linear` makes W [R * C, C]: TritLinear, or FloatLinear for the float twin.

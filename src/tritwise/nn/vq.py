@@ -119,6 +119,8 @@ class TritVQ(nn.Module):
             wanted_K = _WIDE * part_KD.square().mean(dim=1).sqrt().clamp(min=1e-6)
             exponent_K = (EXPONENTS_PER_OCTAVE * wanted_K.log2()).round().clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
             exponent_K = exponent_K.to(torch.int8)
-            lead_KD = (LEAD * part_KD / scale_values(exponent_K)[:, None]).round().clamp(-REGISTER_LIMIT, REGISTER_LIMIT)
+            lead_KD = (
+                (LEAD * part_KD / scale_values(exponent_K)[:, None]).round().clamp(-REGISTER_LIMIT, REGISTER_LIMIT)
+            )
             book.exponent[where_K, number] = exponent_K[where_K]
             book.register[where_K, columns] = lead_KD[where_K].to(torch.int8)

@@ -3,6 +3,7 @@
     Predictor   a function: a batch of windows of bytes in, log-probabilities of each next byte out
     Stream      one sequence, read from left to right; may carry state, and may learn from what it has read
     stream_of   any Predictor as a Stream, with a KV cache where the model has one
+    EndlessStream  a model whose state is bounded, read without ever starting again
 
 `score` takes a Predictor, `score_stream` a Stream. Both own the loss: a model only says what it expects.
 
@@ -77,6 +78,44 @@ def fit_window(model: Predictor, window: int = 0, stride: int = 0) -> tuple[int,
     if not 1 <= stride <= window:
         raise UserError(f"stride {stride} would skip or repeat bytes; choose 1 to the window, {window}")
     return window, stride
+
+
+class EndlessStream:
+    """A model that reads on without an end, its state bounded: attention with a sliding window, or an LSTM.
+
+    Nothing is ever read twice, and nothing is forgotten but what the model itself no longer sees; window and stride are
+    0 for that reason. Any cut of the bytes gives the same probabilities up to rounding. UserError for a model that
+    would have to remember everything.
+    """
+
+    window = stride = 0
+
+    def __init__(self, model: Any, device: torch.device | str | None = None) -> None:
+        self.model, self.device = model, torch.device(device or device_of(model))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all that was read."""
+        self._state, self._next = self.model.new_state(endless=True), None
+
+    @torch.no_grad()
+    def log_probs(self) -> Tensor:
+        """Natural logs [V] of the next byte."""
+        if self._next is None:
+            self._next = self._extend(torch.tensor([START], device=self.device))[0]
+        return self._next
+
+    @torch.no_grad()
+    def read(self, ids: Tensor) -> Tensor:
+        """int64 [T] -> [T, V]: what stood before each byte; then moves on."""
+        told = [self.log_probs()[None]]
+        told += [self._extend(part) for part in ids.to(self.device).split(self.model.context) if len(part)]
+        rows = torch.cat(told)
+        self._next = rows[-1].clone()
+        return rows[:-1]
+
+    def _extend(self, ids: Tensor) -> Tensor:
+        return torch.log_softmax(self.model(ids[None], self._state), dim=-1)[0]
 
 
 def stream_of(
