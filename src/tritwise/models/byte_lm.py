@@ -14,6 +14,7 @@ from tritwise.models.parts import Memory, feedforward_of, graph_of, memory_of, m
 from tritwise.nn import (
     FloatEmbedding,
     FloatLinear,
+    KVCache,
     NGramEmbedding,
     Rotary,
     TritEmbedding,
@@ -49,6 +50,22 @@ class DecodeState:
     def used(self) -> int:
         """Positions read so far."""
         return self.caches[0].used
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of an endless state by name, for a checkpoint."""
+        found = {"history": self.history_BP, "used": torch.tensor(self.used)}
+        for number, memory in enumerate(self.caches):
+            assert not isinstance(memory, KVCache), "this state is not endless"
+            found |= {f"{number}.{name}": tensor for name, tensor in memory.tensors().items()}
+        return found
+
+    def restore(self, tensors: dict[str, Tensor]) -> "DecodeState":
+        """Become what `tensors` says, which is an earlier answer of `tensors()`; returns self."""
+        self.history_BP = tensors["history"].clone().to(self.history_BP.device)
+        for number, memory in enumerate(self.caches):
+            assert not isinstance(memory, KVCache), "this state is not endless"
+            memory.restore(*(tensors[f"{number}.{name}"] for name in memory.NAMES), used=int(tensors["used"]))
+        return self
 
 
 class ByteLM(nn.Module):

@@ -16,9 +16,20 @@ from tritwise.nn.lstm import LSTMState
 class LSTMMemory:
     """What one recurrent mixer remembers between calls."""
 
+    NAMES = ("h", "c")
+
     def __init__(self) -> None:
         self.state: LSTMState | None = None
         self.used = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state by name; once something has been read."""
+        assert self.state is not None
+        return {"h": self.state.h_BH, "c": self.state.c_BH}
+
+    def restore(self, h_BH: Tensor, c_BH: Tensor, *, used: int) -> None:
+        """Become the memory of `used` positions that left this state."""
+        self.state, self.used = LSTMState(h_BH.clone(), c_BH.clone()), used
 
 
 class Recurrent(nn.Module):

@@ -16,6 +16,7 @@ class KVLedger:
     """
 
     endless = True
+    NAMES = ("keys", "values")
 
     def __init__(self, window: int) -> None:
         self.window, self.used = window, 0
@@ -31,3 +32,12 @@ class KVLedger:
         # Copies: a view would keep all that was read in memory.
         self.keys, self.values = k_BKTD[:, :, first:].detach().clone(), v_BKTD[:, :, first:].detach().clone()
         return k_BKTD, v_BKTD
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept, by name; once something has been read."""
+        assert self.keys is not None and self.values is not None
+        return {"keys": self.keys, "values": self.values}
+
+    def restore(self, keys: Tensor, values: Tensor, *, used: int) -> None:
+        """Become a ledger that read `used` positions and kept these."""
+        self.keys, self.values, self.used = keys.clone(), values.clone(), used

@@ -43,12 +43,13 @@ class TritLSTMCell(nn.Module):
     def forward(self, x_BC: Tensor, state: LSTMState | None = None) -> LSTMState:
         """The state after reading x; without a state, from zeros. `h_BH` of the result is the output."""
         h_BH, c_BH = state or self.new_state(x_BC)
-        new = _step(self.input(x_BC) + self.recurrent(h_BH), c_BH)
+        new = _step((self.input(x_BC) + self.recurrent(h_BH.to(x_BC.dtype))).to(c_BH.dtype), c_BH)
         return LSTMState(new.o * new.t, new.c)
 
     def new_state(self, x: Tensor) -> LSTMState:
-        """A state that has read nothing, for inputs like x [B, …]."""
-        zero_BH = x.new_zeros(len(x), self.hidden)
+        """A state that has read nothing, for inputs like x [B, …]; float32 (float64 for float64), whatever x is: a cell
+        adds up small numbers over hundreds of steps."""
+        zero_BH = x.new_zeros(len(x), self.hidden, dtype=torch.promote_types(x.dtype, torch.float32))
         return LSTMState(zero_BH, zero_BH)
 
 
@@ -68,8 +69,9 @@ class TritLSTM(nn.Module):
         h_BH, c_BH = state or self.cell.new_state(x_BTC)
         # A linear layer shows its matrix when it reads the identity: one decoding and one weight gradient for all T.
         u_HZ = self.cell.recurrent(torch.eye(self.cell.hidden, device=x_BTC.device, dtype=x_BTC.dtype))
-        y_BTH, c_BH = _Recurrence.apply(self.cell.input(x_BTC), u_HZ, h_BH, c_BH)  # type: ignore[misc]
-        return y_BTH, LSTMState(y_BTH[:, -1].detach(), c_BH)
+        x_BTZ = self.cell.input(x_BTC).to(c_BH.dtype)
+        y_BTH, c_BH = _Recurrence.apply(x_BTZ, u_HZ.to(c_BH.dtype), h_BH, c_BH)  # type: ignore[misc]
+        return y_BTH.to(x_BTC.dtype), LSTMState(y_BTH[:, -1].detach(), c_BH)
 
 
 class _Step(NamedTuple):
@@ -84,7 +86,7 @@ class _Step(NamedTuple):
 
 
 def _step(a_BZ: Tensor, c_BH: Tensor) -> _Step:
-    inverse_B1 = torch.rsqrt(a_BZ.float().square().mean(dim=-1, keepdim=True) + EPS).to(a_BZ.dtype)
+    inverse_B1 = torch.rsqrt(a_BZ.square().mean(dim=-1, keepdim=True) + EPS)
     n_BZ = a_BZ * inverse_B1
     zi, zf, zo, zg = (GAIN * n_BZ).chunk(4, dim=-1)
     i, f, o, g = torch.sigmoid(zi), torch.sigmoid(zf + REMEMBER), torch.sigmoid(zo), torch.tanh(zg)

@@ -21,6 +21,8 @@ class TrainConfig:
     data           text to learn: a file or folder (plain, .gz, .zst, .xz, .zip), or "shakespeare", the bundled text
     split          how train, val and test are cut from it, e.g. 90/10 or 90/5/5
     steps          optimizer steps; batch: sequences a step and micro-batch; accum: micro-batches a step
+    preserve_state rows read on from step to step, and what a model remembers (an LSTM's state, the ledger of a sliding
+                   window) goes on with them; false: random windows, each read from nothing
     seed           of the initial registers, the batches and the rounding
     optimizer      trit (ternary weights), adamw or muon (float weights)
     rate           step of a register in leading-trit units (learning rate of a float optimizer)
@@ -52,6 +54,7 @@ class TrainConfig:
     steps: int = 1000
     batch: int = 32
     accum: int = 1
+    preserve_state: bool = False
     seed: int = 0
     optimizer: str = "trit"
     rate: float = 0.015
@@ -135,6 +138,15 @@ class Config:
             )
         if self.train.compact and (self.train.optimizer != "trit" or self.model.ngrams > 1):
             raise UserError("compact is for ternary layers without n-gram tables; use optimizer=trit and ngrams=1")
+        if self.train.preserve_state:
+            if self.model.mixer == "attention" and not self.model.window:
+                raise UserError(
+                    "attention without a window has no state to preserve; use --set window=64 or mixer=lstm"
+                )
+            if self.train.accum > 1 or self.train.checkpoint != "none" or self.train.compile == "true":
+                raise UserError(
+                    "preserve_state carries state from step to step; use accum=1, checkpoint=none, compile=auto"
+                )
         if self.model.vocab != 256:
             raise UserError(f"vocab is {self.model.vocab}; a model of bytes needs 256")
         if self.train.stride > self.model.ctx:

@@ -19,7 +19,7 @@ from tritwise.models import ByteLM, generate
 from tritwise.optim import TritOptimizer, rate_factor
 from tritwise.score import score
 from tritwise.train.config import Config
-from tritwise.train.device import batch_on, build_model, device_called, speed_of, wait_for
+from tritwise.train.device import Speed, batch_on, build_model, device_called, speed_of, wait_for
 from tritwise.train.finish import finish
 from tritwise.train.memory import activation_bytes, memory_by_role
 from tritwise.train.meter import Meter
@@ -28,6 +28,9 @@ from tritwise.train.progress import Display, Quiet
 from tritwise.train.restore import pack_state, unpack_state
 from tritwise.train.run import RunFolder
 from tritwise.train.stepper import Stepper
+
+STATE = "stream."
+"""Before the names of tensors of a checkpoint that hold what a stream had read: see `DecodeState.tensors`."""
 
 
 def train(config: Config, out: Path | str, *, resume: bool = False, display: Display | None = None) -> dict[str, Any]:
@@ -43,13 +46,15 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
     parts = split(source.data, settings.split)
     if "train" not in parts:
         raise UserError(f"split {settings.split} leaves nothing to train on; use 90/10")
-    sampler = Sampler(parts["train"], settings.batch, config.model.ctx, settings.seed, accum=settings.accum)
+    mode = "stream" if settings.preserve_state else "random"
+    sampler = Sampler(parts["train"], settings.batch, config.model.ctx, settings.seed, mode, accum=settings.accum)
 
     torch.manual_seed(settings.seed)
     model = build_model(config, device)
     optimizers = build_optimizers(model, settings)
     store = folder.store(settings.keep)
     step, saved, seconds = 0, 0, 0.0
+    remembered: dict[str, torch.Tensor] = {}
     folder.begin(resume=resume)
     if resume and store.steps():
         checkpoint = store.load()
@@ -60,6 +65,7 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
             )
         unpack_state(checkpoint, model, optimizers)
         step, saved, seconds = checkpoint.step, checkpoint.step, checkpoint.meta["seconds"]
+        remembered = {n.removeprefix(STATE): t for n, t in checkpoint.tensors.items() if n.startswith(STATE)}
         del checkpoint
     # A resumed run may have been given more steps, and the next resume must know: they are part of the schedule.
     folder.write("config", config.as_dict())
@@ -68,6 +74,8 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
     def save() -> None:
         nonlocal saved
         tensors, meta = pack_state(model, optimizers)
+        if stepper.state is not None:
+            tensors |= {f"{STATE}{name}": tensor for name, tensor in stepper.state.tensors().items()}
         store.save(step, tensors, meta | {"seconds": seconds, "sampler": sampler.state()})
         saved = step
 
@@ -80,8 +88,10 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
 
     bytes_a_step = settings.batch * settings.accum * config.model.ctx
     meter, since, began, first = Meter(model), 0, time.perf_counter() - seconds, step
-    speed = speed_of(settings.compile, model, settings.accum)
+    speed = Speed(False, False) if settings.preserve_state else speed_of(settings.compile, model, settings.accum)
     stepper = Stepper(model, optimizers, settings.accum, **speed._asdict(), guard=True)
+    if remembered:
+        stepper.state = model.new_state(settings.batch, endless=True).restore(remembered)
     # On a GPU the measured peak tells; elsewhere it counts the whole process, Python and torch included.
     activations = None if device.type == "cuda" else activation_bytes(model, *batch_on(device, sampler, step))
 
@@ -99,6 +109,8 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
                 step_began = time.perf_counter()
                 factor = rate_factor(step, settings.steps, settings.warmup, settings.decay)
                 set_rates(optimizers, factor)
+                if settings.preserve_state and sampler.begins(step):
+                    stepper.state = model.new_state(settings.batch, endless=True)
                 loss = stepper.step_over(batch_on(device, sampler, step, micro) for micro in range(settings.accum))
                 step, since = step + 1, since + 1
                 last = step == settings.steps

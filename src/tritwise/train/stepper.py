@@ -15,7 +15,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from tritwise.models import ByteLM
+from tritwise.models import ByteLM, DecodeState
 from tritwise.nn import TritModule, trit_modules
 from tritwise.ops import gpu
 from tritwise.optim import TritOptimizer
@@ -47,6 +47,7 @@ class Stepper:
         device = next(model.parameters()).device
         if graph and device.type != "cuda":
             raise ValueError(f"a CUDA graph cannot be recorded on {device}; leave out graph, or move the model to cuda")
+        self.state: DecodeState | None = None  # what the model has read, where rows read on from step to step
         self._record = graph
         self._replay: _Recording | None = None
         self._versions: list[int] = []
@@ -114,7 +115,7 @@ class Stepper:
         return self._replay(ids, targets).detach().clone()  # the next replay writes over it
 
     def _share(self, ids: Tensor, targets: Tensor) -> Tensor:
-        loss = self._loss(ids, targets)
+        loss = self._loss(ids, targets) if self.state is None else self._loss(ids, targets, self.state)
         return loss / self.accum if self.accum > 1 else loss
 
     def _is_sound(self, loss: Tensor) -> bool:
