@@ -454,15 +454,6 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
     pointers |= dict.fromkeys(floats, "*fp32")
     pointers |= dict.fromkeys(("peak_R", "old_R", "refused_T"), "*i32")
     tiles = {"TENSORS": 16, "BLOCK_R": 4, "BLOCK_C": 512, "ALIGNED": True}
-<<<<<<< HEAD
-    for name, constants in (
-        ("peaks", tiles),
-        ("requantise", tiles),
-        ("move", {"TENSORS": 16, "BLOCK": 2048, "ALIGNED": True}),
-        ("decode", {"BLOCK_R": 16, "BLOCK_C": 256, "UNIFORM": True}),
-        ("scale_grad", {"SPAN": 256, "BLOCK_R": 8, "BLOCK_C": 256}),
-        ("column_grad", {"STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
-=======
     graph, mixture = graph_triton._kernels(), combine_triton._kernels()
     for kernel, constants in (
         (gpu.kernels().peaks, tiles),
@@ -470,11 +461,11 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         (gpu.kernels().move, {"TENSORS": 16, "BLOCK": 2048, "ALIGNED": True}),
         (gpu.kernels().decode, {"BLOCK_R": 16, "BLOCK_C": 256, "UNIFORM": True}),
         (gpu.kernels().scale_grad, {"SPAN": 256, "BLOCK_R": 8, "BLOCK_C": 256}),
+        (gpu.kernels().column_grad, {"STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
         (graph.edge_sum, {"BLOCK": 256}),
         (graph.gather_add, {"BLOCK": 256}),
         (mixture.forward, {"K": 2, "BLOCK": 256}),
         (mixture.backward, {"K": 2, "SPAN": 512, "BLOCK": 256}),
->>>>>>> 0a269d2 (Message passing along edges and the combination of experts as operations: reference and Triton, bench cases)
     ):
         types = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in kernel.arg_names}
         source = ASTSource(kernel, types, {(kernel.arg_names.index(a),): v for a, v in constants.items()})
