@@ -41,6 +41,7 @@ from tritwise.nn import (
     TritVQ,
     relu_squared_norm,
     rms_norm,
+    trit_modules,
 )
 from tritwise.optim import TritOptimizer, rate_factor
 from tritwise.score import EndlessStream, score, score_stream
@@ -229,7 +230,9 @@ class Autoencoder(nn.Module):
         linear = TritLinear if ternary else FloatLinear
         self.up, self.down = linear(17, hidden), linear(hidden, width)
         self.vq = TritVQ(codes, width, embedding=TritEmbedding if ternary else FloatEmbedding)
-        self.back, self.out = linear(width + 1, hidden), linear(hidden, 16, role="head")
+        self.back, self.out = linear(width + 1, hidden), linear(hidden, 16)
+        for _, layer in trit_modules(self):
+            layer.add_column_scales()
 
     def forward(self, x_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The patches again, their codes, and the codebook's loss."""

@@ -132,7 +132,7 @@ def score(
     data: Annotated[str | None, option("Text to score: a file, a folder, or shakespeare [the run's].")] = None,
     split: Annotated[str | None, option("Part to score: train, val or test [val of the run's data, else all].")] = None,
     rule: Annotated[str | None, option("How parts are cut [the run's, else 90/10].")] = None,
-    mode: Annotated[str | None, option("How it is read: sliding, chunked or stream [sliding].")] = None,
+    mode: Annotated[str | None, option("How it is read: sliding, chunked, stream or endless [sliding].")] = None,
     window: Annotated[int, typer.Option(help="Bytes of context (tokens, where a model reads them); 0: all.")] = 0,
     stride: Annotated[int, option("Bytes by which the window moves [half of it; all when chunked].")] = 0,
     separator: Annotated[str, option(r"Start anew after these bytes, for example \n\n [never].")] = "",

@@ -49,8 +49,9 @@ class TritLSTMCell(nn.Module):
     def new_state(self, x: Tensor) -> LSTMState:
         """A state that has read nothing, for inputs like x [B, …]; float32 (float64 for float64), whatever x is: a cell
         adds up small numbers over hundreds of steps."""
-        zero_BH = x.new_zeros(len(x), self.hidden, dtype=torch.promote_types(x.dtype, torch.float32))
-        return LSTMState(zero_BH, zero_BH)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        h_BH, c_BH = (x.new_zeros(len(x), self.hidden, dtype=wide) for _ in range(2))
+        return LSTMState(h_BH, c_BH)
 
 
 class TritLSTM(nn.Module):

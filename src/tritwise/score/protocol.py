@@ -91,7 +91,10 @@ class EndlessStream:
     window = stride = 0
 
     def __init__(self, model: Any, device: torch.device | str | None = None) -> None:
-        self.model, self.device = model, torch.device(device or device_of(model))
+        if not isinstance(model, Cached):
+            raise UserError("this model has no state that could go on; leave --mode endless out")
+        self.model: Any = model
+        self.device = torch.device(device or device_of(model))
         self.reset()
 
     def reset(self) -> None:
