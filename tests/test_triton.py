@@ -256,6 +256,15 @@ def test_scale_gradients(device, columns, group, poisoned):
 
 
 @on_each_device
+@pytest.mark.parametrize("turned", [False, True])
+def test_trits_as_float8(device, turned):
+    for rows, columns in ((1, 1), (70, 130), (64, 9)):
+        register = int8(-121, 121, (rows, columns), 0)
+        found, *_ = results("triton", device, OPS.trits_float8, register, turned)
+        assert torch.equal(found.float(), reference.trits_float8(register, turned).float())
+
+
+@on_each_device
 @pytest.mark.parametrize(("rows", "columns", "group"), [(19, 256, 256), (130, 130, 64), (257, 13, 5), (1, 1, 256)])
 def test_column_gradients(device, rows, columns, group, poisoned):
     register, exponent = int8(-121, 121, (rows, columns), 0), int8(-20, 8, (rows, -(-columns // group)), 1)
@@ -412,6 +421,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         ("decode", {"BLOCK_R": 16, "BLOCK_C": 256, "UNIFORM": True}),
         ("scale_grad", {"SPAN": 256, "BLOCK_R": 8, "BLOCK_C": 256}),
         ("column_grad", {"STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
+        ("trits_float8", {"TURNED": True, "BLOCK": 64}),
         ("row_factors", block | {"SPAN": 600}),
         ("row_factors", block | {"SPAN": 600, "squares": None, "rows": 1, "columns": 1, "strips": 1}),
         ("column_squares", {"STRIP": 128, "BLOCK_R": 8, "BLOCK_C": 256}),

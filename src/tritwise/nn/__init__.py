@@ -2,7 +2,7 @@
 
 from tritwise.nn.attention import Attention, KVCache, Rotary
 from tritwise.nn.embedding import FloatEmbedding, TritEmbedding
-from tritwise.nn.linear import FloatLinear, TritLinear
+from tritwise.nn.linear import FloatLinear, TritLinear, use_fp8
 from tritwise.nn.mlp import MLP
 from tritwise.nn.ngram import NGramEmbedding
 from tritwise.nn.norm import relu_squared_norm, rms_norm
@@ -24,4 +24,5 @@ __all__ = [
     "rms_norm",
     "tensor_roles",
     "trit_modules",
+    "use_fp8",
 ]
