@@ -29,6 +29,7 @@ from tritwise.train.run import manifest
 PEERS = {
     "xz -9e": (["xz", "-9e", "-T1", "-c"], ["xz", "-d", "-c"]),
     "zstd -22 --ultra": (["zstd", "-22", "--ultra", "-T1", "-q", "-c"], ["zstd", "-d", "-q", "-c"]),
+    "zstd -22 --ultra --long": (["zstd", "-22", "--ultra", "--long=27", "-T1", "-q", "-c"], ["zstd", "-d", "-q", "-c"]),
     "bzip2 -9": (["bzip2", "-9", "-c"], ["bzip2", "-d", "-c"]),
 }
 
@@ -87,9 +88,13 @@ def measure_ours(model: str, text: Path, folder: Path, options: list[str]) -> di
     there = timed([*call, "compress", str(text), "--model", model, "--out", str(packed), "--json", *options], told)
     report = json.loads(told.read_text().splitlines()[-1])
     back_cost = timed([*call, "decompress", str(packed), "--model", model, "--out", str(back), "--json"], told)
+    inner = {
+        "compress_inner": report["seconds"],
+        "decompress_inner": json.loads(told.read_text().splitlines()[-1])["seconds"],
+    }
     found = row("tritwise", text, packed, back, [there, back_cost], report["model"])
     kept = ("claimed_bits", "over_claim", "lane_bits", "lanes", "window", "stride", "header")
-    return found | {key: report[key] for key in kept}
+    return found | inner | {key: report[key] for key in kept}
 
 
 def main() -> int:
