@@ -4,8 +4,8 @@
     python benchmarks/score_study.py --preset enwik8 --data enwik8.gz --seconds 345 --out FOLDER      one H100
 
 The model is trained by the preset, shipped, and read back from its file, or it is the artifact --model. Each item is a
-process of its own and writes FOLDER/ITEM.json (on a GPU a few share one); items that are there already are not measured again, so a call that was
-cut off is called again. At the end FOLDER/study.json holds all of it.
+process of its own (on a GPU a few share one) and writes FOLDER/ITEM.json; what is there already is not measured again,
+so a call that was cut off is called again. At the end FOLDER/study.json holds all of it.
 
     train      a model, shipped                        peers     xz, zstd and bzip2 on the same text
     windows    chunked and sliding, by stride          agree     sliding, streaming and full context
