@@ -38,9 +38,11 @@ from tritwise.data.source import describe
 from tritwise.data.split import named_part, split
 from tritwise.files import make_folder, read_json, write_json
 from tritwise.models import ModelConfig
+from tritwise.nn import trit_modules
 from tritwise.optim import rate_factor
 from tritwise.recipes import recipe
 from tritwise.score.learning import Learning
+from tritwise.ship import read_artifact
 from tritwise.train import Config, TrainConfig
 from tritwise.train.device import batch_on, build_model, device_called, speed_of, wait_for
 from tritwise.train.finish import ship_and_reread
@@ -201,12 +203,20 @@ def collect(options: argparse.Namespace, config: Config, device: torch.device) -
     }
     record = about | {
         "part": options.part,
-        "artifact_bytes": options.model.stat().st_size if options.model.exists() else None,
+        "artifact": _about(options.model) if options.model.exists() else None,
         "manifest": manifest(config, device),
         "items": found,
     }
     write_json(options.out / "study.json", record)
     return record
+
+
+def _about(artifact: Path) -> dict[str, Any]:
+    """The artifact's size, its shape, and what it says of itself."""
+    model, header = read_artifact(artifact)
+    weights = sum(layer.register.numel() for _, layer in trit_modules(model))
+    shape = dataclasses.asdict(model.config)
+    return {"bytes": artifact.stat().st_size, "weights": weights, "model": shape, "about": header["about"]}
 
 
 def main() -> int:

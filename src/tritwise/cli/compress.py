@@ -25,7 +25,7 @@ def compress(
     model: Annotated[Path, option("The artifact that predicts, or the folder of a finished run.")],
     out: Annotated[Path | None, option(f"The file to write [FILE{SUFFIX}].")] = None,
     embed: Annotated[bool, typer.Option("--embed/--reference", help="Put the model in, or only its checksum.")] = False,
-    lanes: Annotated[int, typer.Option(min=0, help="Parts read side by side; 0: one for every 8 KiB.")] = 0,
+    lanes: Annotated[int, typer.Option(min=0, help="Parts read side by side; 0: as many as cost little.")] = 0,
     window: Annotated[int, typer.Option(help="Bytes of context; 0: all the model has.")] = 0,
     stride: Annotated[int, typer.Option(help="Bytes by which the window moves; 0: half of it.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda; decompress needs the same.")] = "auto",
