@@ -143,8 +143,11 @@ def learn_item(task: Task, how: Learning) -> dict[str, Any]:
     left = task.seconds - (time.perf_counter() - entered)
     size = min(len(text), max(PROBE, int(0.8 * left / rate) // 4096 * 4096))
     plain, learned = np.empty(size), np.empty(size)
+    clocks = [time.process_time()]
     base = score_stream(stream_of(model, device=task.device), text[:size], into=plain)
+    clocks.append(time.process_time())
     found = score_learning(model, text[:size], how, into=learned)
+    clocks.append(time.process_time())
     steps = np.arange(1, size + 1)
     gap = np.cumsum(learned - plain) / steps / math.log(2)
     return {
@@ -155,6 +158,8 @@ def learn_item(task: Task, how: Learning) -> dict[str, Any]:
         "gain": base.bpb - found.bpb,
         "neural_seconds": base.seconds,
         "seconds": found.seconds,
+        "neural_cpu_seconds": clocks[1] - clocks[0],
+        "cpu_seconds": clocks[2] - clocks[1],
         "worst_prefix": float(gap[min(PROBE, size) - 1 :].max()),
         "declared": found.declared,
     }

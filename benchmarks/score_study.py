@@ -47,7 +47,7 @@ from tritwise.train import Config, TrainConfig
 from tritwise.train.device import batch_on, build_model, device_called, speed_of, wait_for
 from tritwise.train.finish import ship_and_reread
 from tritwise.train.optimizers import build_optimizers, set_rates
-from tritwise.train.run import manifest
+from tritwise.train.run import manifest, surroundings
 from tritwise.train.stepper import Stepper
 
 # The rule with the settings that won at this size (docs/LOG.md): they are not those of the small recipes.
@@ -187,13 +187,16 @@ def run_chain(options: argparse.Namespace, config: Config, device: torch.device)
             traceback.print_exc()
             failed += 1
             continue
-        write_json(options.out / f"{name}.json", found | {"item_seconds": time.perf_counter() - began})
+        about = {"item_seconds": time.perf_counter() - began, "where": surroundings(on)}
+        write_json(options.out / f"{name}.json", found | about)
         print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
     return failed
 
 
 def collect(options: argparse.Namespace, config: Config, device: torch.device) -> dict[str, Any]:
-    """All items that are there, as one record."""
+    """All items that are there, as one record. One that is there already keeps its manifest: an item measured elsewhere
+    may have been put beside the others, and says itself where."""
+    whole = options.out / "study.json"
     found = {name: read_json(options.out / f"{name}.json") for name in ITEMS if (options.out / f"{name}.json").exists()}
     about = {
         "bench": "score",
@@ -204,10 +207,10 @@ def collect(options: argparse.Namespace, config: Config, device: torch.device) -
     record = about | {
         "part": options.part,
         "artifact": _about(options.model) if options.model.exists() else None,
-        "manifest": manifest(config, device),
+        "manifest": read_json(whole)["manifest"] if whole.exists() else manifest(config, device),
         "items": found,
     }
-    write_json(options.out / "study.json", record)
+    write_json(whole, record)
     return record
 
 

@@ -34,6 +34,7 @@ def compress(
 ) -> None:
     """Code a file with a model's predictions: its size on disk is the model's score."""
     from tritwise.compress import compress as run
+    from tritwise.train.device import device_called
 
     target = out or file.with_name(file.name + SUFFIX)
     console = output.console(json)
@@ -46,7 +47,7 @@ def compress(
             lanes=lanes,
             window=window,
             stride=stride,
-            device=_device(device),
+            device=device_called(device, "--device cpu"),
             jobs=jobs,
             progress=progress,
         )
@@ -82,16 +83,6 @@ def _artifact(model: Path) -> Path:
     if not artifact.exists():
         raise UserError(f"{model} holds no artifact; finish the run, or make one with tritwise ship {model} --out FILE")
     return artifact
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"there is no device {name!r}; choose auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for but torch sees no GPU; use --device cpu")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 @contextlib.contextmanager
