@@ -13,7 +13,9 @@ from tritwise.errors import UserError
 from tritwise.models import ByteLM
 from tritwise.score import score, score_stream, scorer, stream_of
 from tritwise.score.cheats import EntropyExpert, Peeking, Remembering, believed, counted_twice
+from tritwise.score.compare import compare
 from tritwise.score.learning import Learning, score_learning
+from tritwise.score.ngram import ngram_predictor
 from tritwise.score.windows import windows_of
 from tritwise.ship import read_artifact
 from tritwise.train import Config
@@ -23,13 +25,15 @@ AGREE_BYTES, CHEAT_BYTES = 1 << 16, 1 << 13
 
 
 class Task(NamedTuple):
-    """What an item is given: the artifact, the part that is scored, where to compute, and seconds to be done in."""
+    """What an item is given: the artifact, the part that is scored, where to compute, seconds to be done in, and the
+    train part of the same text."""
 
     config: Config
     artifact: Path
     text: np.ndarray
     device: torch.device
     seconds: float
+    train: np.ndarray
 
     def model(self) -> ByteLM:
         """The artifact, read from its file, on the device."""
@@ -128,6 +132,15 @@ def cheats_item(task: Task) -> dict[str, Any]:
         right = said is not None and f"condition {condition}" in said
         rows.append({"name": name, "breaks": condition, "would_claim": claimed, "rejected": right, "said": said})
     return {"bytes": len(text), "honest": believed(honest, text, windows, device), "rows": rows}
+
+
+def compare_item(task: Task) -> dict[str, Any]:
+    """The model against a 5-gram counted in the train part, byte by byte: the difference and its interval."""
+    ours, theirs = np.empty(len(task.text)), np.empty(len(task.text))
+    score(task.model(), task.text, device=task.device, into=ours)
+    score(ngram_predictor(task.train, 5), task.text, into=theirs)
+    found = compare(ours, theirs)
+    return {"a": "this model", "b": "5-gram, Kneser–Ney", **found._asdict(), "better": found.better}
 
 
 def learn_item(task: Task, how: Learning) -> dict[str, Any]:

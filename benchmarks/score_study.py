@@ -11,6 +11,7 @@ so a call that was cut off is called again. At the end FOLDER/study.json holds a
     windows    chunked and sliding, by stride          agree     sliding, streaming and full context
     cheats     four, and what each would have claimed  bad       what decompress and score do with bad input
     compress   and decompress, bytes on disk           repeat    the same bytes again, with other threads
+    compare    with a 5-gram, byte by byte (not on a GPU)
     mix, adapt, scales, both   learning while reading, beside the same stream without it
 
 On a GPU some items run beside others (`GROUPS`). A slow item reads the first bytes of the part only, as many as its
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from compress_items import bad_item, compress_item, peers_item, repeat_item
 from engine_study import run_limited
-from score_items import Task, agree_item, cheats_item, learn_item, windows_item
+from score_items import Task, agree_item, cheats_item, compare_item, learn_item, windows_item
 
 from tritwise.data.sampler import Sampler
 from tritwise.data.source import describe
@@ -114,6 +115,7 @@ ITEMS: dict[str, Callable[[Task], dict[str, Any]]] = {
     "windows": windows_item,
     "agree": agree_item,
     "cheats": cheats_item,
+    "compare": compare_item,
     "compress": compress_item,
     "repeat": repeat_item,
     "bad": bad_item,
@@ -124,8 +126,8 @@ START = 12.0  # seconds of a process before its first item
 # Chains of a group run beside each other, the items of a chain one after the other in one process. Beside each other
 # stand only what nobody times and what needs another processor. Numbers: shares of the seconds.
 SHARES = {
-    "train": 0.30, "peers": 0.0, "windows": 0.12, "agree": 0.04, "cheats": 0.02, "bad": 0.0, "compress": 0.30,
-    "repeat": 0.03, "mix": 0.0, "adapt": 0.10, "scales": 0.07, "both": 0.0,
+    "train": 0.30, "peers": 0.0, "windows": 0.12, "agree": 0.04, "cheats": 0.02, "compare": 0.02, "bad": 0.0,
+    "compress": 0.30, "repeat": 0.03, "mix": 0.0, "adapt": 0.10, "scales": 0.07, "both": 0.0,
 }  # fmt: skip
 GROUPS: dict[str, list[list[Chain]]] = {
     "cpu": [[(name,)] for name in ITEMS],
@@ -180,7 +182,7 @@ def run_chain(options: argparse.Namespace, config: Config, device: torch.device)
     failed = 0
     for name, budget in zip(options.item.split(","), options.budget.split(","), strict=True):
         on = torch.device("cpu") if name == "bad" else device
-        task, began = Task(config, options.model, text, on, float(budget)), time.perf_counter()
+        task, began = Task(config, options.model, text, on, float(budget), parts["train"]), time.perf_counter()
         try:
             found = ITEMS[name](task)
         except Exception:  # the next item may well work

@@ -35,7 +35,7 @@ def task(study, tmp_path_factory):
     artifact = tmp_path_factory.mktemp("study") / "model.tritwise"
     write_artifact(ByteLM(ModelConfig(width=32, depth=1, ctx=32)), artifact, {"steps": 0, "seconds": 0.0})
     text = np.array(open_bytes("shakespeare")[:3000])
-    return study.Task(recipe("tiny"), artifact, text, torch.device("cpu"), 0.0)
+    return study.Task(recipe("tiny"), artifact, text, torch.device("cpu"), 0.0, text)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_tables(record):
     for name, (_, head, marks) in TABLES.items():
         assert len(head) == len(marks)
         lines = score_table(name, [record]).splitlines()
-        if name in ("proof", "peers", "repeat"):
+        if name in ("proof", "peers", "repeat", "compare"):
             assert "Nothing has been recorded" in lines[0]
         else:
             assert len({line.count(" | ") for line in lines[2:]} | {len(head) - 1}) == 1, name

@@ -156,6 +156,20 @@ def _repeat(record: Record) -> Iterator[list[str]]:
             yield [_text(record), how, f"{item['bytes']:,}", f"`{packed[:12]}`", "yes" if item["same"] else "**no**"]
 
 
+def _compare(record: Record) -> Iterator[list[str]]:
+    if item := record["items"].get("compare"):
+        better = {"A": item["a"], "B": item["b"]}.get(item["better"] or "", "not known")
+        yield [
+            _text(record),
+            f"{item['a']}, {item['a_bpb']:.4f}",
+            f"{item['b']}, {item['b_bpb']:.4f}",
+            f"{item['difference']:+.4f}",
+            f"{item['low']:+.4f} … {item['high']:+.4f}",
+            f"{item['blocks']} of {item['block']:,} bytes",
+            better,
+        ]
+
+
 Tell = Callable[[Record], Iterator[list[str]]]
 TABLES: dict[str, tuple[Tell, list[str], str]] = {
     "proof": (
@@ -181,5 +195,6 @@ TABLES: dict[str, tuple[Tell, list[str], str]] = {
         ["text", "input", "cases", "came back", "refused", "wrong output", "the first refusal says"],
         "<<>>>><",
     ),
+    "compare": (_compare, ["text", "A, bpb", "B, bpb", "A − B", "95 % interval", "blocks", "better"], "<<<>>><"),
     "repeat": (_repeat, ["text", "how", "bytes", "SHA-256 of the file", "all the same"], "<<><<"),
 }
