@@ -1,6 +1,8 @@
 """What `score_study.py` measures of compression: bytes on disk, other compressors, the same bytes again, bad input."""
 
 import hashlib
+import io
+import math
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -13,12 +15,15 @@ from compress_peers import PEERS, measure_ours, measure_peer
 from score_items import Task
 
 from tritwise.compress import compress, decompress
+from tritwise.compress.coder import RangeDecoder, RangeEncoder
+from tritwise.compress.quantise import SYMBOLS, cumulative
 from tritwise.errors import UserError
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.score import score
+from tritwise.score.learning import Learning, learning_stream
 from tritwise.ship import read_artifact, write_artifact
 
-BAD_BYTES, REPEAT_BYTES = 512, 1 << 15
+BAD_BYTES, REPEAT_BYTES, DECODE_BYTES = 512, 1 << 15, 1 << 11
 
 
 def compress_item(task: Task) -> dict[str, Any]:
@@ -77,6 +82,29 @@ def repeat_item(task: Task) -> dict[str, Any]:
         "files": sums,
         "same": len(packed_sums) == 1 and {back for _, back in sums.values()} == {wanted},
     }
+
+
+def decode_item(task: Task, hows: dict[str, Learning]) -> dict[str, Any]:
+    """Predictors that learn while they read, through the range coder a byte at a time: coded, and decoded by another
+    stream that sees nothing but the code."""
+    data, model, rows = task.text[:DECODE_BYTES].tobytes(), task.model(), {}
+    for name, how in hows.items():
+        stream, coder, bits = learning_stream(model, how), RangeEncoder(), 0.0
+        for byte in data:
+            logs = stream.log_probs()[None].cpu()
+            table = cumulative(logs)[0].tolist()
+            coder.encode([table[byte]], [table[byte + 1]])
+            bits -= float(logs[0, byte]) / math.log(2)
+            stream.read(torch.tensor([byte]))
+        code = coder.take() + coder.finish()
+        stream, decoder, found = learning_stream(model, how), RangeDecoder(io.BytesIO(code).read), bytearray()
+        for _ in data:
+            table = cumulative(stream.log_probs()[None].cpu())[0].to(torch.int32).numpy()
+            found += bytes(decoder.decode(table.data, 1, SYMBOLS + 1))
+            stream.read(torch.tensor([found[-1]]))
+        decoder.finish()
+        rows[name] = {"claimed_bits": bits, "bytes": len(code), "identical": bytes(found) == data}
+    return {"bytes": len(data), "rows": rows}
 
 
 class Trials:

@@ -12,6 +12,7 @@ so a call that was cut off is called again. At the end FOLDER/study.json holds a
     cheats     four, and what each would have claimed  bad       what decompress and score do with bad input
     compress   and decompress, bytes on disk           repeat    the same bytes again, with other threads
     compare    with a 5-gram, byte by byte (not on a GPU)
+    decode     of what learns while reading: coded and decoded, the first bytes (not on a GPU)
     mix, adapt, scales, both   learning while reading, beside the same stream without it
 
 On a GPU some items run beside others (`GROUPS`). A slow item reads the first bytes of the part only, as many as its
@@ -30,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from compress_items import bad_item, compress_item, peers_item, repeat_item
+from compress_items import bad_item, compress_item, decode_item, peers_item, repeat_item
 from engine_study import run_limited
 from score_items import Task, agree_item, cheats_item, compare_item, learn_item, windows_item
 
@@ -119,6 +120,7 @@ ITEMS: dict[str, Callable[[Task], dict[str, Any]]] = {
     "compress": compress_item,
     "repeat": repeat_item,
     "bad": bad_item,
+    "decode": lambda task: decode_item(task, LEARN),
     **{name: lambda task, how=how: learn_item(task, how) for name, how in LEARN.items()},
 }
 Chain = tuple[str, ...]
@@ -127,7 +129,7 @@ START = 12.0  # seconds of a process before its first item
 # stand only what nobody times and what needs another processor. Numbers: shares of the seconds.
 SHARES = {
     "train": 0.30, "peers": 0.0, "windows": 0.12, "agree": 0.04, "cheats": 0.02, "compare": 0.02, "bad": 0.0,
-    "compress": 0.30, "repeat": 0.03, "mix": 0.0, "adapt": 0.10, "scales": 0.07, "both": 0.0,
+    "decode": 0.03, "compress": 0.30, "repeat": 0.03, "mix": 0.0, "adapt": 0.10, "scales": 0.07, "both": 0.0,
 }  # fmt: skip
 GROUPS: dict[str, list[list[Chain]]] = {
     "cpu": [[(name,)] for name in ITEMS],

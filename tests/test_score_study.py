@@ -43,7 +43,8 @@ def record(study, task):
     """What the study writes, of the items that are quick."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["compress_items"], "BAD_BYTES", 96)
-        items = {name: study.ITEMS[name](task) for name in ("windows", "agree", "cheats", "bad")}
+        patch.setattr(sys.modules["compress_items"], "DECODE_BYTES", 64)
+        items = {name: study.ITEMS[name](task) for name in ("windows", "agree", "cheats", "bad", "decode")}
     items["mix"] = study.learn_item(task._replace(text=task.text[:1000]), Learning(mix=True))
     made = {"cpu": "a processor", "threads": 1, "device": "cpu", "torch": torch.__version__}
     about = {"data": "shakespeare", "split": "90/10", "part": "val", "artifact": study._about(task.artifact)}
@@ -75,6 +76,13 @@ def test_learning_is_bounded(record):
     mix = record["items"]["mix"]
     assert mix["bytes"] == 1000 and mix["gain"] == pytest.approx(mix["neural_bpb"] - mix["bpb"])
     assert mix["worst_prefix"] < 0.00071
+
+
+def test_what_learns_can_be_decoded(record):
+    rows = record["items"]["decode"]["rows"]
+    assert set(rows) == {"mix", "adapt", "scales", "both"}
+    for row in rows.values():
+        assert row["identical"] and -1 < row["bytes"] - row["claimed_bits"] / 8 < 2
 
 
 def test_tables(record):

@@ -166,13 +166,9 @@ def _told(result: Score) -> str:
     about = result.declared
     unit = about.get("unit", "bytes")
     words = [f"window {result.window}", f"stride {result.stride}", *([unit] if unit != "bytes" else []), about["mode"]]
-    words += [f"reset: {about['reset']}"] if about["reset"] != "never" else []
-    words += [f"adaptation: {about['adaptation']}"] if about["adaptation"] != "none" else []
-    words += [f"{about['extra_bytes']:,} extra bytes"] if about["extra_bytes"] else []
-    return (
-        f"{result.bpb:.4f} bits per byte, {result.nats:.4f} nats, {result.bytes:,} bytes "
-        f"({', '.join(words)}, {result.seconds:.1f} s)"
-    )
+    words += [f"reset: {about['reset']}", f"adaptation: {about['adaptation']}"]
+    words += [f"{about['extra_bytes']:,} extra bytes", f"{result.seconds:.1f} s"]
+    return f"{result.bpb:.4f} bits per byte, {result.nats:.4f} nats, {result.bytes:,} bytes ({', '.join(words)})"
 
 
 def run_score(

@@ -118,6 +118,13 @@ def _learn(record: Record) -> Iterator[list[str]]:
             ]
 
 
+def _decode(record: Record) -> Iterator[list[str]]:
+    if item := record["items"].get("decode"):
+        for name, row in item["rows"].items():
+            claimed, same = row["claimed_bits"] / 8, "identical" if row["identical"] else "**changed**"
+            yield [_text(record), LEARNS[name], f"{item['bytes']:,}", f"{claimed:,.1f}", f"{row['bytes']:,}", same]
+
+
 def _peers(record: Record) -> Iterator[list[str]]:
     items = record["items"]
     for kind in ("compress", "peers"):
@@ -184,6 +191,11 @@ TABLES: dict[str, tuple[Tell, list[str], str]] = {
         _learn,
         ["text", "reads", "bytes", "neural bpb", "bpb", "gain", "worst of all beginnings", "seconds"],
         "<<>>>>>>",
+    ),
+    "decode": (
+        _decode,
+        ["text", "reads", "first bytes", "claimed, bytes", "code, bytes", "decoded"],
+        "<<>>><",
     ),
     "peers": (
         _peers,
