@@ -31,7 +31,8 @@ def compress_item(task: Task) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="tritwise-") as name:
         folder = Path(name)
         text = _written(folder / "text", task.text)
-        rows = [measure_ours(str(task.artifact), text, folder, [f"--device={task.device.type}"])]
+        options = [f"--device={task.device.type}", f"--lanes={task.lanes}"]
+        rows = [measure_ours(str(task.artifact), text, folder, options)]
         held = {
             "bytes": len(task.text),
             "sha256": _sha256(text),
@@ -41,7 +42,7 @@ def compress_item(task: Task) -> dict[str, Any]:
         if rows[0]["compress_seconds"] + rows[0]["decompress_seconds"] < task.seconds / 2:
             (folder / "ours.twz").unlink()
             (folder / "ours.back").unlink()
-            embedded = measure_ours(str(task.artifact), text, folder, [f"--device={task.device.type}", "--embed"])
+            embedded = measure_ours(str(task.artifact), text, folder, [*options, "--embed"])
             held["embedded"] = {key: embedded[key] for key in ("bytes", "bpb", "identical")}
     return held
 

@@ -25,8 +25,8 @@ AGREE_BYTES, CHEAT_BYTES = 1 << 16, 1 << 13
 
 
 class Task(NamedTuple):
-    """What an item is given: the artifact, the part that is scored, where to compute, seconds to be done in, and the
-    train part of the same text."""
+    """What an item is given: the artifact, the part that is scored, where to compute, seconds to be done in, the train
+    part of the same text, and lanes to compress in."""
 
     config: Config
     artifact: Path
@@ -34,6 +34,7 @@ class Task(NamedTuple):
     device: torch.device
     seconds: float
     train: np.ndarray
+    lanes: int = 0
 
     def model(self) -> ByteLM:
         """The artifact, read from its file, on the device."""
@@ -143,18 +144,24 @@ def compare_item(task: Task) -> dict[str, Any]:
     return {"a": "this model", "b": "5-gram, Kneser–Ney", **found._asdict(), "better": found.better}
 
 
-def learn_item(task: Task, how: Learning) -> dict[str, Any]:
-    """A stream that learns, beside the same stream without it, on as many bytes as the time allows."""
-    model, text = task.model(), task.text
-    probe = text[:PROBE]
-    began = entered = time.perf_counter()
+def _bytes_in(task: Task, model: ByteLM, how: Learning) -> float:
+    """How many bytes can be read in the seconds of a task, with learning and without, after having tried."""
+    probe, entered = task.text[:PROBE], time.perf_counter()
+    began = entered
     for _ in range(2):  # the first call is the slow one: libraries are loaded, memory is taken
         began = time.perf_counter()
         score(model, probe, mode="stream", device=task.device)
         score_learning(model, probe, how)
-    rate = (time.perf_counter() - began) / len(probe)
-    left = task.seconds - (time.perf_counter() - entered)
-    size = min(len(text), max(PROBE, int(0.8 * left / rate) // 4096 * 4096))
+    now = time.perf_counter()
+    return (task.seconds - (now - entered)) * len(probe) / (now - began)
+
+
+def learn_item(task: Task, how: Learning) -> dict[str, Any]:
+    """A stream that learns, beside the same stream without it, on as many bytes as the time allows."""
+    model, text = task.model(), task.text
+    size = len(text)
+    if size > PROBE:
+        size = min(size, max(PROBE, int(0.8 * _bytes_in(task, model, how)) // 4096 * 4096))
     plain, learned = np.empty(size), np.empty(size)
     clocks = [time.process_time()]
     base = score_stream(stream_of(model, device=task.device), text[:size], into=plain)

@@ -55,7 +55,7 @@ from tritwise.train.stepper import Stepper
 # The rule with the settings that won at this size (docs/LOG.md): they are not those of the small recipes.
 ENWIK8 = Config(
     "enwik8",
-    ModelConfig(width=512, depth=6, ctx=512),
+    ModelConfig(width=512, depth=6, ctx=512, column_scales=True),
     TrainConfig(
         data="enwik8", split="90/5/5", steps=3600, batch=64, rate=0.03, direction="balanced", scale_rate=0.005,
         decay=1.0, warmup=100, interval=1,
@@ -184,7 +184,10 @@ def run_chain(options: argparse.Namespace, config: Config, device: torch.device)
     failed = 0
     for name, budget in zip(options.item.split(","), options.budget.split(","), strict=True):
         on = torch.device("cpu") if name == "bad" else device
-        task, began = Task(config, options.model, text, on, float(budget), parts["train"]), time.perf_counter()
+        task, began = (
+            Task(config, options.model, text, on, float(budget), parts["train"], options.lanes),
+            time.perf_counter(),
+        )
         try:
             found = ITEMS[name](task)
         except Exception:  # the next item may well work
@@ -210,6 +213,7 @@ def collect(options: argparse.Namespace, config: Config, device: torch.device) -
     }
     record = about | {
         "part": options.part,
+        "bytes": options.bytes,
         "artifact": _about(options.model) if options.model.exists() else None,
         "manifest": read_json(whole)["manifest"] if whole.exists() else manifest(config, device),
         "items": found,
@@ -235,6 +239,7 @@ def main() -> int:
     parser.add_argument("--split", help="how parts are cut from it [the preset's]")
     parser.add_argument("--part", default="val")
     parser.add_argument("--bytes", type=int, default=0, help="of the part, from its start; 0: all")
+    parser.add_argument("--lanes", type=int, default=0, help="of compress; 0: its own choice")
     parser.add_argument("--steps", type=int, default=0, help="of training; 0: the preset's")
     parser.add_argument("--items", default=",".join(ITEMS))
     parser.add_argument(
