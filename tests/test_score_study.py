@@ -47,7 +47,13 @@ def record(study, task):
         items = {name: study.ITEMS[name](task) for name in ("windows", "agree", "cheats", "bad", "decode")}
     items["mix"] = study.learn_item(task._replace(text=task.text[:1000]), Learning(mix=True))
     made = {"cpu": "a processor", "threads": 1, "device": "cpu", "torch": torch.__version__}
-    about = {"data": "shakespeare", "split": "90/10", "part": "val", "artifact": study._about(task.artifact)}
+    about = {
+        "bytes": 3000,
+        "data": "shakespeare",
+        "split": "90/10",
+        "part": "val",
+        "artifact": study._about(task.artifact),
+    }
     return json.loads(json.dumps(about | {"manifest": made, "items": items}))
 
 
@@ -95,7 +101,7 @@ def test_tables(record):
             assert len({line.count(" | ") for line in lines[2:]} | {len(head) - 1}) == 1, name
     assert "**passes**" not in score_table("cheats", [record])
     told = score_sources([record], ["[file](file)"])
-    assert "3,000 bytes" in told and "trained in 0 steps" in told
+    assert "tinyshakespeare, first 3,000 bytes" in told and "trained in 0 steps" in told
 
 
 def test_a_cheat_that_passes_is_shown(record):
@@ -118,5 +124,5 @@ def test_a_call_that_was_cut_off_goes_on(study, task, tmp_path, monkeypatch, cap
     )
     assert study.main() == 1  # nothing was made by `run`, and that is told
     chains = [word.removeprefix("--item=") for command in asked for word in command if word.startswith("--item=")]
-    assert sorted(chains) == ["adapt,scales", "agree,cheats", "bad", "compress,repeat", "mix", "peers"]
+    assert sorted(chains) == ["agree,cheats", "bad", "compress", "mix,adapt,scales,repeat", "peers"]
     assert json.loads((tmp_path / "study.json").read_text())["items"] == {"windows": {}}

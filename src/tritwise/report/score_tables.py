@@ -31,8 +31,9 @@ def score_sources(records: Sequence[Record], links: Sequence[str]) -> str:
         about, made = record["artifact"], record["manifest"]
         shape = about["model"]
         trained = about["about"]
+        whole = "" if record.get("bytes") else f" {_scored(record):,} bytes,"
         lines.append(
-            f"- **{_text(record)}**: {_scored(record):,} bytes, the `{record['part']}` part of {record['split']}. A "
+            f"- **{_text(record)}**:{whole} the `{record['part']}` part of {record['split']}. A "
             f"model of {about['weights']:,} ternary weights (width {shape['width']}, depth {shape['depth']}, context "
             f"{shape['ctx']}), {about['bytes']:,} bytes as a file, trained in {trained['steps']:,} steps and "
             f"{trained['seconds']:.0f} s. {_machine(made)}, torch {made['torch']}, n = 1. {link}"
@@ -50,9 +51,10 @@ def _machine(made: Record) -> str:
 
 
 def _text(record: Record) -> str:
-    """tinyshakespeare or enwik8."""
+    """tinyshakespeare or enwik8, and how much of the part if not all."""
     name = record["data"].split(".")[0]
-    return "tinyshakespeare" if name == "shakespeare" else name
+    name = "tinyshakespeare" if name == "shakespeare" else name
+    return f"{name}, first {record['bytes']:,} bytes" if record.get("bytes") else name
 
 
 def _scored(record: Record) -> int:
