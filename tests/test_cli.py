@@ -88,6 +88,7 @@ def test_score_for_people(trained: Path, cli):
     told = cli("score", trained)
     assert told.code == 0 and not told.err
     assert re.search(r"text.txt val: \d\.\d{4} bits per byte, \d\.\d{4} nats, 6,000 bytes \(window 32, ", told.out)
+    assert ", sliding, reset: never, adaptation: none, 0 extra bytes, " in told.out
     names = [name for name in ("uniform", "unigram", "this model", "5-gram") if name in told.out]
     assert sorted(names, key=told.out.index) == names  # from worst to best
 

@@ -137,6 +137,7 @@ def score(
     mix_train: Annotated[bool, option("Count the train part first.", "--mix-train")] = False,
     compare: Annotated[bool, option("Score two models: the paired difference and its interval.", "--compare")] = False,
     ladder: Annotated[bool | None, typer.Option(help="Beside simple baselines [texts up to 16 MB].")] = None,
+    device: Annotated[str, option("Where models compute: auto, cpu or cuda.")] = "auto",
     json: Json = False,
 ) -> None:
     """Bits per byte of a text, every byte scored exactly once."""
@@ -145,7 +146,17 @@ def score(
 
     how = Learning(adapt, adapt_piece, adapt_rate, not no_guard, mix)  # pyright: ignore[reportArgumentType]
     reading = Reading(mode, window, stride, separator, how, mix_train)
-    run_score(models, reading, compared=compare, data=data, part=split, rule=rule, ladder_wanted=ladder, as_json=json)
+    run_score(
+        models,
+        reading,
+        compared=compare,
+        data=data,
+        part=split,
+        rule=rule,
+        ladder_wanted=ladder,
+        device=device,
+        as_json=json,
+    )
 
 
 def sample(

@@ -16,12 +16,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SMALL = 0.01  # share of a GPU's memory that all weight gradients of a small model may take at once
 
 
-def device_called(name: str) -> torch.device:
-    """auto, cpu or cuda as a device. Raises UserError for cuda where there is none."""
+def device_called(name: str, option: str = "--set device=cpu") -> torch.device:
+    """auto, cpu or cuda as a device. Raises UserError for another word, and for cuda where there is none, which names
+    `option` as the way out."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"there is no device {name!r}; choose auto, cpu or cuda")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for but torch sees no GPU; use --set device=cpu")
+        raise UserError(f"device cuda was asked for but torch sees no GPU; use {option}")
     return torch.device(name)
 
 
