@@ -44,6 +44,8 @@ _TOGETHER = 1 << 25
 ROLE_DEFAULTS: dict[str, dict[str, Any]] = {
     "embedding": {"direction": "row_column"},
     "head": {"direction": "row_column"},
+    # A vector's register is its number: it moves a little at every step, and has neither a scale nor spare bits.
+    "vector": {"direction": "rms", "interval": 1, "scale_rate": 0.0, "compact": False},
 }
 ROLE_RATES = {"embedding": 2.0, "head": 2.0}
 """Rates of roles over that of matrices, unless given: docs/RULE.md."""
@@ -278,7 +280,8 @@ class TritOptimizer(torch.optim.Optimizer):
             register = layer.register
             group, micro = self._settings_of(register), self._received.get(register, 0)
             self._received[register] = micro + 1
-            decay, scales = group["momentum"] if micro == 0 else 1.0, group["scale_rate"] > 0
+            decay = group["momentum"] if micro == 0 else 1.0
+            scales = group["scale_rate"] > 0 and layer.learns_scale
             state, stream = self._state_of(layer, scales), _ACCUMULATE + 3 * micro
             where = (group["seed"], group["step"], self._number[register])
             if layer.sparse:
@@ -409,7 +412,7 @@ class TritOptimizer(torch.optim.Optimizer):
         if rows is not None:
             layers[0].register[rows] = registers[0]
         self.flips_by_layer.update(zip(layers, flips, strict=True))
-        if group["scale_rate"] > 0:
+        if group["scale_rate"] > 0 and layers[0].learns_scale:  # a group has one role, and vectors have their own
             # Scales follow the schedule of the rate; at a rate of 0 they stay.
             initial = group.get("initial_lr", group["lr"])
             octaves = group["scale_rate"] * rate / initial if initial else 0.0
