@@ -79,6 +79,8 @@ def train(
         config = override(recipe_called(recipe or "shakespeare"), changes)
     console = output.console(json)
     result = run_training(config, folder.path, resume=resume, display=make_display(console))
+    if "rank" in result:
+        return 0  # one of several processes, and not the one that tells
     if not result.get("interrupted"):
         _print_result(console, folder.path, result, folder.read("ladder")["rows"], folder.read("audit"))
     if json:

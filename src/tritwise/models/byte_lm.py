@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T time, C width, V vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -183,7 +184,7 @@ class ByteLM(nn.Module):
 
 
 class AtDepth:
-    """A view of a model at one depth. `Predictor` and `Cached` of the scorer's protocol; what it lacks is the model's.
+    """A view of a model at one depth. It is a `Predictor`, and `Cached`, in the scorer's words.
 
     Raises UserError for a depth that the model does not have.
     """
@@ -203,5 +204,16 @@ class AtDepth:
         """An empty state with a cache for every layer of this depth."""
         return self.model.new_state(batch, self.loops)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
+    @property
+    def config(self) -> ModelConfig:
+        """The model's."""
+        return self.model.config
+
+    @property
+    def context(self) -> int:
+        """Bytes that one call can read: the scorer's window."""
+        return self.model.context
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The model's."""
+        return self.model.parameters()

@@ -225,14 +225,15 @@ class TritOptimizer(torch.optim.Optimizer):
         """Inside, `consume` and `step` take what changes from step to step from the device, and count no steps: so they
         can be recorded in a CUDA graph. Before each replay call `before_replay`. Yields every tensor that they change,
         for whoever tries a step first and wants to take it back. Only for optimizers that are `recordable`."""
-        self._live = Live(next(iter(self._layers)).device, len(self.param_groups))
+        if self._live is None:  # several recordings read the same numbers
+            self._live = Live(next(iter(self._layers)).device, len(self.param_groups))
         self._live.write(self.step_count, [group["lr"] for group in self.param_groups])
         if self._uncounted is None:
             self._uncounted = torch.zeros(1, dtype=torch.int64, device=self._live.device)
         changed = [self._uncounted]
         for group in self.param_groups:
             for layer in (self._layers[register] for register in group["params"]):
-                state = self._state_of(layer, group["scale_rate"] > 0)
+                state = self._state_of(layer, group["scale_rate"] > 0 and layer.learns_scale)
                 changed += [layer.register, *layer.exponents(), *state.values()]
         self._records = True
         try:

@@ -16,6 +16,7 @@ from tritwise.registers import REGISTER_LIMIT
 from tritwise.score import Score, ladder, score
 from tritwise.ship import ArtifactInfo, read_artifact, write_artifact
 from tritwise.train.audit import audit
+from tritwise.train.average import Average, changed_trits
 from tritwise.train.config import Config
 from tritwise.train.restore import load_run
 from tritwise.train.run import RunFolder
@@ -30,12 +31,13 @@ def finish(
     done: dict[str, Any],
     device: torch.device,
     memory: dict[str, int | None],
+    average: Average | None = None,
 ) -> dict[str, Any]:
     """Write ladder, audit, histogram, artifact and result into the run folder; returns the result.
 
     `done` says what training did: steps, seconds, bytes_seen; `memory` what it took, by role. The score in the result
-    is of the artifact, read back from disk; a ternary model and its artifact must agree to the last bit or this raises
-    UserError.
+    is of the artifact, read back from disk, never of the mean weights in `average`, which are scored beside it. A
+    ternary model and its artifact must agree to the last bit or this raises UserError.
     """
     began = time.perf_counter()
     val = parts["val"]
@@ -58,6 +60,12 @@ def finish(
     }
     chunked = score(model, val, stride=model.context, device=device)
     result["val_chunked"] = {"nats": chunked.nats, "bpb": chunked.bpb, "bytes": chunked.bytes}
+    if average is not None and average.count:
+        mean = average.of(model)
+        told = score(mean, val, stride=config.train.stride, device=device)  # type: ignore[arg-type]
+        result["averaged"] = {"count": average.count, "nats": told.nats, "bpb": told.bpb}
+        if config.model.weights == "trit":
+            result["averaged"]["changed_trits"] = changed_trits(model, mean)
     result["seconds_after"] = round(time.perf_counter() - began, 3)
     folder.write("result", result)
     return result
