@@ -7,12 +7,15 @@ the same mean to the last bit, and a model without floats has none here either.
 
 from collections.abc import Iterator
 from copy import deepcopy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tritwise.nn import TritModule
 from tritwise.registers import leading_trit
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Average:
@@ -32,7 +35,7 @@ class Average:
             self._sums[name] += tensor
 
     @torch.no_grad()
-    def of(self, model: nn.Module) -> nn.Module:
+    def of(self, model: M) -> M:
         """A copy of `model` with the mean weights. At least one moment must have been added."""
         assert self.count, "a mean needs at least one moment"
         copy = deepcopy(model)

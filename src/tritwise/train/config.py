@@ -10,6 +10,7 @@ from tritwise.data.split import Split
 from tritwise.errors import UserError
 from tritwise.models import ModelConfig
 from tritwise.ops.direction import METHODS
+from tritwise.ship import WAYS
 from tritwise.train.course import plan_of_depth
 
 OPTIMIZERS = ("trit", "adamw", "muon")
@@ -44,6 +45,11 @@ class TrainConfig:
                    to a mean, which is scored beside the last ones; 0: never
     eval_bytes     bytes of val scored at an evaluation during training; 0: all
     stride         of the final score's window; 0: half the context
+    budget         bytes that the shipped file may have; 0: any number
+    ship_as        how float weights ship: int8, int7, int6, int8+zlib, auto: the first of the first three that fits the
+                   budget; none: not at all. Ternary weights ship as they are
+    ship_small     float tensors of up to so many numbers ship as float16
+    ship_average   whether the mean weights ship, and not the last ones
     log_interval, eval_interval, save_interval   in steps; eval and save 0: only at the end
     keep           checkpoints that stay; 0: all
     save           False: no checkpoint is ever written
@@ -81,6 +87,10 @@ class TrainConfig:
     clip: float = 0.0
     average_every: int = 0
     average_from: float = 0.5
+    budget: int = 0
+    ship_as: str = "none"
+    ship_small: int = 65_536
+    ship_average: bool = False
     eval_bytes: int = 32768
     stride: int = 0
     log_interval: int = 20
@@ -113,6 +123,8 @@ class TrainConfig:
             ("loss_chunk", 0),
             ("momentum_warmup", 0),
             ("average_every", 0),
+            ("budget", 0),
+            ("ship_small", 0),
         ):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
@@ -133,6 +145,7 @@ class TrainConfig:
             ("dtype", ("auto", "float32", "bfloat16")),
             ("compile", ("auto", "true", "false")),
             ("checkpoint", ("none", "block")),
+            ("ship_as", ("none", *WAYS)),
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
@@ -159,6 +172,8 @@ class Config:
             raise UserError(
                 "clip is for float gradients; the step of a ternary weight has a fixed size, so leave it out"
             )
+        if self.train.ship_average and not self.train.average_every:
+            raise UserError("ship_average needs a mean; set average_every, for example to 50")
         plan_of_depth(self.train.depth_plan, self.model.loops)  # says what is wrong with a plan before anything runs
         if self.model.vocab != 256:
             raise UserError(f"vocab is {self.model.vocab}; a model of bytes needs 256")

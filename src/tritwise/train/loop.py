@@ -19,12 +19,13 @@ from tritwise.files import JsonLines
 from tritwise.models import AtDepth, ByteLM, generate
 from tritwise.optim import TritOptimizer
 from tritwise.score import score
+from tritwise.ship import estimate, require_room
 from tritwise.train.average import Average
 from tritwise.train.config import Config
 from tritwise.train.course import Course
 from tritwise.train.crew import Crew
 from tritwise.train.device import Pace, batch_on, build_model, device_called, speed_of, wait_for
-from tritwise.train.finish import finish
+from tritwise.train.finish import finish, size_now, told_sizes
 from tritwise.train.memory import activation_bytes, memory_by_role
 from tritwise.train.meter import Meter
 from tritwise.train.optimizers import build_optimizers, set_momentum, set_rates
@@ -67,6 +68,7 @@ def _train(
     torch.manual_seed(settings.seed)
     model = build_model(config, device)
     optimizers = build_optimizers(model, settings)
+    require_room(model, settings.budget)
     store, average = folder.store(settings.keep), Average()
     step, saved, seconds, trained = 0, 0, 0.0, 0.0
     if crew.first:
@@ -118,7 +120,7 @@ def _train(
     warmed = None
     if settings.seconds or len(course.depths) > 1:
         warmed = time.perf_counter()
-        warm_up(stepper, model, optimizers, batches(step), course.depths)
+        warm_up(stepper, model, optimizers, batches(step), [loops % config.model.loops for loops in course.depths])
         wait_for(device)
         warmed = time.perf_counter() - warmed
     compiled, pace = graphs_compiled(), Pace(device)
@@ -133,6 +135,9 @@ def _train(
             event(f"resumed from step {step}")
         if warmed is not None:
             event(f"warmed {', '.join(map(str, course.depths))} repeats in {warmed:.1f} s, before the clock")
+        if settings.budget:
+            sizes = estimate(model, settings.ship_as if settings.ship_as != "none" else "auto", settings.ship_small)
+            event(f"about {sizes['total']:,} bytes when shipped, of {settings.budget:,}: {told_sizes(sizes)}")
         display.start(step, settings.steps)
         depth = 0
         try:
@@ -145,7 +150,7 @@ def _train(
                 set_rates(optimizers, factor)
                 if (momentum := course.momentum(step)) is not None:
                     set_momentum(optimizers, momentum)
-                loss = stepper.step_over(batches(step), loops)
+                loss = stepper.step_over(batches(step), loops % config.model.loops)  # 0: full depth
                 if settings.seconds:
                     pace.keep()
                 counts, step, since = course.full(step, trained), step + 1, since + 1
@@ -174,6 +179,8 @@ def _train(
                         at = {"loops": loops, "rate": settings.rate * factor, "phase": course.part(step - 1, trained)}
                         shown = model if loops == config.model.loops else model.at(loops)
                         log(_evaluate(shown, parts, settings.eval_bytes, where(), device) | at)
+                        if settings.budget:
+                            log({"kind": "size", **where(), "bytes": size_now(model, settings)})
                         if settings.sample_bytes:
                             log(_sample(shown, settings.sample_bytes, settings.seed, where()))
                     seconds = time.perf_counter() - began

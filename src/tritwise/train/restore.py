@@ -67,6 +67,13 @@ def unpack_state(
         raise UserError(f"checkpoint {checkpoint.step} does not fit the run's config ({reason}); train again") from None
 
 
+def averaged_of(checkpoint: Checkpoint, model: ByteLM) -> ByteLM | None:
+    """A copy of `model` with the mean weights of the checkpoint; None if it has none."""
+    average = Average()
+    average.restore(_named(checkpoint, "average."), checkpoint.meta.get("averaged", 0), torch.device("cpu"))
+    return average.of(model) if average.count else None
+
+
 def _named(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
     found = checkpoint.tensors.items()
     return {name.removeprefix(prefix): tensor for name, tensor in found if name.startswith(prefix)}

@@ -23,6 +23,10 @@ RESUMABLE = frozenset(
     (
         "steps",
         "seconds",
+        "budget",
+        "ship_as",
+        "ship_small",
+        "ship_average",
         "log_interval",
         "eval_interval",
         "save_interval",
