@@ -18,6 +18,7 @@ from tritwise.errors import UserError
 from tritwise.models import ModelConfig
 from tritwise.registers import packed_bytes
 from tritwise.ship.budget import A_LAYER, HEADER
+from tritwise.ship.floats import METHODS, SEARCHED, code_bytes
 from tritwise.train import Config, TrainConfig, override
 
 _FLOAT = {
@@ -67,15 +68,14 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "recurrent-ternary-constant": {**_TERNARY, **_RECURRENT, **_AVERAGED, "depth_plan": ""},
 }
 
-FLOAT_BYTES = {"int8+zlib": 0.93, "int8": 0.90, "auto": 0.66, "int7": 0.78, "int6": 0.66}
-"""Bytes a float weight takes when shipped, with a little to spare; auto is sized for the smallest of its ways."""
-
-SPARE = 0.985  # share of the budget that the estimate may take: headers, and weights that compress badly
+EXTRA = 4  # widths come in steps of 64; blocks beyond an entry's own fill what such a step leaves
+SPARE = 0.97  # share of the budget that the estimate may take: headers, and weights that compress badly
 
 
 def entry(name: str, base: Config, budget: int, changes: dict[str, Any]) -> Config:
-    """`base` as the contestant `name`, as wide as fits into `budget` bytes unless `changes` give a width.
+    """`base` as the contestant `name`, as wide as fits into `budget` bytes, and then as deep, up to EXTRA more blocks.
 
+    A width given in `changes` stays, with the entry's own depth.
     changes: settings of models and training, over the entry's own. UserError for an unknown name, or if nothing fits.
     """
     if name not in ENTRIES:
@@ -84,15 +84,21 @@ def entry(name: str, base: Config, budget: int, changes: dict[str, Any]) -> Conf
     own = {**ENTRIES[name], **changes, "budget": budget}
     if "width" not in changes:
         own["width"] = _widest(override(base, own), budget)
+        depths = range(own["depth"], own["depth"] + EXTRA + 1)
+        own["depth"] = max(depth for depth in depths if _fits(override(base, own | {"depth": depth}), budget))
     made = override(base, own)
     return Config(name, made.model, made.train)
+
+
+def _fits(config: Config, budget: int) -> bool:
+    return shape_bytes(config) <= SPARE * budget
 
 
 def _widest(config: Config, budget: int) -> int:
     """The largest width whose estimate fits: a multiple of 64, or of 32 below 128."""
     fits = 0
     for width in (32, 64, 96, *range(128, 8193, 64)):
-        if shape_bytes(override(config, {"width": width})) > SPARE * budget:
+        if not _fits(override(config, {"width": width}), budget):
             break
         fits = width
     if not fits:
@@ -104,13 +110,17 @@ def shape_bytes(config: Config) -> int:
     """About how many bytes a model of this shape takes when shipped, told without building it."""
     c, settings = config.model, config.train
     shapes, vectors = shapes_of(c)
-    numbers = [rows * columns for rows, columns in shapes]
     if c.weights == "trit":
+        numbers = sum(rows * columns for rows, columns in shapes)
         scales = sum(rows * -(-columns // c.group) for rows, columns in shapes)
-        return packed_bytes(sum(numbers)) + scales + vectors + HEADER + A_LAYER * len(shapes)
-    way = FLOAT_BYTES.get(settings.ship_as, 4.0)
-    large = [number for number in numbers if number > settings.ship_small]
-    return int(way * sum(large) + 2 * (sum(numbers) - sum(large) + vectors)) + HEADER
+        return packed_bytes(numbers) + scales + vectors + HEADER + A_LAYER * len(shapes)
+    # auto is sized for the smallest of its ways, and a float that does not ship for nothing.
+    bits = {"auto": METHODS[SEARCHED[-1]].bits, "none": 8}.get(settings.ship_as) or METHODS[settings.ship_as].bits
+    total = vectors * 2.0 + HEADER
+    for rows, columns in shapes:
+        large = rows * columns > settings.ship_small
+        total += rows * (columns * code_bytes(bits, columns) + 2) if large else 2 * rows * columns
+    return int(total)
 
 
 def shapes_of(c: ModelConfig) -> tuple[list[tuple[int, int]], int]:

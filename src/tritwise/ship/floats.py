@@ -4,6 +4,7 @@ Unlike ternary weights these lose something when they ship; how much is measured
 byte a number of every large matrix; `row_scales`, float16; `small`, all other parameters in float16.
 """
 
+import math
 import zlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -94,15 +95,22 @@ def _is_large(parameter: Tensor, small: int) -> bool:
     return parameter.ndim == 2 and parameter.numel() > small
 
 
+def code_bytes(bits: int, columns: int) -> float:
+    """About how many bytes a code takes when compressed: the entropy of normal weights whose clip is a row's largest.
+
+    The largest of n normal numbers lies near .92 sqrt(2 ln n) standard deviations, and a normal variable with a
+    standard deviation of s steps has an entropy of log2(s sqrt(2 pi e)) = log2(4.13 s) bits.
+    """
+    clip = 0.92 * math.sqrt(2 * math.log(max(columns, 2)))
+    return min(8.0, math.log2(4.13 * (2 ** (bits - 1) - 1) / clip)) / 8
+
+
 def float_estimate(model: nn.Module, method: str, small: int = SMALL) -> dict[str, int]:
-    """About how many bytes each stream takes: normal weights, clipped at four standard deviations, entropy coded."""
+    """About how many bytes each stream takes."""
     sizes = {"codes": 0.0, "row_scales": 0.0, "small": 0.0}
-    bits = METHODS[method].bits
-    # The entropy of a normal variable with a standard deviation of n steps is log2(n * sqrt(2 pi e)) = log2(4.13 n).
-    a_code = float(np.log2(4.13 * (2 ** (bits - 1) - 1) / 4)) / 8
     for parameter in model.parameters():
         if _is_large(parameter, small):
-            sizes["codes"] += a_code * parameter.numel()
+            sizes["codes"] += code_bytes(METHODS[method].bits, parameter.shape[1]) * parameter.numel()
             sizes["row_scales"] += 2 * parameter.shape[0]
         else:
             sizes["small"] += 2 * parameter.numel()

@@ -138,7 +138,7 @@ def _train(
         if settings.budget:
             sizes = estimate(model, settings.ship_as if settings.ship_as != "none" else "auto", settings.ship_small)
             event(f"about {sizes['total']:,} bytes when shipped, of {settings.budget:,}: {told_sizes(sizes)}")
-        display.start(step, settings.steps)
+        display.start(step, settings.steps, settings.seconds)
         depth = 0
         try:
             while not course.over(step, trained) and not crew.any(stop.asked):
