@@ -9,6 +9,8 @@ Stages, each a list of cells in order of importance:
     main4    the same for 4,000,000 bytes
     seeds    two more seeds of the best float and the best ternary contestant of `main`
     ablate   recurrent ternary, 4,000,000 bytes, 800 steps at full depth: as it is and without each part, two seeds
+    small    the same parts on two CPU cores: the bundled text, width 64, 3 blocks of which one repeats 3 times, 300 steps,
+             and beside them flat and progressive models of the same blocks, flat ones in float; two seeds
 
 A cell takes less than nine minutes on one H100. A cell whose record is in FOLDER is not run again, and with --minutes
 none begins that would not end in time, so a study can be cut into pieces as short as that. After every cell FOLDER
@@ -45,6 +47,7 @@ ABLATIONS = {
     "no repeats": {"loops": 1, "repeat_skip": False},
     **{f"no {p}": off for p, off in OFF.items()},
 }
+STAGES = ("tune", "main", "main4", "seeds", "ablate", "small")
 OVERHEAD = 110.0  # seconds of a cell that are not training: building, compiling, shipping, scoring 10 MB twice
 
 
@@ -100,6 +103,20 @@ class Study:
             self.cell(name, 4_000_000, 0.0, 800, seed, **fixed | off) for seed in (0, 1) for off in ABLATIONS.values()
         ]
 
+    def small(self) -> list[Config]:
+        """Parts and forms of a model for a CPU, all for the same steps."""
+        shape = {"width": 64, "depth": 3, "prelude": 1, "coda": 1, "loops": 3, "average_every": 10, "ship_small": 512}
+        flat = {"width": 64, "depth": 3}
+        cells = [("recurrent-ternary-constant", shape | off) for off in ABLATIONS.values()]
+        cells += [("recurrent-ternary", shape), ("flat-ternary", flat | {"rate": 0.03})]
+        cells += [("recurrent-float", shape | {"rate": rate, "momentum_warmup": 150}) for rate in (0.008, 0.024)]
+        cells += [("flat-float", flat | {"ship_small": 512, "momentum_warmup": 150})]
+        return [self._small_cell(name, seed, changes) for seed in (0, 1) for name, changes in cells]
+
+    def _small_cell(self, name: str, seed: int, changes: dict[str, Any]) -> Config:
+        base = base_config(self.data, "90/10", ctx=64, batch=16, steps=300, seconds=0, seed=seed)
+        return entry(name, override(base, {"eval_interval": 0, "save_interval": 0}), 1_000_000, changes)
+
     def best_rate(self, name: str) -> float:
         """The rate at which `tune` scored best; the contestant's own while nothing was tuned."""
         tuned = LIKE.get(name, name)
@@ -147,7 +164,7 @@ def write_tables(study: Study, stage: str, configs: list[Config]) -> None:
     write_json(study.out / f"{stage}.json", {"stage": stage, "cells": len(configs), "records": records})
     head, rows = list(HEAD), table_of(records)
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["--"] * len(head), *rows)]
-    if stage == "ablate":
+    if stage in ("ablate", "small"):
         lines += ["", "| variant | bpb, val, sliding | seeds |", "| -- | -- | -- |", *ablation_rows(study, configs)]
     atomic_write(study.out / f"{stage}.md", ("\n".join(lines) + "\n").encode())
 
@@ -156,7 +173,7 @@ def ablation_rows(study: Study, configs: list[Config]) -> list[str]:
     """One line a variant: its score at each seed."""
     names, lines = list(ABLATIONS), []
     for at, name in enumerate(names):
-        done = [study.record(config) for config in configs[at :: len(names)]]
+        done = [study.record(config) for config in configs[at :: len(configs) // 2]]
         scores = [record["scores"]["val_sliding"]["bpb"] for record in done if record is not None]
         if scores:
             each = ", ".join(f"{score:.4f}" for score in scores)
@@ -167,7 +184,7 @@ def ablation_rows(study: Study, configs: list[Config]) -> list[str]:
 def run(arguments: list[str] | None = None) -> int:
     """The command line; 0, or 3 if cells are left for another time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", help="tune,main,main4,seeds,ablate")
+    parser.add_argument("stages", help="tune,main,main4,seeds,ablate,small")
     parser.add_argument("--data", required=True, help="enwik8, plain or packed")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--minutes", type=float, default=1e9, help="no cell begins that would not end within these")
@@ -177,8 +194,8 @@ def run(arguments: list[str] | None = None) -> int:
     study, left = Study(given.data, given.out, given.tiny), 0
     try:
         for stage in given.stages.split(","):
-            if stage not in ("tune", "main", "main4", "seeds", "ablate"):
-                raise UserError(f"there is no stage {stage!r}; choose of tune, main, main4, seeds, ablate")
+            if stage not in STAGES:
+                raise UserError(f"there is no stage {stage!r}; choose of {', '.join(STAGES)}")
             left += run_stage(study, stage, ends, console)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -100,11 +100,14 @@ def test_float_files_that_lie_are_refused(tmp_path):
 # --- budgets --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [{}, {"width": 64, "depth": 3, "ngrams": 3, "ngram_rows": 500}, {"group": 8}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"width": 64, "depth": 3, "ngrams": 3, "ngram_rows": 500}, {"group": 8, "column_scales": True}]
+)
 def test_the_ternary_estimate_is_never_too_small_and_close(shape, tmp_path):
     model = model_of("trit", **shape)
     for _, layer in trit_modules(model):
-        layer.exponent.copy_(torch.randint(-127, 128, layer.exponent.shape, dtype=torch.int8))  # as dear as can be
+        for exponent in layer.exponents():
+            exponent.data.copy_(torch.randint(-127, 128, exponent.shape, dtype=torch.int8))  # as dear as can be
         layer.register.copy_(torch.randint(-121, 122, layer.register.shape))
     sizes = estimate(model)
     info = write_artifact(model, tmp_path / "model.tritwise")

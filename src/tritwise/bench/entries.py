@@ -112,7 +112,7 @@ def shape_bytes(config: Config) -> int:
     shapes, vectors = shapes_of(c)
     if c.weights == "trit":
         numbers = sum(rows * columns for rows, columns in shapes)
-        scales = sum(rows * -(-columns // c.group) for rows, columns in shapes)
+        scales = sum(rows * -(-columns // c.group) + columns * c.column_scales for rows, columns in shapes)
         return packed_bytes(numbers) + scales + vectors + HEADER + A_LAYER * len(shapes)
     # auto is sized for the smallest of its ways, and a float that does not ship for nothing.
     bits = {"auto": METHODS[SEARCHED[-1]].bits, "none": 8}.get(settings.ship_as) or METHODS[settings.ship_as].bits

@@ -98,7 +98,8 @@ class ByteLM(nn.Module):
         self.rotary = Rotary(config.head_size, config.ctx)
         if config.column_scales:
             for _, layer in trit_modules(self):
-                layer.add_column_scales()
+                if layer.learns_scale:
+                    layer.add_column_scales()
 
     def forward(self, ids: Tensor, state: DecodeState | None = None, loops: int = 0) -> Tensor:
         return self._logits(self._features(ids, state, loops))

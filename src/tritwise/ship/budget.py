@@ -29,7 +29,7 @@ def estimate(model: ByteLM, method: str = AUTO, small: int = SMALL) -> dict[str,
         matrices = [layer for layer in layers if not isinstance(layer, TritVector)]
         sizes = {
             "trits": packed_bytes(sum(layer.register.numel() for layer in matrices)),
-            "scales": sum(layer.exponent.numel() for layer in matrices),
+            "scales": sum(exponent.numel() for layer in matrices for exponent in layer.exponents()),
             "vectors": sum(layer.register.numel() for layer in layers if isinstance(layer, TritVector)),
             "header": HEADER + A_LAYER * len(layers),
         }

@@ -114,7 +114,16 @@ def _train(
     bytes_a_step = settings.batch * settings.accum * config.model.ctx
     meter, since, first = Meter(model), 0, step
     speed = speed_of(settings.compile, model, len(micros))
-    stepper = Stepper(model, optimizers, settings.accum, **speed._asdict(), guard=True, clip=settings.clip, crew=crew)
+    stepper = Stepper(
+        model,
+        optimizers,
+        settings.accum,
+        **speed._asdict(),
+        guard=True,
+        clip=settings.clip,
+        crew=crew,
+        steady=course.momentum(0) is None,
+    )
     # On a GPU the measured peak tells; elsewhere it counts the whole process, Python and torch included.
     activations = None if device.type == "cuda" else activation_bytes(model, *batch_on(device, sampler, step))
     warmed = None

@@ -22,6 +22,10 @@ def warm_up(
 
     The weights stay where they are in memory, so what was recorded still holds. Afterwards every bit is as before.
     """
+    if stepper.records_whole_steps:  # which takes its own trial steps back, and keeps every tensor where it is
+        for loops in depths:
+            stepper.record(*batches[0], loops)
+        return
     weights = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     states = [_copied(optimizer.state_dict()) for optimizer in optimizers]
     for loops in depths:
