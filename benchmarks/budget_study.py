@@ -9,7 +9,7 @@ Stages, each a list of cells in order of importance:
     main4    the same for 4,000,000 bytes
     seeds    two more seeds of the best float and the best ternary contestant of `main`
     ablate   recurrent ternary, 4,000,000 bytes, 800 steps at full depth: as it is and without each part, two seeds
-    small    the same parts on two CPU cores: the bundled text, width 64, 3 blocks of which one repeats 3 times, 300 steps,
+    small    the same parts on CPU cores: any text, width 64, 3 blocks of which one repeats 3 times, 300 steps,
              and beside them flat and progressive models of the same blocks, flat ones in float; two seeds
 
 A cell takes less than nine minutes on one H100. A cell whose record is in FOLDER is not run again, and with --minutes
