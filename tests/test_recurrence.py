@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tritwise.bench import entries
 from tritwise.errors import UserError
 from tritwise.models import AtDepth, Block, ByteLM, Layer, ModelConfig, generate
 from tritwise.nn import FloatVector, TritVector, rms_norm, tensor_roles, trit_modules
@@ -17,15 +18,7 @@ from tritwise.score import score
 from tritwise.ship import read_artifact, write_artifact
 from tritwise.train import audit
 
-PARTS = {
-    "loop_embedding": True,
-    "value_tables": 2,
-    "repeat_skip": True,
-    "input_mix": True,
-    "gains": True,
-    "exclusive": 2,
-    "leak": 0.5,
-}
+PARTS = entries.PARTS | {"exclusive": 2}
 PLAIN = ModelConfig(width=32, depth=4, ctx=16, prelude=1, coda=1, loops=3)
 FULL = dataclasses.replace(PLAIN, **PARTS)
 AT_REST = ("loop_embedding", "value_tables", "repeat_skip", "input_mix", "gains")  # of no effect before they learn
@@ -278,7 +271,7 @@ def test_checkpointed_blocks_give_the_same_gradients(weights):
 
 def test_compiled_losses_at_every_depth_are_the_eager_ones():
     model = stirred(FULL, depth=1, prelude=0, coda=0, loops=2)
-    compiled = torch.compile(model.loss, backend="aot_eager", dynamic=False)
+    compiled = torch.compile(model.loss, backend="aot_eager", dynamic=False, fullgraph=True)
     ids, targets = draw(2, 16), draw(2, 16, seed=2)
     for loops in (1, 2):
         eager, grads = model.loss(ids, targets, loops), []

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tritwise.bench.entries import PARTS
 from tritwise.errors import UserError
 from tritwise.files import read_json, read_json_lines
 from tritwise.ship.container import read_container
@@ -47,19 +48,7 @@ def same_run(assert_same_state):
     return check
 
 
-RECURRENT = {
-    "depth": 3,
-    "prelude": 1,
-    "loops": 3,
-    "average_from": 0.3,
-    "loop_embedding": True,
-    "value_tables": 2,
-    "repeat_skip": True,
-    "input_mix": True,
-    "gains": True,
-    "exclusive": 2,
-    "leak": 0.5,
-}
+RECURRENT = PARTS | {"depth": 3, "prelude": 1, "loops": 3, "average_from": 0.3, "exclusive": 2}
 VARIANTS = {
     "plain": {},
     "accumulated": {"accum": 2},
