@@ -39,7 +39,7 @@ def test_train(small_text: Path, tmp_path: Path, cli):
     assert done.code == 0 and len(done.out.splitlines()) == 1
     assert done.json == read_json(tmp_path / "run/result.json")
     assert done.json["val"].keys() == {"nats", "bpb", "bytes", "window", "stride"}
-    assert done.json["artifact"].keys() == {"path", "bytes", "bpb_reread"}
+    assert done.json["artifact"].keys() == {"path", "bytes", "bpb_reread", "way", "streams"}
     saved = read_json(tmp_path / "run/config.json")
     for name, value in flags.items():
         key = name.replace("-", "_")

@@ -79,6 +79,8 @@ def train(
         config = override(recipe_called(recipe or "shakespeare"), changes)
     console = output.console(json)
     result = run_training(config, folder.path, resume=resume, display=make_display(console))
+    if "rank" in result:
+        return 0  # one of several processes, and not the one that tells
     if not result.get("interrupted"):
         _print_result(console, folder.path, result, folder.read("ladder")["rows"], folder.read("audit"))
     if json:
@@ -103,7 +105,7 @@ def _print_result(
     console.print(output.score_table("this model", result["val"]["nats"], ladder))
     rows = [
         ["trained for", f"{result['seconds']:.1f} s, {result['steps']} steps, {result['bytes_seen']:,} bytes"],
-        ["weights", f"{audit['weights']:,} ({'ternary' if 'artifact' in result else 'float'})"],
+        ["weights", f"{audit['weights']:,} ({'ternary' if audit['float_trainable'] == 0 else 'float'})"],
         ["state while training", f"{audit['state_bytes_per_weight']:.3f} bytes a weight"],
         ["trainable floats", f"{audit['float_trainable']:,}"],
     ]
@@ -182,15 +184,24 @@ def sample(
 def ship(
     run: RunArgument,
     out: Annotated[Path, option("The artifact to write.")],
+    budget: Annotated[int | None, option("Bytes that the file may have [the run's].")] = None,
+    ship_as: Annotated[
+        str | None, option("How float weights ship: auto, int8, int7, int6, int8+zlib [the run's].")
+    ] = None,
+    score_bytes: Annotated[int, option("Bytes of val that are scored, before and after [all].")] = 0,
     json: Json = False,
 ) -> None:
     """Write a run's newest model as one file, read it back, and score what was read."""
     from tritwise.train.finish import ship_run
 
-    result = ship_run(run, out)
+    result = ship_run(run, out, budget=budget, ship_as=ship_as, count=score_bytes)
     console = output.console(json)
     rows = [[name, f"{count:,} bytes"] for name, count in result["streams"].items()]
-    rows.append(["file", f"{result['bytes']:,} bytes, {result['bits_per_weight']:.3f} bits a weight"])
+    rows.append(["header", f"{result['bytes'] - sum(result['streams'].values()):,} bytes"])
+    rows.append(["file", f"{result['bytes']:,} bytes, {result['bits_per_weight']:.3f} bits a weight, {result['way']}"])
+    if result["budget"]:
+        rows.append(["left of the budget", f"{result['budget'] - result['bytes']:,} of {result['budget']:,} bytes"])
+    rows.append(["bits per byte, before", f"{result['bpb_before']:.4f}"])
     rows.append(["bits per byte, re-read", f"{result['bpb_reread']:.4f}"])
     console.print(output.table("", ["artifact", str(out)], rows))
     if json:

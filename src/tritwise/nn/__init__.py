@@ -7,6 +7,7 @@ from tritwise.nn.mlp import MLP
 from tritwise.nn.ngram import NGramEmbedding
 from tritwise.nn.norm import relu_squared_norm, rms_norm
 from tritwise.nn.trit import ROLES, TritModule, tensor_roles, trit_modules
+from tritwise.nn.vector import FloatVector, TritVector
 
 __all__ = [
     "MLP",
@@ -14,12 +15,14 @@ __all__ = [
     "Attention",
     "FloatEmbedding",
     "FloatLinear",
+    "FloatVector",
     "KVCache",
     "NGramEmbedding",
     "Rotary",
     "TritEmbedding",
     "TritLinear",
     "TritModule",
+    "TritVector",
     "relu_squared_norm",
     "rms_norm",
     "tensor_roles",

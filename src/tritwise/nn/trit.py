@@ -35,6 +35,8 @@ class TritModule(nn.Module):
     Initial registers come from torch's default generator, so `torch.manual_seed` fixes them.
     """
 
+    learns_scale = True  # whether an optimizer may move the exponents
+
     def __init__(
         self,
         rows: int,

@@ -84,3 +84,19 @@ def wait_for(device: torch.device) -> None:
     """Let a GPU finish what it was given, so that a clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class Pace:
+    """Keeps a host from running far ahead of its GPU, so that a clock on the host tells the GPU's time to a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._before = device, None
+
+    def keep(self) -> None:
+        """Called after each step: waits until the step before it is done. On a CPU it always is."""
+        if self._device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record()
+            if self._before is not None:
+                self._before.synchronize()
+            self._before = done
