@@ -102,9 +102,9 @@ def test_gradients_stop_at_the_state():
     model, _ = models(16, 16, window=5)
     ids = torch.randint(0, 256, (2, 16))
     state = model.new_state(2, endless=True)
-    model.loss(ids, ids, state).backward()
+    model.loss(ids, ids, state=state).backward()
     assert state.caches[0].keys.requires_grad is False
-    model.loss(ids, ids, state).backward()  # the graph of the first is gone
+    model.loss(ids, ids, state=state).backward()  # the graph of the first is gone
 
 
 @pytest.mark.parametrize("kind", ["window", "lstm", "n-grams"])

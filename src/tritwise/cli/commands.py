@@ -86,6 +86,8 @@ def train(
         config = override(recipe_called(recipe or "shakespeare"), changes)
     console = output.console(json)
     result = run_training(config, folder.path, resume=resume, display=make_display(console))
+    if "rank" in result:
+        return 0  # one of several processes, and not the one that tells
     if not result.get("interrupted"):
         _print_result(console, folder.path, result, folder.read("ladder")["rows"], folder.read("audit"))
     if json:
@@ -110,7 +112,7 @@ def _print_result(
     console.print(output.score_table("this model", result["val"]["nats"], ladder))
     rows = [
         ["trained for", f"{result['seconds']:.1f} s, {result['steps']} steps, {result['bytes_seen']:,} bytes"],
-        ["weights", f"{audit['weights']:,} ({'ternary' if 'artifact' in result else 'float'})"],
+        ["weights", f"{audit['weights']:,} ({'ternary' if audit['float_trainable'] == 0 else 'float'})"],
         ["state while training", f"{audit['state_bytes_per_weight']:.3f} bytes a weight"],
         ["trainable floats", f"{audit['float_trainable']:,}"],
     ]
@@ -144,6 +146,7 @@ def score(
     mix_train: Annotated[bool, option("Count the train part first.", "--mix-train")] = False,
     compare: Annotated[bool, option("Score two models: the paired difference and its interval.", "--compare")] = False,
     ladder: Annotated[bool | None, typer.Option(help="Beside simple baselines [texts up to 16 MB].")] = None,
+    device: Annotated[str, option("Where models compute: auto, cpu or cuda.")] = "auto",
     json: Json = False,
 ) -> None:
     """Bits per byte of a text, every byte scored exactly once."""
@@ -152,7 +155,17 @@ def score(
 
     how = Learning(adapt, adapt_piece, adapt_rate, not no_guard, mix)  # pyright: ignore[reportArgumentType]
     reading = Reading(mode, window, stride, separator, how, mix_train)
-    run_score(models, reading, compared=compare, data=data, part=split, rule=rule, ladder_wanted=ladder, as_json=json)
+    run_score(
+        models,
+        reading,
+        compared=compare,
+        data=data,
+        part=split,
+        rule=rule,
+        ladder_wanted=ladder,
+        device=device,
+        as_json=json,
+    )
 
 
 def sample(
@@ -178,15 +191,24 @@ def sample(
 def ship(
     run: RunArgument,
     out: Annotated[Path, option("The artifact to write.")],
+    budget: Annotated[int | None, option("Bytes that the file may have [the run's].")] = None,
+    ship_as: Annotated[
+        str | None, option("How float weights ship: auto, int8, int7, int6, int8+zlib [the run's].")
+    ] = None,
+    score_bytes: Annotated[int, option("Bytes of val that are scored, before and after [all].")] = 0,
     json: Json = False,
 ) -> None:
     """Write a run's newest model as one file, read it back, and score what was read."""
     from tritwise.train.finish import ship_run
 
-    result = ship_run(run, out)
+    result = ship_run(run, out, budget=budget, ship_as=ship_as, count=score_bytes)
     console = output.console(json)
     rows = [[name, f"{count:,} bytes"] for name, count in result["streams"].items()]
-    rows.append(["file", f"{result['bytes']:,} bytes, {result['bits_per_weight']:.3f} bits a weight"])
+    rows.append(["header", f"{result['bytes'] - sum(result['streams'].values()):,} bytes"])
+    rows.append(["file", f"{result['bytes']:,} bytes, {result['bits_per_weight']:.3f} bits a weight, {result['way']}"])
+    if result["budget"]:
+        rows.append(["left of the budget", f"{result['budget'] - result['bytes']:,} of {result['budget']:,} bytes"])
+    rows.append(["bits per byte, before", f"{result['bpb_before']:.4f}"])
     rows.append(["bits per byte, re-read", f"{result['bpb_reread']:.4f}"])
     console.print(output.table("", ["artifact", str(out)], rows))
     if json:

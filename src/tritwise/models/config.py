@@ -1,6 +1,11 @@
-"""The shape of a byte language model: one dial, `width` and `depth`, and everything else derived from it."""
+"""The shape of a byte language model: one dial, `width` and `depth`, and everything else derived from it.
+
+Depth recurrence: of `depth` blocks the first `prelude` and the last `coda` run once, and those between them, the core,
+`loops` times, so depth costs no bytes. With prelude = coda = 0 everything repeats; with loops = 1 nothing does.
+"""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tritwise.errors import UserError
 from tritwise.nn.moe import MOST_ITERS
@@ -29,6 +34,15 @@ class ModelConfig:
     max_moe_iters   passes through the experts, as many of them as a byte learns to need, 1 … 4
     graph      whether bytes get messages from their neighbours and from what followed the same trigram before
     weights    "trit", or "float" for the baseline with the same shape
+    prelude    blocks at the start that run once; coda: at the end
+    loops      times that the blocks between them run
+    loop_embedding  a learned vector is added before every layer, one for each repeat of a block
+    value_tables    embeddings of the byte that every layer adds, each channel as strongly as it learned to; 0: none
+    repeat_skip     a repeat also adds what its block gave in the repeat before, as strongly as it learned to
+    input_mix       a block starts from a learned mix of the stream and the model's input
+    gains           a block learns a gain for each channel of its attention and of its MLP
+    exclusive       layers at the end whose attention leaves out what lies along a position's own value
+    leak            slope below zero of the MLP's relu, before it is squared
     Raises UserError for a shape that cannot be built.
     """
 
@@ -51,14 +65,34 @@ class ModelConfig:
     max_moe_iters: int = 1
     graph: bool = False
     weights: str = "trit"
+    prelude: int = 0
+    coda: int = 0
+    loops: int = 1
+    loop_embedding: bool = False
+    value_tables: int = 0
+    repeat_skip: bool = False
+    input_mix: bool = False
+    gains: bool = False
+    exclusive: int = 0
+    leak: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "ctx", "mlp_ratio", "vocab", "group", "ngrams", "ngram_rows"):
+        for name in ("width", "depth", "ctx", "mlp_ratio", "vocab", "group", "ngrams", "ngram_rows", "loops"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("heads", "kv_heads", "window", "experts"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 (0 derives it)")
+        for name in ("prelude", "coda", "value_tables", "exclusive"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.core < 1:
+            raise UserError(
+                f"prelude {self.prelude} and coda {self.coda} leave none of {self.depth} blocks to repeat; "
+                "make depth larger than their sum"
+            )
+        if not 0 <= self.leak <= 1:
+            raise UserError(f"leak is {self.leak}; it is a slope between 0 and 1")
         if not 0 < self.softcap < float("inf"):
             raise UserError(f"softcap is {self.softcap}; it must be above 0 and finite")
         if not 1 <= self.max_moe_iters <= MOST_ITERS:
@@ -86,3 +120,33 @@ class ModelConfig:
     def head_size(self) -> int:
         """Channels of one attention head."""
         return self.width // self.heads
+
+    @property
+    def core(self) -> int:
+        """Blocks that repeat."""
+        return self.depth - self.prelude - self.coda
+
+    def layers(self, loops: int = 0) -> list["Layer"]:
+        """The layers that a pass with `loops` repeats runs, in order; 0: the config's. UserError beyond 1 … loops."""
+        loops = loops or self.loops
+        if not 1 <= loops <= self.loops:
+            raise UserError(f"the model repeats its core 1 to {self.loops} times, not {loops}; set loops={loops}")
+        before, after = self.prelude, self.prelude + self.core * self.loops
+        found = [Layer(block, block, 0) for block in range(before)]
+        found += [
+            Layer(before + block, before + repeat * self.core + block, repeat)
+            for repeat in range(loops)
+            for block in range(self.core)
+        ]
+        return found + [Layer(before + self.core + block, after + block, 0) for block in range(self.coda)]
+
+
+class Layer(NamedTuple):
+    """One run of a block: which block, which number of the layer at full depth, and which repeat it is, from 0.
+
+    A layer has the same number at every depth, so that what was learned for it is found again when depth grows.
+    """
+
+    block: int
+    number: int
+    repeat: int

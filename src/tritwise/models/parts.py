@@ -39,7 +39,10 @@ class Recurrent(nn.Module):
         super().__init__()
         self.lstm = TritLSTM(width, width, linear=linear, group=group)
 
-    def forward(self, x_BTC: Tensor, rotary: Rotary, memory: LSTMMemory | None = None) -> Tensor:
+    def forward(
+        self, x_BTC: Tensor, rotary: Rotary, memory: LSTMMemory | None = None, *, exclusive: bool = False
+    ) -> Tensor:
+        """exclusive means nothing here: an LSTM has no values that a position could meet again."""
         y_BTC, state = self.lstm(x_BTC, memory.state if memory is not None else None)
         if memory is not None:
             memory.state, memory.used = state, memory.used + x_BTC.shape[1]
@@ -72,8 +75,9 @@ def feedforward_of(config: ModelConfig, linear: type[nn.Module]) -> nn.Module:
             max_iters=config.max_moe_iters,
             linear=linear,
             group=config.group,
+            leak=config.leak,
         )
-    return MLP(config.width, hidden, linear=linear, group=config.group)
+    return MLP(config.width, hidden, linear=linear, group=config.group, leak=config.leak)
 
 
 def graph_of(config: ModelConfig, linear: type[nn.Module]) -> TritGraph | None:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from tritwise.nn.ledger import KVLedger
-from tritwise.nn.norm import rms_norm
+from tritwise.nn.norm import EPS, rms_norm
 
 
 class Rotary(nn.Module):
@@ -113,14 +113,18 @@ class Attention(nn.Module):
         self.qkv = linear(width, rows, group=group, blocks=3 if heads == kv_heads else 1)
         self.out = linear(width, width, group=group)
 
-    def forward(self, x_BTC: Tensor, rotary: Rotary, cache: KVCache | KVLedger | None = None) -> Tensor:
+    def forward(
+        self, x_BTC: Tensor, rotary: Rotary, cache: KVCache | KVLedger | None = None, *, exclusive: bool = False
+    ) -> Tensor:
+        """exclusive: what a head found loses its part along the position's own value, which the residual stream has
+        already (`without_own`)."""
         batch, time, width = x_BTC.shape
         parts = self.qkv(x_BTC).view(batch, time, self.heads + 2 * self.kv_heads, self.size)
         start = cache.used if cache is not None else 0
         endless = cache is not None and cache.endless
         turned = rotary(rms_norm(parts[:, :, : self.heads + self.kv_heads]), start, endless=endless).transpose(1, 2)
         q_BHTD, k_BKSD = turned[:, : self.heads], turned[:, self.heads :]
-        v_BKSD = parts[:, :, self.heads + self.kv_heads :].transpose(1, 2)
+        own_BKTD = v_BKSD = parts[:, :, self.heads + self.kv_heads :].transpose(1, 2)
         if cache is not None:
             k_BKSD, v_BKSD = cache.append(k_BKSD, v_BKSD)
         mask = self._mask(time, k_BKSD.shape[2], x_BTC.device)
@@ -132,6 +136,8 @@ class Attention(nn.Module):
             is_causal=mask is None and time > 1,
             enable_gqa=self.heads != self.kv_heads,
         )
+        if exclusive:
+            y_BHTD = without_own(y_BHTD, own_BKTD)
         return self.out(rms_norm(y_BHTD.transpose(1, 2).reshape(batch, time, width)))
 
     def _mask(self, time: int, total: int, device: torch.device) -> Tensor | None:
@@ -143,3 +149,14 @@ class Attention(nn.Module):
         key = torch.arange(total, device=device)[None, :]
         mask = key <= query
         return mask & (key > query - self.window) if windowed and self.window is not None else mask
+
+
+def without_own(y_BHTD: Tensor, v_BKTD: Tensor) -> Tensor:
+    """y - (y·u)u for each head, u being the unit vector along its own value at the same position; same shape.
+
+    K divides H; H / K neighbouring heads share a value. A value of zero takes nothing away.
+    """
+    batch, heads, time, size = y_BHTD.shape
+    y, v = y_BHTD.view(batch, v_BKTD.shape[1], -1, time, size), v_BKTD[:, :, None]
+    along = (y * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp_min(EPS)
+    return (y - along * v).view(batch, heads, time, size)

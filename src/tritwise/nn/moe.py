@@ -23,7 +23,7 @@ class TritMoE(nn.Module):
     """y = sum over the K best experts e of gate_e(x) * MLP_e(x); x of unit RMS [..., width] -> [..., width].
 
     experts: E. active: K. hidden: of each expert, so a position meets K * hidden hidden units whatever E is.
-    `linear` makes all matrices: TritLinear, or FloatLinear for the float twin.
+    `linear` makes all matrices: TritLinear, or FloatLinear for the float twin. leak: of the experts, as in `MLP`.
 
     balance: what keeps the load even. The gradient of the router's logits is turned against experts that get more than
         their share of the batch (the gradient of Fedus et al. 2021's loss, measured against the task's own), so nothing
@@ -46,6 +46,7 @@ class TritMoE(nn.Module):
         ponder: float = 0.1,
         linear: type[nn.Module] = TritLinear,
         group: int = 256,
+        leak: float = 0.0,
     ) -> None:
         super().__init__()
         if not 1 <= active <= experts:
@@ -54,7 +55,7 @@ class TritMoE(nn.Module):
             raise ValueError(f"max_iters is {max_iters}; choose 1 to {MOST_ITERS}")
         self.active, self.max_iters, self.balance, self.ponder = active, max_iters, balance, ponder
         self.router = linear(width, experts, group=group)
-        self.experts = nn.ModuleList(MLP(width, hidden, linear=linear, group=group) for _ in range(experts))
+        self.experts = nn.ModuleList(MLP(width, hidden, linear=linear, group=group, leak=leak) for _ in range(experts))
         self.halt = linear(width, 1, group=group) if max_iters > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """The artifact: a trained byte model as one file. Leading trits five to a byte, scale exponents as their own stream.
 
 Streams, in the order of the model's layers: `trits`, all leading trits packed base3 in one run; `scales`, all int8
-scale exponents. The header holds the shape, the layers with their sizes, and what the trainer wants to say. Evidence
-and momentum stay behind: they do not change a logit.
+scale exponents; `vectors`, in models that have learned vectors, their int8 fixed-point numbers. The header holds the
+shape, the layers with their sizes, and what the trainer wants to say. Evidence and momentum stay behind: they do not
+change a logit. Models with float weights ship with a loss, in one of the ways of floats.py.
 """
 
 import dataclasses
@@ -14,11 +15,17 @@ import torch
 
 from tritwise.errors import UserError
 from tritwise.models import ByteLM, ModelConfig
-from tritwise.nn import trit_modules
+from tritwise.nn import TritModule, TritVector, trit_modules
 from tritwise.registers import LEAD, leading_trit, pack_base3, packed_bytes, unpack_base3
-from tritwise.ship.container import read_container, write_container
+from tritwise.ship.container import container_bytes, read_container, write_container
+from tritwise.ship.floats import METHODS, fill_floats, float_streams
+from tritwise.ship.quantise import SMALL
 
 KIND = "byte_lm"
+
+
+class OverBudgetError(UserError):
+    """A file that has more bytes than it may."""
 
 
 class ArtifactInfo(NamedTuple):
@@ -30,53 +37,117 @@ class ArtifactInfo(NamedTuple):
     streams: dict[str, int]
 
 
-def write_artifact(model: ByteLM, path: Path, about: dict[str, Any] | None = None) -> ArtifactInfo:
+def write_artifact(
+    model: ByteLM,
+    path: Path,
+    about: dict[str, Any] | None = None,
+    *,
+    method: str | None = None,
+    small: int = SMALL,
+    budget: int = 0,
+) -> ArtifactInfo:
     """Write `model` to `path`, atomically. `about`: plain JSON kept in the header.
 
-    Raises UserError for a model with float weights (it has no lossless artifact) and if the file cannot be written.
+    method: for float weights, one of `ship.floats.METHODS`; small: tensors of up to so many numbers stay float16.
+    budget: bytes that the file may have; 0: any number.
+    Raises UserError for a model with float weights and no method (it has no lossless artifact), for a file over the
+    budget, of which nothing is left then, and if the file cannot be written.
     """
+    header, streams, weights = _described(model, about or {}, method, small)
+    info = write_container(path, header, streams)
+    size = Path(path).stat().st_size  # of the file, not of what was meant to be in it
+    if budget and size > budget:
+        Path(path).unlink()
+        raise OverBudgetError(
+            f"{path} has {size:,} bytes, {size - budget:,} over the budget of {budget:,}; "
+            "make the model smaller, or the budget larger"
+        )
+    return ArtifactInfo(Path(path), size, weights, {s.name: s.stored for s in info.streams})
+
+
+def shipped_bytes(model: ByteLM, method: str | None = None, small: int = SMALL, level: int = 3) -> int:
+    """How many bytes `model` would take now, but for what the trainer says of it, without writing a file.
+
+    level: of zstd; 22 is what ships, and takes as long as it takes."""
+    header, streams, _ = _described(model, {}, method, small)
+    return container_bytes(header, streams, level)
+
+
+def _described(
+    model: ByteLM, about: dict[str, Any], method: str | None, small: int
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Header, streams and number of weights."""
+    header = {"kind": KIND, "config": dataclasses.asdict(model.config), "about": about}
     if model.config.weights != "trit":
-        raise UserError("only ternary models can be shipped; train with --set weights=trit")
-    layers = list(trit_modules(model))
-    trits = torch.cat([leading_trit(layer.register).reshape(-1).cpu() for _, layer in layers])
-    scales = torch.cat([e.detach().reshape(-1).cpu() for _, layer in layers for e in layer.exponents()])
-    header = {
-        "kind": KIND,
-        "config": dataclasses.asdict(model.config),
+        if method is None:
+            raise UserError(
+                "only ternary models can be shipped; train with --set weights=trit, or choose how float weights lose "
+                "precision with --ship-as or --set ship_as=auto"
+            )
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        header |= {"weights": weights, "packing": method, "small": small}
+        return header, float_streams(model, method, small), weights
+    layers, (matrices, vectors) = list(trit_modules(model)), _sorted(model)
+    trits = torch.cat([leading_trit(layer.register).reshape(-1).cpu() for layer in matrices])
+    scales = torch.cat([e.detach().reshape(-1).cpu() for layer in matrices for e in layer.exponents()])
+    weights = sum(layer.register.numel() for _, layer in layers)
+    header |= {
         "layers": [
             {"name": name, "role": layer.role, "shape": list(layer.register.shape), "groups": layer.exponent.shape[1]}
             for name, layer in layers
         ],
-        "weights": trits.numel(),
+        "weights": weights,
         "packing": "base3",
-        "about": about or {},
     }
     streams = {"trits": pack_base3(trits).numpy(), "scales": scales.view(torch.uint8).numpy()}
-    info = write_container(path, header, streams)
-    return ArtifactInfo(Path(path), info.bytes, trits.numel(), {s.name: s.stored for s in info.streams})
+    if vectors:
+        numbers = torch.cat([layer.register.detach().reshape(-1).cpu() for layer in vectors])
+        streams["vectors"] = numbers.view(torch.uint8).numpy()
+    return header, streams, weights
+
+
+def _sorted(model: ByteLM) -> tuple[list[TritModule], list[TritVector]]:
+    """The ternary layers that ship as trits and scales, and those that ship as whole registers."""
+    layers = [layer for _, layer in trit_modules(model)]
+    vectors = [layer for layer in layers if isinstance(layer, TritVector)]
+    return [layer for layer in layers if not isinstance(layer, TritVector)], vectors
 
 
 def read_artifact(path: Path) -> tuple[ByteLM, dict[str, Any]]:
-    """The model in `path`, frozen and in eval mode, and the header. Its logits equal the trained model's bit for bit.
+    """The model in `path`, frozen and in eval mode, and the header. The logits of a ternary model equal the trained
+    one's bit for bit.
 
     Raises UserError if the file is missing, damaged, cut off, newer than this version, or holds something else.
     """
     header, streams = read_container(path)
     try:
-        if header["kind"] != KIND or header["packing"] != "base3":
-            raise UserError(f"{path} holds a {header['kind']!r} in {header['packing']!r}; upgrade tritwise to read it")
+        packing = header["packing"]
+        if header["kind"] != KIND or packing not in ("base3", *METHODS):
+            raise UserError(f"{path} holds a {header['kind']!r} in {packing!r}; upgrade tritwise to read it")
         config = ModelConfig(**header["config"])
+        if (config.weights == "trit") != (packing == "base3"):
+            raise UserError(f"{path} does not fit the shape it names; ship it again from its run")
         model = ByteLM(config)
+        if packing != "base3":
+            fill_floats(model, streams, packing, header["small"])
+            return model.eval().requires_grad_(False), header
         layers = list(trit_modules(model))
         expected = [[name, list(layer.register.shape)] for name, layer in layers]
         if [[entry["name"], entry["shape"]] for entry in header["layers"]] != expected:
             raise UserError(f"{path} does not fit the shape it names; ship it again from its run")
+        matrices, vectors = _sorted(model)
         trits, scales = streams["trits"], streams["scales"]
+        numbers = streams["vectors"] if vectors else b""
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is no byte model this version understands ({error}); upgrade tritwise") from None
-    count = sum(layer.register.numel() for _, layer in layers)
-    if len(trits) != packed_bytes(count) or len(scales) != sum(
-        e.numel() for _, layer in layers for e in layer.exponents()
+    except ValueError as error:  # of the float streams
+        raise UserError(f"{path} does not fit the shape it names ({error}); ship it again from its run") from error
+    count = sum(layer.register.numel() for layer in matrices)
+    shared = sum(e.numel() for layer in matrices for e in layer.exponents())
+    if (len(trits), len(scales), len(numbers)) != (
+        packed_bytes(count),
+        shared,
+        sum(v.register.numel() for v in vectors),
     ):
         raise UserError(f"{path} holds another number of weights than it names; ship it again from its run")
     try:
@@ -85,12 +156,17 @@ def read_artifact(path: Path) -> tuple[ByteLM, dict[str, Any]]:
         raise UserError(f"{path} holds bytes that are no trits; ship it again from its run") from error
     exponents = torch.from_numpy(np.frombuffer(scales, np.int8).copy())
     with torch.no_grad():
-        for _, layer in layers:
+        vector_N = torch.from_numpy(np.frombuffer(numbers, np.int8).copy())
+        for layer in vectors:
+            layer.register.copy_(vector_N[: layer.register.numel()].view_as(layer.register))
+            vector_N = vector_N[layer.register.numel() :]
+        for layer in matrices:
             size = layer.register.numel()
             layer.register.copy_(flat[:size].view_as(layer.register) * LEAD)
             flat = flat[size:]
             for kept in layer.exponents():
                 kept.copy_(exponents[: kept.numel()].view_as(kept))
                 exponents = exponents[kept.numel() :]
+        for _, layer in layers:
             layer.trainable(False)
     return model.eval(), header

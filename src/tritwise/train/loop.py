@@ -9,25 +9,31 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tritwise.data.sampler import Sampler
 from tritwise.data.source import describe
 from tritwise.data.split import split
 from tritwise.errors import UserError
 from tritwise.files import JsonLines
-from tritwise.models import ByteLM, generate
-from tritwise.optim import TritOptimizer, rate_factor
+from tritwise.models import AtDepth, ByteLM, generate
+from tritwise.optim import TritOptimizer
 from tritwise.score import score
+from tritwise.ship import estimate, require_room
+from tritwise.train.average import Average
 from tritwise.train.config import Config
-from tritwise.train.device import Speed, batch_on, build_model, device_called, speed_of, wait_for
-from tritwise.train.finish import finish
+from tritwise.train.course import Course
+from tritwise.train.crew import Crew
+from tritwise.train.device import Pace, Speed, batch_on, build_model, device_called, speed_of, wait_for
+from tritwise.train.finish import finish, size_now, told_sizes
 from tritwise.train.memory import activation_bytes, memory_by_role
 from tritwise.train.meter import Meter
-from tritwise.train.optimizers import build_optimizers, set_rates
+from tritwise.train.optimizers import build_optimizers, set_momentum, set_rates
 from tritwise.train.progress import Display, Quiet
 from tritwise.train.restore import pack_state, unpack_state
 from tritwise.train.run import RunFolder
 from tritwise.train.stepper import Stepper
+from tritwise.train.warm import graphs_compiled, warm_up
 
 STATE = "stream."
 """Before the names of tensors of a checkpoint that hold what a stream had read: see `DecodeState.tensors`."""
@@ -38,45 +44,65 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
 
     resume: go on from the newest checkpoint in `out`; the registers end bit-equal to an uninterrupted run on the same
     machine and thread count. Ctrl-C finishes the step, saves, and returns {"interrupted": True, "steps": …}.
+    Under torchrun every process calls this: they share the micro-batches of a step, and the first of them writes the
+    folder and returns the result; the others return {"rank": …}.
     Raises UserError for data, folders and checkpoints that cannot be used; the previous checkpoint stays intact.
     """
-    settings, folder, display = config.train, RunFolder(out), display or Quiet()
-    device = device_called(settings.device)
+    if Crew.size_asked() > 1 and config.train.device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(Crew.local_rank())
+    device = device_called(config.train.device)
+    crew = Crew.join(device)
+    result = _train(config, RunFolder(out), crew, device, resume, (display if crew.first else None) or Quiet())
+    crew.leave()
+    return result
+
+
+def _train(
+    config: Config, folder: RunFolder, crew: Crew, device: torch.device, resume: bool, display: Display
+) -> dict[str, Any]:
+    settings = config.train
     source = describe(settings.data)
     parts = split(source.data, settings.split)
     if "train" not in parts:
         raise UserError(f"split {settings.split} leaves nothing to train on; use 90/10")
     mode = "stream" if settings.preserve_state else "random"
     sampler = Sampler(parts["train"], settings.batch, config.model.ctx, settings.seed, mode, accum=settings.accum)
+    micros, course = crew.micros(settings.accum), course_of(config)
 
     torch.manual_seed(settings.seed)
     model = build_model(config, device)
     optimizers = build_optimizers(model, settings)
-    store = folder.store(settings.keep)
-    step, saved, seconds = 0, 0, 0.0
-    remembered: dict[str, torch.Tensor] = {}
-    folder.begin(resume=resume)
+    require_room(model, settings.budget)
+    store, average = folder.store(settings.keep), Average()
+    step, saved, seconds, trained = 0, 0, 0.0, 0.0
+    remembered: dict[str, Tensor] = {}
+    if crew.first:
+        folder.begin(resume=resume)
     if resume and store.steps():
         checkpoint = store.load()
         sampler.check(checkpoint.meta["sampler"])
         if checkpoint.step > settings.steps:
             raise UserError(
-                f"{out} is at step {checkpoint.step} already; resume it with --steps {checkpoint.step} or more"
+                f"{folder.path} is at step {checkpoint.step} already; resume it with --steps {checkpoint.step} or more"
             )
-        unpack_state(checkpoint, model, optimizers)
+        unpack_state(checkpoint, model, optimizers, average)
         step, saved, seconds = checkpoint.step, checkpoint.step, checkpoint.meta["seconds"]
+        trained = checkpoint.meta.get("trained", seconds)
         remembered = {n.removeprefix(STATE): t for n, t in checkpoint.tensors.items() if n.startswith(STATE)}
         del checkpoint
-    # A resumed run may have been given more steps, and the next resume must know: they are part of the schedule.
-    folder.write("config", config.as_dict())
-    folder.write_manifest(config, device)
+    if crew.first:
+        # A resumed run may have been given more steps, and the next resume must know: they are part of the schedule.
+        folder.write("config", config.as_dict())
+        folder.write_manifest(config, device)
 
     def save() -> None:
         nonlocal saved
-        tensors, meta = pack_state(model, optimizers)
-        if stepper.state is not None:
-            tensors |= {f"{STATE}{name}": tensor for name, tensor in stepper.state.tensors().items()}
-        store.save(step, tensors, meta | {"seconds": seconds, "sampler": sampler.state()})
+        crew.require_same(list(model.parameters()))
+        if crew.first:
+            tensors, meta = pack_state(model, optimizers, average)
+            if stepper.state is not None:
+                tensors |= {f"{STATE}{name}": tensor for name, tensor in stepper.state.tensors().items()}
+            store.save(step, tensors, meta | {"seconds": seconds, "trained": trained, "sampler": sampler.state()})
         saved = step
 
     def where() -> dict[str, Any]:
@@ -86,50 +112,98 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
         metrics.write(record)
         display.record(record)
 
+    def event(message: str, shown: str = "") -> None:
+        log({"kind": "event", **where(), "message": message})
+        display.say(shown or message)
+
+    def batches(at: int) -> list[tuple[Tensor, Tensor]]:
+        return [batch_on(device, sampler, at, micro) for micro in micros]
+
     bytes_a_step = settings.batch * settings.accum * config.model.ctx
-    meter, since, began, first = Meter(model), 0, time.perf_counter() - seconds, step
-    speed = Speed(False, False) if settings.preserve_state else speed_of(settings.compile, model, settings.accum)
-    stepper = Stepper(model, optimizers, settings.accum, **speed._asdict(), guard=True)
+    meter, since, first = Meter(model), 0, step
+    speed = Speed(False, False) if settings.preserve_state else speed_of(settings.compile, model, len(micros))
+    stepper = Stepper(
+        model,
+        optimizers,
+        settings.accum,
+        **speed._asdict(),
+        guard=True,
+        clip=settings.clip,
+        crew=crew,
+        steady=course.momentum(0) is None,
+    )
     if remembered:
         stepper.state = model.new_state(settings.batch, endless=True).restore(remembered)
     # On a GPU the measured peak tells; elsewhere it counts the whole process, Python and torch included.
     activations = None if device.type == "cuda" else activation_bytes(model, *batch_on(device, sampler, step))
+    warmed = None
+    if settings.seconds or len(course.depths) > 1:
+        warmed = time.perf_counter()
+        warm_up(stepper, model, optimizers, batches(step), [loops % config.model.loops for loops in course.depths])
+        wait_for(device)
+        warmed = time.perf_counter() - warmed
+    compiled, pace = graphs_compiled(), Pace(device)
+    began = time.perf_counter() - seconds
 
     def memory() -> dict[str, int | None]:
         return memory_by_role(model, optimizers, activations=activations, together=speed.graph)
 
-    with JsonLines(folder.metrics) as metrics, StopSignal() as stop:
+    with JsonLines(folder.metrics) if crew.first else NoLines() as metrics, StopSignal() as stop:
         if resume:
             metrics.truncate_after(step)
-            log({"kind": "event", **where(), "message": f"resumed from step {step}"})
-            display.say(f"resumed from step {step}")
-        display.start(step, settings.steps)
+            event(f"resumed from step {step}")
+        if warmed is not None:
+            event(f"warmed {', '.join(map(str, course.depths))} repeats in {warmed:.1f} s, before the clock")
+        if settings.budget:
+            sizes = estimate(model, settings.ship_as if settings.ship_as != "none" else "auto", settings.ship_small)
+            event(f"about {sizes['total']:,} bytes when shipped, of {settings.budget:,}: {told_sizes(sizes)}")
+        display.start(step, settings.steps, settings.seconds)
+        depth = 0
         try:
-            while step < settings.steps and not stop.asked:
+            while not course.over(step, trained) and not crew.any(stop.asked):
                 step_began = time.perf_counter()
-                factor = rate_factor(step, settings.steps, settings.warmup, settings.decay)
+                factor, loops = course.factor(step, trained), course.loops(step, trained)
+                if depth and loops != depth:
+                    event(f"{loops} repeats from step {step}, share {course.share(step, trained):.3f}")
+                depth = loops
                 set_rates(optimizers, factor)
+                if (momentum := course.momentum(step)) is not None:
+                    set_momentum(optimizers, momentum)
                 if settings.preserve_state and sampler.begins(step):
                     stepper.state = model.new_state(settings.batch, endless=True)
-                loss = stepper.step_over(batch_on(device, sampler, step, micro) for micro in range(settings.accum))
-                step, since = step + 1, since + 1
-                last = step == settings.steps
+                loss = stepper.step_over(batches(step), loops % config.model.loops)  # 0: full depth
+                if settings.seconds:
+                    pace.keep()
+                counts, step, since = course.full(step, trained), step + 1, since + 1
+                trained += time.perf_counter() - step_began
+                if settings.seconds:
+                    trained = crew.most(trained)
+                last = course.over(step, trained)
+                counts = counts and course.share(step, trained) >= settings.average_from
+                if settings.average_every and counts and (last or step % settings.average_every == 0):
+                    average.add(model)
                 logs = last or step % settings.log_interval == 0
                 if logs:
                     wait_for(device)
                 now = time.perf_counter()
                 seconds = now - began
-                meter.add(loss, bytes_a_step, now - step_began, optimizers[0])
-                if logs:
+                if crew.first:
+                    meter.add(loss, bytes_a_step, now - step_began, optimizers[0])
+                if logs and crew.first:
                     if last or step - first <= settings.log_interval:
                         display.record({"kind": "memory", **memory()})
                     for record in meter.records(since, where(), settings.rate * factor, _skipped(optimizers)):
                         log(record)
                     since = 0
                 if last or (settings.eval_interval and step % settings.eval_interval == 0):
-                    log(_evaluate(model, parts, settings.eval_bytes, where(), device))
-                    if settings.sample_bytes:
-                        log(_sample(model, settings.sample_bytes, settings.seed, where()))
+                    if crew.first:
+                        at = {"loops": loops, "rate": settings.rate * factor, "phase": course.part(step - 1, trained)}
+                        shown = model if loops == config.model.loops else model.at(loops)
+                        log(_evaluate(shown, parts, settings.eval_bytes, where(), device) | at)
+                        if settings.budget:
+                            log({"kind": "size", **where(), "bytes": size_now(model, settings)})
+                        if settings.sample_bytes:
+                            log(_sample(shown, settings.sample_bytes, settings.seed, where()))
                     seconds = time.perf_counter() - began
                 if settings.save and settings.save_interval and step % settings.save_interval == 0:
                     save()
@@ -139,15 +213,29 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
                 save()
         finally:
             display.stop()
+        done = {
+            "steps": step,
+            "seconds": round(seconds, 3),
+            "trained_seconds": round(trained, 3),
+            "bytes_seen": step * bytes_a_step,
+        }
+        if not crew.first:
+            return {"rank": crew.rank, **done}
         held = memory()
         folder.write_manifest(config, device)  # again: now the backends that ran are known
-        if stop.asked and step < settings.steps:
+        if not course.over(step, trained):
             kept = "saved; go on with --resume" if settings.save else "not saved (--no-save)"
-            log({"kind": "event", **where(), "message": f"stopped at step {step}"})
-            display.say(f"stopped at step {step}, {kept}")
+            event(f"stopped at step {step}", f"stopped at step {step}, {kept}")
             return {"interrupted": True, "steps": step, "seconds": seconds, "run": str(folder.path)}
-    done = {"steps": step, "seconds": round(seconds, 3), "bytes_seen": step * bytes_a_step}
-    return finish(config, folder, model, optimizers, parts, done, device, held)
+    if warmed is not None:
+        done |= {"warm_seconds": round(warmed, 3), "compiled_in_clock": graphs_compiled() - compiled}
+    return finish(config, folder, model, optimizers, parts, done, device, held, average)
+
+
+def course_of(config: Config) -> Course:
+    """The course that a config asks for."""
+    names = ("steps", "seconds", "warmup", "decay", "momentum", "momentum_start", "momentum_warmup", "depth_plan")
+    return Course(**{name: getattr(config.train, name) for name in names}, loops=config.model.loops)
 
 
 def _skipped(optimizers: list[torch.optim.Optimizer]) -> int:
@@ -158,7 +246,7 @@ def _skipped(optimizers: list[torch.optim.Optimizer]) -> int:
 
 
 def _evaluate(
-    model: ByteLM, parts: dict[str, np.ndarray], count: int, where: dict[str, Any], device: torch.device
+    model: ByteLM | AtDepth, parts: dict[str, np.ndarray], count: int, where: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
     """Chunked score (stride = window) of the first `count` bytes of val: quick, and the same bytes every time."""
     part = parts["val"][: count or None]
@@ -166,9 +254,22 @@ def _evaluate(
     return {"kind": "eval", **where, "split": "val", "loss": result.nats, "bpb": result.bpb, "scored": result.bytes}
 
 
-def _sample(model: ByteLM, count: int, seed: int, where: dict[str, Any]) -> dict[str, Any]:
+def _sample(model: ByteLM | AtDepth, count: int, seed: int, where: dict[str, Any]) -> dict[str, Any]:
     text = bytes(generate(model, b"\n", count, seed=seed)).decode("utf-8", errors="replace")
     return {"kind": "sample", **where, "prompt": "\n", "text": text}
+
+
+class NoLines:
+    """What `JsonLines` is to a process that writes no files."""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+
+    def truncate_after(self, step: int) -> None: ...
+
+    def __enter__(self) -> "NoLines":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 class StopSignal:

@@ -15,7 +15,7 @@ TINY = tl.constexpr(1e-30)
 @triton.jit
 def inverse_rms(squares, count):
     """1 / RMS of `count` numbers whose squares add up to `squares`; huge for zeros, which then stay zeros."""
-    return 1.0 / (tl.sqrt_rn(tl.div_rn(squares, count.to(tl.float32))) + TINY)
+    return 1.0 / (tl.sqrt_rn(squares * (1.0 / count)) + TINY)  # a count of 1 comes as a constant
 
 
 @triton.jit
