@@ -94,7 +94,7 @@ def train_item(task: Task) -> dict[str, Any]:
     wait_for(device)
     seconds = time.perf_counter() - began
     about = {"steps": settings.steps, "seconds": round(seconds, 3)}
-    info, found = ship_and_reread(model, task.artifact, config, task.text[: 1 << 20], about, device)
+    info, _, found = ship_and_reread(model, task.artifact, config, task.text[: 1 << 20], about, device)
     return {
         "steps": settings.steps,
         "bytes_seen": settings.steps * settings.batch * config.model.ctx,
