@@ -80,7 +80,24 @@ def fit_window(model: Predictor, window: int = 0, stride: int = 0) -> tuple[int,
     return window, stride
 
 
-class EndlessStream:
+class _OneAhead:
+    """A stream that has its say on the next byte ready as soon as it is asked, and `_extend`, which reads on."""
+
+    device: torch.device
+    _next: Tensor | None
+
+    @torch.no_grad()
+    def log_probs(self) -> Tensor:
+        """Natural logs [V] of the next byte."""
+        if self._next is None:
+            self._next = self._extend(torch.tensor([START], device=self.device))[0]
+        return self._next
+
+    def _extend(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class EndlessStream(_OneAhead):
     """A model that reads on without an end, its state bounded: attention with a sliding window, or an LSTM.
 
     Nothing is ever read twice, and nothing is forgotten but what the model itself no longer sees; window and stride are
@@ -100,13 +117,6 @@ class EndlessStream:
     def reset(self) -> None:
         """Forget all that was read."""
         self._state, self._next = self.model.new_state(endless=True), None
-
-    @torch.no_grad()
-    def log_probs(self) -> Tensor:
-        """Natural logs [V] of the next byte."""
-        if self._next is None:
-            self._next = self._extend(torch.tensor([START], device=self.device))[0]
-        return self._next
 
     @torch.no_grad()
     def read(self, ids: Tensor) -> Tensor:
@@ -133,7 +143,7 @@ def stream_of(
     return WindowStream(model, *fit_window(model, window, stride), torch.device(device or device_of(model)))
 
 
-class WindowStream:
+class WindowStream(_OneAhead):
     """What `stream_of` returns: see there. What a read computes depends on the bytes and on how they were cut only."""
 
     def __init__(self, model: Predictor, window: int, stride: int, device: torch.device) -> None:
@@ -143,14 +153,7 @@ class WindowStream:
     def reset(self) -> None:
         """Forget all that was read."""
         self._begin(torch.empty(0, dtype=torch.int64, device=self.device))
-        self._next: Tensor | None = None
-
-    @torch.no_grad()
-    def log_probs(self) -> Tensor:
-        """Natural logs [V] of the next byte."""
-        if self._next is None:
-            self._next = self._extend(torch.tensor([START], device=self.device))[0]
-        return self._next
+        self._next = None
 
     @torch.no_grad()
     def read(self, ids: Tensor) -> Tensor:
