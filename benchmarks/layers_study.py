@@ -163,15 +163,13 @@ def spread(model: ByteLM, options: argparse.Namespace) -> Row:
     loads = [torch.zeros(len(layer.experts)) for layer in layers]
     passes: list[float] = []
 
-    def count(layer: TritMoE, inputs: tuple[Tensor, ...], number: int) -> None:
+    def count(number: int, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, TritMoE)
         x_NC = inputs[0].reshape(-1, inputs[0].shape[-1])
         loads[number] += torch.bincount(layer.route(x_NC)[0].flatten().cpu(), minlength=len(loads[number]))
         passes.append(float(layer.passes(x_NC).float().mean()))
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, inputs, number=number: count(layer, inputs, number))
-        for number, layer in enumerate(layers)
-    ]
+    hooks = [layer.register_forward_pre_hook(functools.partial(count, number)) for number, layer in enumerate(layers)]
     val, ctx = text()["val"], model.context
     with torch.no_grad():
         for first in range(0, len(val) - ctx if not options.quick else 8 * ctx, 64 * ctx):
@@ -256,10 +254,10 @@ def vq(options: argparse.Namespace) -> Items:
     """A codebook of 256; reconstruction of the test images' patches, and which codes they need."""
     size: dict[str, Any] = {
         "codes": 256,
-        "width": 32,
+        "width": 64,
         "hidden": 512,
         "batch": 1024,
-        "steps": 2000 if options.size == "gpu" else 1200,
+        "steps": 2000,
     }
     size |= {"hidden": 64, "codes": 32, "steps": 20} if options.quick else {}
 
