@@ -15,7 +15,7 @@ Stages, each a list of cells in order of importance:
 A cell is thought to take nine minutes on one H100 at the most, of which 400 s are training; not yet measured. One whose
 record is in FOLDER is not run again, and with --minutes none begins that would not end in time, so a study can be cut
 into pieces as short as that. One that was cut off goes on from its last thousand steps, or with its scores. After every
-cell FOLDER holds STAGE.md, a table, and STAGE.json, the records. --tiny: the same cells in seconds on a CPU, as a check.
+cell FOLDER holds STAGE.md, a table, and STAGE.json, the records. --tiny: the same cells in seconds, on a CPU.
 """
 
 import argparse
