@@ -21,9 +21,11 @@ from torch import Tensor
 
 from tritwise import ops
 from tritwise.ops import gpu
+from tritwise.ops.combine import triton as combine_triton
 from tritwise.ops.direction import METHODS
 from tritwise.ops.direction import triton as direction_triton
 from tritwise.ops.direction.reference import newton_schulz, unit_rms
+from tritwise.ops.graph import triton as graph_triton
 from tritwise.ops.linear import reference, triton
 from tritwise.registers import Key, make_key
 
@@ -73,7 +75,7 @@ def results(name: str, device: str, run: Callable[..., Any], *arguments: Any) ->
         returned = run(*copies)
     every: list[Tensor] = []
     for value in (returned, *copies):
-        every += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, Tensor)]
+        every += [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, Tensor)]
     return [tensor.detach().cpu() for tensor in every]
 
 
@@ -337,6 +339,46 @@ def test_directions_are_close(device, method, rank):
         assert_close(a, b, tolerance)
 
 
+# ---- graphs and mixtures
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [3, 130, 1100])
+def test_messages_have_the_same_bits(device, dtype, columns, poisoned):
+    """Sums in the order of the edges, one rounding each: forward and backward. (The interpreter cuts off bfloat16.)"""
+    generator = torch.Generator().manual_seed(0)
+    source, target = (torch.randint(-1, count, (90,), generator=generator) for count in (40, 30))
+    x, base = normal(40, columns).to(dtype), normal(30, columns, seed=3).to(dtype)
+
+    def run(x: Tensor, base: Tensor, source: Tensor, target: Tensor) -> list[Tensor]:
+        x = x.requires_grad_()
+        y = ops.gather_add(ops.edge_sum(x, source, target, 30), x, source[:30])
+        return [y, *torch.autograd.grad(y, x, base)]
+
+    if dtype is torch.float32:
+        assert_same_bits(device, run, x, base, source, target)
+    else:
+        sides = (("triton", device), ("reference", "cpu"))
+        both = (results(name, on, run, x, base, source, target) for name, on in sides)
+        for found, expected in zip(*both, strict=True):
+            assert_close(found, expected, 2**-7)
+
+
+@on_each_device
+@pytest.mark.parametrize(("columns", "k"), [(3, 1), (130, 4), (1100, 2)])
+def test_combinations(device, columns, k, poisoned):
+    slot = torch.randperm(30 * k, generator=torch.Generator().manual_seed(0)).view(30, k)
+    x, gate, upstream = normal(30 * k, columns), normal(30, k, seed=1), normal(30, columns, seed=3)
+    assert_same_bits(device, ops.combine, x, slot, gate)
+    found, expected = (
+        results(name, on, OPS.combine_grads, upstream, x, slot, gate)
+        for name, on in (("triton", device), ("reference", "cpu"))
+    )
+    for a, b in zip(found[:2], expected[:2], strict=True):
+        assert_close(a, b, 1e-6)
+
+
 # ---- what kernels are not made for
 
 
@@ -384,8 +426,9 @@ def test_half_precision_newton_schulz_is_close(shape, steps, tolerance):
 def test_in_the_interpreter():
     """Every test above on CPU tensors, those of lists of tensors, and torch's own checks of the operations."""
     here = Path(__file__).parent
-    files = ["test_triton.py", "test_ops_many.py", "test_ops_linear.py", "test_ops_embedding.py"]
-    some = "test_triton or (triton and (many or opcheck))"
+    names = ("triton", "ops_many", "ops_linear", "ops_embedding", "ops_graph", "ops_combine")
+    files = [f"test_{name}.py" for name in names]
+    some = "test_triton or (triton and (many or opcheck or matrix or autograd))"
     command = [sys.executable, "-m", "pytest", "-m", "not gpu", "-k", some, "-p", "no:cacheprovider", "-rs"]
     environment = os.environ | {gpu.INTERPRET: "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([*command, *(str(here / f) for f in files)], env=environment, capture_output=True, text=True)
@@ -408,13 +451,20 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
     directions = importlib.import_module("tritwise.ops.direction.kernels")
     pointers = {"go": "*i1", "ids": "*i64", "table": "*i64", "flips_T": "*i64", "taken_T": "*i8"}
     pointers |= dict.fromkeys(("register", "exponent"), "*i8")
+    pointers |= dict.fromkeys(("source", "first", "index", "slot"), "*i64")
     pointers |= dict.fromkeys(("scales", "weight", "weight_grad", "out"), "*fp32")
+    pointers |= dict.fromkeys(("base", "gate", "grad", "x_grad", "gate_grad"), "*fp32")
     pointers |= dict.fromkeys(("peak_R", "old_R", "refused_T"), "*i32")
     pointers |= {"momentum": "*i8", "addresses": "*i64"}
     pointers |= dict.fromkeys(("squares", "row_factor", "scale", "plus", "x"), "*fp32")
     tiles = {"TENSORS": 16, "BLOCK_R": 4, "BLOCK_C": 512, "ALIGNED": True}
     block = {"STRIPS": 2, "BLOCK_R": 8, "BLOCK_C": 256}
+    messages, mixture = graph_triton._kernels(), combine_triton._kernels()
     for name, constants in (
+        ("edge_sum", {"BLOCK": 256}),
+        ("gather_add", {"BLOCK": 256}),
+        ("forward", {"K": 2, "BLOCK": 256}),
+        ("backward", {"K": 2, "SPAN": 512, "BLOCK": 256}),
         ("peaks", tiles),
         ("requantise", tiles),
         ("move", {"TENSORS": 16, "BLOCK": 2048, "ALIGNED": True}),
@@ -429,7 +479,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         ("weigh", block | {"plus": None, "rows": 1, "columns": 1, "strips": 1}),
         ("spread", {"BLOCK": 2048}),
     ):
-        kernel = getattr(gpu.kernels(), name, None) or getattr(directions, name)
+        rooms = gpu.kernels(), directions, messages, mixture
+        kernel = next(getattr(room, name) for room in rooms if hasattr(room, name))
         types = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in kernel.arg_names}
         source = ASTSource(kernel, types, {(kernel.arg_names.index(a),): v for a, v in constants.items()})
         made = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
@@ -473,7 +524,7 @@ def test_an_old_gpu_is_refused(monkeypatch):
 
 @not_interpreted
 def test_it_is_the_choice_for_cuda_and_none_of_a_cpu():
-    for operation in ("linear", "embedding", "update", "direction"):
+    for operation in ("linear", "embedding", "update", "direction", "graph", "combine"):
         assert ops.backends_of(operation)[0] == "triton"
         assert ops.backends._backends[operation]["triton"].devices == ("cuda",)
 

@@ -34,6 +34,10 @@ def train(
     seed: Annotated[int | None, option("Seed of registers, batches and rounding.")] = None,
     out: Annotated[Path | None, option("Run folder [runs/NAME].")] = None,
     run: Annotated[str | None, option("Name of the run when --out is not given [the recipe's].")] = None,
+    preserve_state: Annotated[
+        bool, option("Rows read on from step to step, with a state that goes on.", "--preserve-state")
+    ] = False,
+    max_moe_iters: Annotated[int | None, option("Passes through the experts of --set experts=N, at the most.")] = None,
     resume: Annotated[bool, option("Go on from the run's newest checkpoint.", "--resume")] = False,
     log_interval: Annotated[int | None, option("Steps between log lines.")] = None,
     eval_interval: Annotated[int | None, option("Steps between evaluations.")] = None,
@@ -53,6 +57,7 @@ def train(
         "rate": rate,
         "accum": accum,
         "seed": seed,
+        "max_moe_iters": max_moe_iters,
         "log_interval": log_interval,
         "eval_interval": eval_interval,
         "save_interval": save_interval,
@@ -60,6 +65,8 @@ def train(
     changes: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
     if no_save:
         changes["save"] = False
+    if preserve_state:
+        changes["preserve_state"] = True
     changes |= settings_given(set_ or [])
 
     from tritwise.data.source import BUNDLED_NAMES
@@ -127,7 +134,7 @@ def score(
     data: Annotated[str | None, option("Text to score: a file, a folder, or shakespeare [the run's].")] = None,
     split: Annotated[str | None, option("Part to score: train, val or test [val of the run's data, else all].")] = None,
     rule: Annotated[str | None, option("How parts are cut [the run's, else 90/10].")] = None,
-    mode: Annotated[str | None, option("How it is read: sliding, chunked or stream [sliding].")] = None,
+    mode: Annotated[str | None, option("How it is read: sliding, chunked, stream or endless [sliding].")] = None,
     window: Annotated[int, typer.Option(help="Bytes of context (tokens, where a model reads them); 0: all.")] = 0,
     stride: Annotated[int, option("Bytes by which the window moves [half of it; all when chunked].")] = 0,
     separator: Annotated[str, option(r"Start anew after these bytes, for example \n\n [never].")] = "",

@@ -1,4 +1,4 @@
-"""A block of a transformer: attention, then an MLP, each on a normalised stream and added to it.
+"""A block of a transformer: attention or an LSTM, then an MLP or experts, each on a normalised stream and added to it.
 
 Shape suffixes: B batch, T time, C width.
 """
@@ -6,7 +6,8 @@ Shape suffixes: B batch, T time, C width.
 from torch import Tensor, nn
 
 from tritwise.models.config import ModelConfig
-from tritwise.nn import MLP, Attention, KVCache, Rotary, TritVector, rms_norm
+from tritwise.models.parts import Memory, feedforward_of, mixer_of
+from tritwise.nn import Rotary, TritVector, rms_norm
 from tritwise.nn.vector import FloatVector
 
 
@@ -21,17 +22,8 @@ class Block(nn.Module):
         self, config: ModelConfig, linear: type[nn.Module], vector: type[TritVector | FloatVector] = TritVector
     ) -> None:
         super().__init__()
-        self.attention = Attention(
-            config.width,
-            config.heads,
-            config.kv_heads,
-            linear=linear,
-            window=config.window or None,
-            group=config.group,
-        )
-        self.mlp = MLP(
-            config.width, config.mlp_ratio * config.width, linear=linear, group=config.group, leak=config.leak
-        )
+        self.attention = mixer_of(config, linear)
+        self.mlp = feedforward_of(config, linear)
         self.mix = vector(2, config.width, (1.0, 0.0)) if config.input_mix else None
         self.gain = vector(2, config.width, 1.0) if config.gains else None
 
@@ -39,7 +31,7 @@ class Block(nn.Module):
         self,
         x_BTC: Tensor,
         rotary: Rotary,
-        cache: KVCache | None = None,
+        cache: Memory | None = None,
         x0_BTC: Tensor | None = None,
         exclusive: bool = False,
     ) -> Tensor:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from tritwise.models.block import Block
 from tritwise.models.config import ModelConfig
+from tritwise.models.parts import Memory, graph_of, memory_of
 from tritwise.nn import (
     FloatEmbedding,
     FloatLinear,
@@ -34,13 +35,29 @@ class DecodeState:
     """What a model remembers between calls while it reads one sequence: KV caches, one a layer, and the last few ids.
     It is for the number of repeats that it was made for."""
 
-    def __init__(self, caches: list[KVCache], history_BP: Tensor, loops: int = 0) -> None:
+    def __init__(self, caches: list[Memory], history_BP: Tensor, loops: int = 0) -> None:
         self.caches, self.history_BP, self.loops = caches, history_BP, loops
 
     @property
     def used(self) -> int:
         """Positions read so far."""
         return self.caches[0].used
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of an endless state by name, for a checkpoint."""
+        found = {"history": self.history_BP, "used": torch.tensor(self.used)}
+        for number, memory in enumerate(self.caches):
+            assert not isinstance(memory, KVCache), "this state is not endless"
+            found |= {f"{number}.{name}": tensor for name, tensor in memory.tensors().items()}
+        return found
+
+    def restore(self, tensors: dict[str, Tensor]) -> "DecodeState":
+        """Become what `tensors` says, which is an earlier answer of `tensors()`; returns self."""
+        self.history_BP = tensors["history"].clone().to(self.history_BP.device)
+        for number, memory in enumerate(self.caches):
+            assert not isinstance(memory, KVCache), "this state is not endless"
+            memory.restore(*(tensors[f"{number}.{name}"] for name in memory.NAMES), used=int(tensors["used"]))
+        return self
 
 
 class ByteLM(nn.Module):
@@ -84,6 +101,8 @@ class ByteLM(nn.Module):
             if config.ngrams > 1
             else None
         )
+        self.graph = graph_of(config, linear)
+        self.history = config.ctx if config.graph else config.ngrams - 1  # ids that a state keeps
         self.value_tables = nn.ModuleList(
             embedding(config.vocab, config.width, group=config.group) for _ in range(config.value_tables)
         )
@@ -134,23 +153,26 @@ class ByteLM(nn.Module):
 
     def _input(self, ids: Tensor, state: DecodeState | None) -> Tensor:
         """Normalised embeddings [B, T, C]; a state takes note of the last ids."""
-        x_BTC = self.embed(ids)
+        time, read = ids.shape[1], ids
+        if state is not None and self.history:
+            read = torch.cat((state.history_BP, ids), dim=1)
+            state.history_BP = read[:, -self.history :]
+        shown = ids if self.graph is None else read  # a graph reaches back to bytes of earlier calls
+        x_BSC = self.embed(shown)
         if self.ngrams is not None:
-            time, read = ids.shape[1], ids
-            if state is not None:
-                read = torch.cat((state.history_BP, ids), dim=1)
-                state.history_BP = read[:, -(self.config.ngrams - 1) :]
-            x_BTC = x_BTC + self.ngrams(read, time)
-        return rms_norm(x_BTC.to(self.dtype))
+            x_BSC = x_BSC + self.ngrams(read, shown.shape[1])
+        x_BSC = x_BSC.to(self.dtype)
+        return rms_norm(x_BSC if self.graph is None else self.graph(x_BSC, read)[:, -time:])
 
     def _logits(self, x: Tensor) -> Tensor:
         """Capped logits float32 [..., V] of features [..., C]."""
         z = self.head(x).float()
         return self.config.softcap * torch.tanh(z / self.config.softcap)
 
-    def loss(self, ids: Tensor, targets: Tensor, loops: int = 0) -> Tensor:
-        """Mean cross-entropy in nats per byte. ids, targets: int64 [B, T]; a 0-d float32 tensor."""
-        x_NC, targets_N = self._features(ids, loops=loops).flatten(0, 1), targets.reshape(-1)
+    def loss(self, ids: Tensor, targets: Tensor, loops: int = 0, state: DecodeState | None = None) -> Tensor:
+        """Mean cross-entropy in nats per byte. ids, targets: int64 [B, T]; a 0-d float32 tensor. With a state, ids
+        continue what it has read."""
+        x_NC, targets_N = self._features(ids, state, loops).flatten(0, 1), targets.reshape(-1)
         count = len(x_NC)
         if not 0 < self.loss_chunk < count:
             return nn.functional.cross_entropy(self._logits(x_NC), targets_N)
@@ -173,10 +195,14 @@ class ByteLM(nn.Module):
         """Natural logs of the probabilities of the next byte, float32 [B, T, V]."""
         return torch.log_softmax(self(ids, loops=loops), dim=-1)
 
-    def new_state(self, batch: int = 1, loops: int = 0) -> DecodeState:
-        """An empty state for up to config.ctx positions, with a cache for every layer of `loops` repeats."""
+    def new_state(self, batch: int = 1, loops: int = 0, *, endless: bool = False) -> DecodeState:
+        """An empty state for up to config.ctx positions, with a cache for every layer of `loops` repeats.
+
+        endless: for any number of positions, read at most config.ctx at a time. Such a state holds what sliding windows
+        can still see, and an LSTM's; no gradient goes back into it. Raises UserError for attention without a window.
+        """
         c, device = self.config, next(self.parameters()).device
-        caches = [KVCache(batch, c.kv_heads, c.ctx, c.head_size, device, self.dtype) for _ in c.layers(loops)]
+        caches = [memory_of(c, batch, device, self.dtype, endless=endless) for _ in c.layers(loops)]
         return DecodeState(caches, torch.empty(batch, 0, dtype=torch.int64, device=device), loops)
 
     def at(self, loops: int) -> "AtDepth":
@@ -201,9 +227,9 @@ class AtDepth:
         """Natural logs of the probabilities of the next byte, float32 [B, T, V]."""
         return self.model.log_probs(ids, self.loops)
 
-    def new_state(self, batch: int = 1) -> DecodeState:
+    def new_state(self, batch: int = 1, *, endless: bool = False) -> DecodeState:
         """An empty state with a cache for every layer of this depth."""
-        return self.model.new_state(batch, self.loops)
+        return self.model.new_state(batch, self.loops, endless=endless)
 
     @property
     def config(self) -> ModelConfig:

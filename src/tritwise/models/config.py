@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tritwise.errors import UserError
+from tritwise.nn.moe import MOST_ITERS
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class ModelConfig:
     column_scales  inputs of every ternary matrix have scales of their own, which learn; float matrices need none
     ngrams     longest n-gram of bytes with a hashed embedding table of its own, 2 … ngrams; 1: none
     ngram_rows entries of each such table
+    mixer      what carries from position to position in a block: attention, or lstm, which has no heads and no window
+    experts    experts of a mixture in the place of the MLP; 0: none
+    active_experts  of them that a byte meets, which hold with the router as many weights as the MLP
+    max_moe_iters   passes through the experts, as many of them as a byte learns to need, 1 … 4
+    graph      whether bytes get messages from their neighbours and from what followed the same trigram before
     weights    "trit", or "float" for the baseline with the same shape
     prelude    blocks at the start that run once; coda: at the end
     loops      times that the blocks between them run
@@ -53,6 +59,11 @@ class ModelConfig:
     column_scales: bool = False
     ngrams: int = 1
     ngram_rows: int = 4096
+    mixer: str = "attention"
+    experts: int = 0
+    active_experts: int = 2
+    max_moe_iters: int = 1
+    graph: bool = False
     weights: str = "trit"
     prelude: int = 0
     coda: int = 0
@@ -69,7 +80,7 @@ class ModelConfig:
         for name in ("width", "depth", "ctx", "mlp_ratio", "vocab", "group", "ngrams", "ngram_rows", "loops"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("heads", "kv_heads", "window"):
+        for name in ("heads", "kv_heads", "window", "experts"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 (0 derives it)")
         for name in ("prelude", "coda", "value_tables", "exclusive"):
@@ -84,6 +95,14 @@ class ModelConfig:
             raise UserError(f"leak is {self.leak}; it is a slope between 0 and 1")
         if not 0 < self.softcap < float("inf"):
             raise UserError(f"softcap is {self.softcap}; it must be above 0 and finite")
+        if not 1 <= self.max_moe_iters <= MOST_ITERS:
+            raise UserError(f"max_moe_iters is {self.max_moe_iters}; choose 1 to {MOST_ITERS}")
+        if self.experts and not 1 <= self.active_experts <= self.experts:
+            raise UserError(
+                f"active_experts is {self.active_experts}; choose 1 to the number of experts, {self.experts}"
+            )
+        if self.mixer not in ("attention", "lstm"):
+            raise UserError(f"mixer is {self.mixer!r}; choose attention or lstm")
         if self.weights not in ("trit", "float"):
             raise UserError(f"weights is {self.weights!r}; choose trit or float")
         heads = self.heads or max(1, self.width // (32 if self.width < 128 else 64))

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from tritwise.registers import exponent_for, init_registers, leading_trit, make_key, scale_table, zero_fraction
 
-ROLES = ("matrix", "embedding", "head", "vector", "scale", "table")
-"""matrix, embedding, head, vector: weights by what they do. scale: scale exponents. table: constants, not trained."""
+ROLES = ("matrix", "embedding", "head", "vector", "scale", "table", "count")
+"""matrix, embedding, head, vector: weights by what they do. scale: scale exponents. table: constants, not trained.
+count: integers that a layer counts with while it is trained."""
 
 Consumer = Callable[["TritModule", Tensor], None]
 

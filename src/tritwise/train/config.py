@@ -23,6 +23,8 @@ class TrainConfig:
     data           text to learn: a file or folder (plain, .gz, .zst, .xz, .zip), or "shakespeare", the bundled text
     split          how train, val and test are cut from it, e.g. 90/10 or 90/5/5
     steps          optimizer steps; batch: sequences a step and micro-batch; accum: micro-batches a step
+    preserve_state rows read on from step to step, and what a model remembers (an LSTM's state, the ledger of a sliding
+                   window) goes on with them; false: random windows, each read from nothing
     seconds        training also ends after so many seconds, those of scores and checkpoints not counted; then the rate
                    and the depth go by time and not by steps; 0: no limit
     depth_plan     how often the core repeats up to which share of the run, as in 0.4:2,0.65:3,1:4; empty: at all times
@@ -67,6 +69,7 @@ class TrainConfig:
     steps: int = 1000
     seconds: float = 0.0
     depth_plan: str = ""
+    preserve_state: bool = False
     batch: int = 32
     accum: int = 1
     seed: int = 0
@@ -168,6 +171,17 @@ class Config:
             )
         if self.train.compact and (self.train.optimizer != "trit" or self.model.ngrams > 1):
             raise UserError("compact is for ternary layers without n-gram tables; use optimizer=trit and ngrams=1")
+        if self.train.preserve_state:
+            if self.model.mixer == "attention" and not self.model.window:
+                raise UserError(
+                    "attention without a window has no state to preserve; use --set window=64 or mixer=lstm"
+                )
+            once = self.train.accum > 1 or self.train.checkpoint != "none" or self.train.compile == "true"
+            if once or self.train.seconds or self.train.depth_plan:
+                raise UserError(
+                    "preserve_state carries state from step to step; use accum=1, checkpoint=none, compile=auto, "
+                    "and leave seconds and depth_plan out"
+                )
         if self.train.clip and self.train.optimizer == "trit":
             raise UserError(
                 "clip is for float gradients; the step of a ternary weight has a fixed size, so leave it out"

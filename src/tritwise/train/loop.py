@@ -24,7 +24,7 @@ from tritwise.train.average import Average
 from tritwise.train.config import Config
 from tritwise.train.course import Course
 from tritwise.train.crew import Crew
-from tritwise.train.device import Pace, batch_on, build_model, device_called, speed_of, wait_for
+from tritwise.train.device import Pace, Speed, batch_on, build_model, device_called, speed_of, wait_for
 from tritwise.train.finish import finish, size_now, told_sizes
 from tritwise.train.memory import activation_bytes, memory_by_role
 from tritwise.train.meter import Meter
@@ -34,6 +34,9 @@ from tritwise.train.restore import pack_state, unpack_state
 from tritwise.train.run import RunFolder
 from tritwise.train.stepper import Stepper
 from tritwise.train.warm import graphs_compiled, warm_up
+
+STATE = "stream."
+"""Before the names of tensors of a checkpoint that hold what a stream had read: see `DecodeState.tensors`."""
 
 
 def train(config: Config, out: Path | str, *, resume: bool = False, display: Display | None = None) -> dict[str, Any]:
@@ -62,7 +65,8 @@ def _train(
     parts = split(source.data, settings.split)
     if "train" not in parts:
         raise UserError(f"split {settings.split} leaves nothing to train on; use 90/10")
-    sampler = Sampler(parts["train"], settings.batch, config.model.ctx, settings.seed, accum=settings.accum)
+    mode = "stream" if settings.preserve_state else "random"
+    sampler = Sampler(parts["train"], settings.batch, config.model.ctx, settings.seed, mode, accum=settings.accum)
     micros, course = crew.micros(settings.accum), course_of(config)
 
     torch.manual_seed(settings.seed)
@@ -71,6 +75,7 @@ def _train(
     require_room(model, settings.budget)
     store, average = folder.store(settings.keep), Average()
     step, saved, seconds, trained = 0, 0, 0.0, 0.0
+    remembered: dict[str, Tensor] = {}
     if crew.first:
         folder.begin(resume=resume)
     if resume and store.steps():
@@ -83,6 +88,7 @@ def _train(
         unpack_state(checkpoint, model, optimizers, average)
         step, saved, seconds = checkpoint.step, checkpoint.step, checkpoint.meta["seconds"]
         trained = checkpoint.meta.get("trained", seconds)
+        remembered = {n.removeprefix(STATE): t for n, t in checkpoint.tensors.items() if n.startswith(STATE)}
         del checkpoint
     if crew.first:
         # A resumed run may have been given more steps, and the next resume must know: they are part of the schedule.
@@ -94,6 +100,8 @@ def _train(
         crew.require_same(list(model.parameters()))
         if crew.first:
             tensors, meta = pack_state(model, optimizers, average)
+            if stepper.state is not None:
+                tensors |= {f"{STATE}{name}": tensor for name, tensor in stepper.state.tensors().items()}
             store.save(step, tensors, meta | {"seconds": seconds, "trained": trained, "sampler": sampler.state()})
         saved = step
 
@@ -113,7 +121,7 @@ def _train(
 
     bytes_a_step = settings.batch * settings.accum * config.model.ctx
     meter, since, first = Meter(model), 0, step
-    speed = speed_of(settings.compile, model, len(micros))
+    speed = Speed(False, False) if settings.preserve_state else speed_of(settings.compile, model, len(micros))
     stepper = Stepper(
         model,
         optimizers,
@@ -124,6 +132,8 @@ def _train(
         crew=crew,
         steady=course.momentum(0) is None,
     )
+    if remembered:
+        stepper.state = model.new_state(settings.batch, endless=True).restore(remembered)
     # On a GPU the measured peak tells; elsewhere it counts the whole process, Python and torch included.
     activations = None if device.type == "cuda" else activation_bytes(model, *batch_on(device, sampler, step))
     warmed = None
@@ -159,6 +169,8 @@ def _train(
                 set_rates(optimizers, factor)
                 if (momentum := course.momentum(step)) is not None:
                     set_momentum(optimizers, momentum)
+                if settings.preserve_state and sampler.begins(step):
+                    stepper.state = model.new_state(settings.batch, endless=True)
                 loss = stepper.step_over(batches(step), loops % config.model.loops)  # 0: full depth
                 if settings.seconds:
                     pace.keep()

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tritwise.models import ByteLM
+from tritwise.models import ByteLM, DecodeState
 from tritwise.nn import TritModule, trit_modules
 from tritwise.ops import gpu
 from tritwise.optim import TritOptimizer
@@ -55,6 +55,7 @@ class Stepper:
         device = next(model.parameters()).device
         if graph and device.type != "cuda":
             raise ValueError(f"a CUDA graph cannot be recorded on {device}; leave out graph, or move the model to cuda")
+        self.state: DecodeState | None = None  # what the model has read, where rows read on from step to step
         self._record = graph
         self._replays: dict[int, _Recording] = {}  # one for every number of repeats
         self._versions: list[int] = []
@@ -143,7 +144,10 @@ class Stepper:
         return loss
 
     def _share(self, ids: Tensor, targets: Tensor, loops: int) -> Tensor:
-        loss = self._loss(ids, targets, loops) if loops else self._loss(ids, targets)
+        if self.state is not None:
+            loss = self._loss(ids, targets, loops, self.state)
+        else:
+            loss = self._loss(ids, targets, loops) if loops else self._loss(ids, targets)
         return loss / self.accum if self.accum > 1 else loss
 
     def _is_sound(self, loss: Tensor) -> bool:
