@@ -12,9 +12,10 @@ Stages, each a list of cells in order of importance:
     small    the same parts on CPU cores: any text, width 64, 3 blocks of which one repeats 3 times, 300 steps,
              and beside them flat and progressive models of the same blocks, flat ones in float; two seeds
 
-A cell takes less than nine minutes on one H100. A cell whose record is in FOLDER is not run again, and with --minutes
-none begins that would not end in time, so a study can be cut into pieces as short as that. After every cell FOLDER
-holds STAGE.md, a table, and STAGE.json, the records. --tiny: the same cells in seconds on a CPU, to see that they run.
+A cell is thought to take nine minutes on one H100 at the most, of which 400 s are training; not yet measured. One whose
+record is in FOLDER is not run again, and with --minutes none begins that would not end in time, so a study can be cut
+into pieces as short as that. One that was cut off goes on from its last thousand steps, or with its scores. After every
+cell FOLDER holds STAGE.md, a table, and STAGE.json, the records. --tiny: the same cells in seconds, on a CPU.
 """
 
 import argparse
@@ -48,7 +49,7 @@ ABLATIONS = {
     **{f"no {p}": off for p, off in OFF.items()},
 }
 STAGES = ("tune", "main", "main4", "seeds", "ablate", "small")
-OVERHEAD = 110.0  # seconds of a cell that are not training: building, compiling, shipping, scoring 10 MB twice
+OVERHEAD = 140.0  # seconds of a cell that are not training: building, compiling, shipping, scoring 10 MB
 
 
 class Study:
@@ -65,7 +66,7 @@ class Study:
             budget, seconds, steps = 150_000, seconds / 200, min(steps, 10**9 if seconds else 4)
             changes = {"ship_small": 500, **changes}
         base = base_config(self.data, steps=steps, seconds=seconds, seed=seed, **shape)
-        settings = {"eval_interval": 500, "eval_bytes": 262_144, "softcap": 30.0}
+        settings = {"eval_interval": 500, "eval_bytes": 262_144, "save_interval": 1000, "keep": 1, "softcap": 30.0}
         config = entry(name, override(base, settings), budget, changes)
         return Config(config.recipe, config.model, replace(config.train, log_interval=100))
 

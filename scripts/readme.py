@@ -10,8 +10,8 @@ KIND_YYYY-MM-DD.json or .jsonl; the newest of a kind, by name, counts:
     step_cost_cpu2   {"rows": [{"width", "batch", "tritwise_ms", "adamw_ms", "ratio"}, …], …}
     rules_h100       the rows.jsonl of `tritwise bench rules`; ablation_h100, scaling_h100 and robustness_h100 likewise,
                      for what is not in the same file
-    score_study_cpu2, score_study_h100, score_slice_cpu2   the study.json of benchmarks/score_study.py, of one text or
-                     a part of one each
+    score_study_cpu2, score_study_h100, score_slice_cpu2, score_small_cpu2
+                     the study.json of benchmarks/score_study.py: one model and one text each, or the beginning of one
 
 README has all of its blocks. docs/RULE.md, if it is there, has any of `RULE_BLOCKS`, docs/SCORING.md of `SCORE_BLOCKS`.
 
@@ -39,7 +39,7 @@ LOSS, COST = "docs/loss.png", "docs/step_cost.png"
 RULE_PLOTS = ("loss", "state", "rates", "activity", "scaling", "robustness")  # as choose_bench_plots names them
 RULE_TABLES = ("table", "ablation")
 RULE_BLOCKS = tuple(f"rules_{name}" for name in (*RULE_TABLES, *RULE_PLOTS))
-SCORE_STUDIES = ("score_study_cpu2", "score_study_h100", "score_slice_cpu2")
+SCORE_STUDIES = ("score_study_cpu2", "score_study_h100", "score_slice_cpu2", "score_small_cpu2")
 SCORE_BLOCKS = tuple(f"score_{name}" for name in ("sources", *TABLES))
 DATE = "[0-9]" * 4 + "-[0-9][0-9]-[0-9][0-9]"
 

@@ -146,6 +146,8 @@ def test_the_time_left_survives_a_resume(small_config, stop_at, tmp_path):
     assert train(config, tmp_path / "run", display=stop_at(8))["interrupted"]
     result = train(config, tmp_path / "run", resume=True)
     assert 0.6 <= result["trained_seconds"] < 3 and "interrupted" not in result
+    again = train(config, tmp_path / "run", resume=True)  # as if its scores had been cut off
+    assert (again["val"], again["steps"]) == (result["val"], result["steps"]) and "warm_seconds" not in again
     lines = read_json_lines(tmp_path / "run/metrics.jsonl")
     rates = [line["rate"] for line in lines if line["kind"] == "train" and line["step"] > 20]
     assert rates == sorted(rates, reverse=True)  # on from where it was, not anew

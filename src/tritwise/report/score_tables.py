@@ -47,7 +47,9 @@ def _where(record: Record, item: Record) -> Record:
 
 
 def _machine(made: Record) -> str:
-    return f"{made['cpu']}, {made['threads']} threads" if made["device"] == "cpu" else made["device"]
+    if made["device"] != "cpu":
+        return made["device"]
+    return f"{made['cpu']}, {made['threads']} thread{'s' * (made['threads'] > 1)}"
 
 
 def _text(record: Record) -> str:
@@ -55,6 +57,12 @@ def _text(record: Record) -> str:
     name = record["data"].split(".")[0]
     name = "tinyshakespeare" if name == "shakespeare" else name
     return f"{name}, first {record['bytes']:,} bytes" if record.get("bytes") else name
+
+
+def _weights(record: Record) -> str:
+    """Of the model: 3.6M, 19.1M, 26k."""
+    count = record["artifact"]["weights"]
+    return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"
 
 
 def _scored(record: Record) -> int:
@@ -68,6 +76,7 @@ def _proof(record: Record) -> Iterator[list[str]]:
         same = row["identical"] and item["sha256"] == item["sha256_back"]
         yield [
             _text(record),
+            _weights(record),
             f"{item['bytes']:,}",
             f"{row['claimed_bits'] / 8:,.1f}",
             f"{row['bytes']:,}",
@@ -110,6 +119,7 @@ def _learn(record: Record) -> Iterator[list[str]]:
         if item := record["items"].get(name):
             yield [
                 _text(record),
+                _weights(record),
                 words,
                 f"{item['bytes']:,}",
                 f"{item['neural_bpb']:.4f}",
@@ -135,7 +145,7 @@ def _peers(record: Record) -> Iterator[list[str]]:
             where = _where(record, items[kind])
             yield [
                 _text(record),
-                f"**{row['name']}**" if own else f"`{row['name']}`",
+                f"**{row['name']}, {_weights(record)} weights**" if own else f"`{row['name']}`",
                 f"{row['bytes']:,}",
                 f"{row['bytes_with_model']:,}" if own else "the same",
                 f"{row['bpb']:.4f}",
@@ -183,16 +193,16 @@ Tell = Callable[[Record], Iterator[list[str]]]
 TABLES: dict[str, tuple[Tell, list[str], str]] = {
     "proof": (
         _proof,
-        ["text", "bytes", "claimed, bytes", "on disk, bytes", "over the claim", "decompressed"],
-        "<>>>><",
+        ["text", "weights", "bytes", "claimed, bytes", "on disk, bytes", "over the claim", "decompressed"],
+        "<>>>>><",
     ),
     "windows": (_windows, ["text", "mode", "window", "stride", "bpb", "gain", "seconds"], "<<>>>>>"),
     "agree": (_agree, ["text", "what is read", "bytes", "bits per byte", "spread"], "<<><>"),
     "cheats": (_cheats, ["text", "cheat", "honest bpb", "it would claim", "what happens"], "<<>><"),
     "learn": (
         _learn,
-        ["text", "reads", "bytes", "neural bpb", "bpb", "gain", "worst of all beginnings", "seconds"],
-        "<<>>>>>>",
+        ["text", "weights", "reads", "bytes", "neural bpb", "bpb", "gain", "worst of all beginnings", "seconds"],
+        "<><>>>>>>",
     ),
     "decode": (
         _decode,

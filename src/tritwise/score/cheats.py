@@ -1,4 +1,4 @@
-"""The four cheats that the guards exist for, to be put around any model: each gains, and each must be rejected.
+"""The four cheats that the guards exist for, to be put around any model: gain or no gain, each must be rejected.
 
     EntropyExpert      breaks condition 2: exp(-entropy) enters a mixture as if it were a probability of the byte
     Peeking            breaks condition 1: reads bytes that are yet to be predicted

@@ -137,7 +137,7 @@ def _train(
     # On a GPU the measured peak tells; elsewhere it counts the whole process, Python and torch included.
     activations = None if device.type == "cuda" else activation_bytes(model, *batch_on(device, sampler, step))
     warmed = None
-    if settings.seconds or len(course.depths) > 1:
+    if (settings.seconds or len(course.depths) > 1) and not course.over(step, trained):
         warmed = time.perf_counter()
         warm_up(stepper, model, optimizers, batches(step), [loops % config.model.loops for loops in course.depths])
         wait_for(device)
