@@ -12,7 +12,7 @@ def forward(x, slot, gate, out, columns, K: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for k in tl.static_range(K):
+    for k in tl.static_range(K):  # pyright: ignore[reportGeneralTypeIssues]
         at = tl.load(slot + row * K + k)
         weight = tl.load(gate + row * K + k).to(tl.float32)
         total += weight * tl.load(x + at * columns + column, mask=inside, other=0.0).to(tl.float32)
@@ -23,7 +23,7 @@ def forward(x, slot, gate, out, columns, K: tl.constexpr, BLOCK: tl.constexpr):
 def backward(grad, x, slot, gate, x_grad, gate_grad, columns, K: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr):
     """x_grad[slot[n, k]] = gate[n, k] * grad[n] and gate_grad[n, k] = grad[n] · x[slot[n, k]]. SPAN: of all columns."""
     row = tl.program_id(0).to(tl.int64)
-    for k in tl.static_range(K):
+    for k in tl.static_range(K):  # pyright: ignore[reportGeneralTypeIssues]
         at = tl.load(slot + row * K + k)
         weight = tl.load(gate + row * K + k).to(tl.float32)
         total = tl.zeros((BLOCK,), dtype=tl.float32)
