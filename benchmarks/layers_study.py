@@ -163,13 +163,15 @@ def spread(model: ByteLM, options: argparse.Namespace) -> Row:
     loads = [torch.zeros(len(layer.experts)) for layer in layers]
     passes: list[float] = []
 
-    def count(number: int, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, TritMoE)
-        x_NC = inputs[0].reshape(-1, inputs[0].shape[-1])
-        loads[number] += torch.bincount(layer.route(x_NC)[0].flatten().cpu(), minlength=len(loads[number]))
-        passes.append(float(layer.passes(x_NC).float().mean()))
+    def watch(layer: TritMoE, load: Tensor) -> Any:
+        def count(_: Any, inputs: tuple[Tensor, ...]) -> None:
+            x_NC = inputs[0].reshape(-1, inputs[0].shape[-1])
+            load.add_(torch.bincount(layer.route(x_NC)[0].flatten().cpu(), minlength=len(load)))
+            passes.append(float(layer.passes(x_NC).float().mean()))
 
-    hooks = [layer.register_forward_pre_hook(functools.partial(count, number)) for number, layer in enumerate(layers)]
+        return layer.register_forward_pre_hook(count)
+
+    hooks = [watch(layer, load) for layer, load in zip(layers, loads, strict=True)]
     val, ctx = text()["val"], model.context
     with torch.no_grad():
         for first in range(0, len(val) - ctx if not options.quick else 8 * ctx, 64 * ctx):

@@ -106,7 +106,10 @@ def train_item(task: Task) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "bpb_of_first_mib_as_trained": found.bpb,
         "curve": curve,
-        "config": config.as_dict(),
+        "config": dataclasses.replace(
+            config,
+            train=dataclasses.replace(settings, data=Path(settings.data).name),  # no private paths
+        ).as_dict(),
     }
 
 

@@ -130,26 +130,28 @@ def test_nothing_is_compiled_inside_the_clock(small_config, tmp_path, monkeypatc
 
 
 def test_a_run_by_time_ends_in_time(small_config, tmp_path):
-    config = small_config(steps=10**6, seconds=1.0, decay=0.5, loops=2, depth_plan="0.5:1,1:2", eval_interval=0)
+    config = small_config(
+        steps=10**6, seconds=1.0, warmup=0, decay=0.5, loops=2, depth_plan="0.5:1,1:2", eval_interval=0
+    )
     result = train(config, tmp_path / "run")
-    assert 1.0 <= result["trained_seconds"] < 3 and 10 < result["steps"] < 10**6
+    assert 1.0 <= result["trained_seconds"] < 3 and 2 < result["steps"] < 10**6
     lines = read_json_lines(tmp_path / "run/metrics.jsonl")
     evals = [line for line in lines if line["kind"] == "eval"]
     assert [(line["loops"], line["phase"]) for line in evals] == [(2, "falls")]
-    assert evals[0]["rate"] < 0.1 * config.train.rate
-    rates = [line["rate"] for line in lines if line["kind"] == "train" and line["step"] > 20]
+    assert evals[0]["rate"] < config.train.rate
+    rates = [line["rate"] for line in lines if line["kind"] == "train"]
     assert rates == sorted(rates, reverse=True)
 
 
 def test_the_time_left_survives_a_resume(small_config, stop_at, tmp_path):
-    config = small_config(steps=10**6, seconds=0.6, eval_interval=0)
-    assert train(config, tmp_path / "run", display=stop_at(8))["interrupted"]
+    config = small_config(steps=10**6, seconds=0.8, warmup=0, decay=1.0, eval_interval=0)
+    assert train(config, tmp_path / "run", display=stop_at(2))["interrupted"]
     result = train(config, tmp_path / "run", resume=True)
-    assert 0.6 <= result["trained_seconds"] < 3 and "interrupted" not in result
+    assert 0.8 <= result["trained_seconds"] < 3 and "interrupted" not in result
     again = train(config, tmp_path / "run", resume=True)  # as if its scores had been cut off
     assert (again["val"], again["steps"]) == (result["val"], result["steps"]) and "warm_seconds" not in again
     lines = read_json_lines(tmp_path / "run/metrics.jsonl")
-    rates = [line["rate"] for line in lines if line["kind"] == "train" and line["step"] > 20]
+    rates = [line["rate"] for line in lines if line["kind"] == "train"]
     assert rates == sorted(rates, reverse=True)  # on from where it was, not anew
 
 
