@@ -256,10 +256,10 @@ def vq(options: argparse.Namespace) -> Items:
     """A codebook of 256; reconstruction of the test images' patches, and which codes they need."""
     size: dict[str, Any] = {
         "codes": 256,
-        "width": 32,
+        "width": 64,
         "hidden": 512,
         "batch": 1024,
-        "steps": 2000 if options.size == "gpu" else 1200,
+        "steps": 2000,
     }
     size |= {"hidden": 64, "codes": 32, "steps": 20} if options.quick else {}
 

@@ -27,7 +27,7 @@ def backward(grad, x, slot, gate, x_grad, gate_grad, columns, K: tl.constexpr, S
         at = tl.load(slot + row * K + k)
         weight = tl.load(gate + row * K + k).to(tl.float32)
         total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for left in tl.static_range(0, SPAN, BLOCK):
+        for left in tl.static_range(0, SPAN, BLOCK):  # pyright: ignore[reportGeneralTypeIssues]
             column = left + tl.arange(0, BLOCK)
             inside = column < columns
             g = tl.load(grad + row * columns + column, mask=inside, other=0.0).to(tl.float32)
