@@ -1,4 +1,4 @@
-"""What a model reads: bytes through a memory map, a split rule and a sampler that resumes exactly.
+"""What a model reads: bytes through a memory map, a split rule, a sampler that resumes exactly, and the vocabulary.
 
 The function `split` stays in `tritwise.data.split`: lifted up here it would hide the module of the same name.
 """
@@ -6,5 +6,6 @@ The function `split` stays in `tritwise.data.split`: lifted up here it would hid
 from tritwise.data.sampler import Sampler
 from tritwise.data.source import Source, describe, open_bytes
 from tritwise.data.split import Split
+from tritwise.data.vocabulary import VOCABULARY, Special
 
-__all__ = ["Sampler", "Source", "Split", "describe", "open_bytes"]
+__all__ = ["VOCABULARY", "Sampler", "Source", "Special", "Split", "describe", "open_bytes"]
