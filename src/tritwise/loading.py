@@ -10,7 +10,7 @@ import torch
 from tritwise.data.source import open_bytes
 from tritwise.data.split import named_part
 from tritwise.data.split import split as split_data
-from tritwise.models import ByteLM
+from tritwise.models import Arb, ByteLM
 from tritwise.models import generate as generate_bytes
 from tritwise.score import Score
 from tritwise.score import score as score_text
@@ -19,9 +19,9 @@ from tritwise.train import load_run
 
 
 class LoadedModel:
-    """A model and where it came from. `model` is the ByteLM, `about` what the file says of itself."""
+    """A model and where it came from. `model` is the ByteLM or Arb, `about` what the file says of itself."""
 
-    def __init__(self, model: ByteLM, path: Path, about: dict[str, Any]) -> None:
+    def __init__(self, model: ByteLM | Arb, path: Path, about: dict[str, Any]) -> None:
         self.model, self.path, self.about = model, path, about
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "LoadedModel":

@@ -105,10 +105,14 @@ class ByteLM(nn.Module):
                 layer.add_column_scales()
 
     def forward(self, ids: Tensor, state: DecodeState | None = None) -> Tensor:
-        return self._logits(self._features(ids, state))
+        return self.logits(self._features(ids, state))
 
     def _features(self, ids: Tensor, state: DecodeState | None = None) -> Tensor:
         """What the head reads, of the activations' dtype [B, T, C]."""
+        return self.read(self.embedded(ids, state), state)
+
+    def embedded(self, ids: Tensor, state: DecodeState | None = None) -> Tensor:
+        """What stands for the symbols before the first block, float32 [B, T, C]; `read` goes on from there."""
         x_BTC = self.embed(ids)
         if self.ngrams is not None:
             time, read = ids.shape[1], ids
@@ -116,6 +120,10 @@ class ByteLM(nn.Module):
                 read = torch.cat((state.history_BP, ids), dim=1)
                 state.history_BP = read[:, -(self.config.ngrams - 1) :]
             x_BTC = x_BTC + self.ngrams(read, time)
+        return x_BTC
+
+    def read(self, x_BTC: Tensor, state: DecodeState | None = None) -> Tensor:
+        """Features that the head reads, of the activations' dtype [B, T, C], from what `embedded` gives."""
         x_BTC = rms_norm(x_BTC.to(self.dtype))
         for index, block in enumerate(self.blocks):
             if self.checkpoint and state is None and torch.is_grad_enabled():
@@ -124,17 +132,20 @@ class ByteLM(nn.Module):
                 x_BTC = block(x_BTC, self.rotary, state.caches[index] if state is not None else None)
         return rms_norm(x_BTC)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         """Capped logits float32 [..., V] of features [..., C]."""
-        z = self.head(x).float()
-        return self.config.softcap * torch.tanh(z / self.config.softcap)
+        return self.capped(self.head(x))
+
+    def capped(self, z: Tensor) -> Tensor:
+        """softcap * tanh(z / softcap), float32."""
+        return self.config.softcap * torch.tanh(z.float() / self.config.softcap)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per byte. ids, targets: int64 [B, T]; a 0-d float32 tensor."""
         x_NC, targets_N = self._features(ids).flatten(0, 1), targets.reshape(-1)
         count = len(x_NC)
         if not 0 < self.loss_chunk < count:
-            return nn.functional.cross_entropy(self._logits(x_NC), targets_N)
+            return nn.functional.cross_entropy(self.logits(x_NC), targets_N)
         total = x_NC.new_zeros((), dtype=torch.float32)
         # The head's weight gradients of all chunks are added up before they reach its port, which fires once.
         for chunk in zip(x_NC.split(self.loss_chunk), targets_N.split(self.loss_chunk), strict=True):
@@ -143,7 +154,7 @@ class ByteLM(nn.Module):
 
     def loss_of_features(self, x_NC: Tensor, targets_N: Tensor) -> Tensor:
         """Sum of the cross-entropies, in nats, of positions whose features are [N, C] and targets int64 [N]."""
-        return nn.functional.cross_entropy(self._logits(x_NC), targets_N, reduction="sum")
+        return nn.functional.cross_entropy(self.logits(x_NC), targets_N, reduction="sum")
 
     @property
     def context(self) -> int:

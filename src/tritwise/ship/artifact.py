@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from tritwise.errors import UserError
-from tritwise.models import ByteLM, ModelConfig
+from tritwise.models import Arb, ByteLM, ModelConfig, PartsConfig
 from tritwise.nn import trit_modules
 from tritwise.registers import LEAD, leading_trit, pack_base3, packed_bytes, unpack_base3
 from tritwise.ship.container import read_container, write_container
 
-KIND = "byte_lm"
+KIND, ARB = "byte_lm", "arb"
 
 
 class ArtifactInfo(NamedTuple):
@@ -30,8 +30,9 @@ class ArtifactInfo(NamedTuple):
     streams: dict[str, int]
 
 
-def write_artifact(model: ByteLM, path: Path, about: dict[str, Any] | None = None) -> ArtifactInfo:
-    """Write `model` to `path`, atomically. `about`: plain JSON kept in the header.
+def write_artifact(model: ByteLM | Arb, path: Path, about: dict[str, Any] | None = None) -> ArtifactInfo:
+    """Write `model` to `path`, atomically. `about`: plain JSON kept in the header. Frozen encoders stay outside: the
+    file names them, without the folder they lay in, and knows the checksum of their weights.
 
     Raises UserError for a model with float weights (it has no lossless artifact) and if the file cannot be written.
     """
@@ -41,7 +42,7 @@ def write_artifact(model: ByteLM, path: Path, about: dict[str, Any] | None = Non
     trits = torch.cat([leading_trit(layer.register).reshape(-1).cpu() for _, layer in layers])
     scales = torch.cat([e.detach().reshape(-1).cpu() for _, layer in layers for e in layer.exponents()])
     header = {
-        "kind": KIND,
+        "kind": ARB if isinstance(model, Arb) else KIND,
         "config": dataclasses.asdict(model.config),
         "layers": [
             {"name": name, "role": layer.role, "shape": list(layer.register.shape), "groups": layer.exponent.shape[1]}
@@ -50,23 +51,29 @@ def write_artifact(model: ByteLM, path: Path, about: dict[str, Any] | None = Non
         "weights": trits.numel(),
         "packing": "base3",
         "about": about or {},
-    }
+    } | ({"parts": _public(model.parts)} if isinstance(model, Arb) else {})
     streams = {"trits": pack_base3(trits).numpy(), "scales": scales.view(torch.uint8).numpy()}
     info = write_container(path, header, streams)
     return ArtifactInfo(Path(path), info.bytes, trits.numel(), {s.name: s.stored for s in info.streams})
 
 
-def read_artifact(path: Path) -> tuple[ByteLM, dict[str, Any]]:
+def _public(parts: PartsConfig) -> dict[str, Any]:
+    """The parts as plain JSON; of the path of an encoder only its last name, for where it lay is nobody's business."""
+    told = dataclasses.asdict(parts)
+    return told | {key: Path(told[key]).name for key in ("vision_encoder", "audio_encoder")}
+
+
+def read_artifact(path: Path) -> tuple[ByteLM | Arb, dict[str, Any]]:
     """The model in `path`, frozen and in eval mode, and the header. Its logits equal the trained model's bit for bit.
 
     Raises UserError if the file is missing, damaged, cut off, newer than this version, or holds something else.
     """
     header, streams = read_container(path)
     try:
-        if header["kind"] != KIND or header["packing"] != "base3":
+        if header["kind"] not in (KIND, ARB) or header["packing"] != "base3":
             raise UserError(f"{path} holds a {header['kind']!r} in {header['packing']!r}; upgrade tritwise to read it")
         config = ModelConfig(**header["config"])
-        model = ByteLM(config)
+        model = Arb(config, PartsConfig(**header["parts"])) if header["kind"] == ARB else ByteLM(config)
         layers = list(trit_modules(model))
         expected = [[name, list(layer.register.shape)] for name, layer in layers]
         if [[entry["name"], entry["shape"]] for entry in header["layers"]] != expected:

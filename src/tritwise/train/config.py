@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from tritwise.data.split import Split
+from tritwise.data.vocabulary import VOCABULARY
 from tritwise.errors import UserError
-from tritwise.models import ModelConfig
+from tritwise.models import ModelConfig, PartsConfig
 from tritwise.ops.direction import METHODS
+from tritwise.train.media_config import MediaConfig
 
 OPTIMIZERS = ("trit", "adamw", "muon")
 
@@ -119,13 +121,19 @@ class TrainConfig:
         Split(self.split)  # says what is wrong with a rule before any data is read
 
 
+_PARTS: dict[str, Any] = {"model": ModelConfig, "train": TrainConfig, "parts": PartsConfig, "media": MediaConfig}
+_ARB = ("parts", "media")  # written down only for ARB runs
+
+
 @dataclass(frozen=True)
 class Config:
-    """One run: the recipe's name, the model and its training."""
+    """One run: the recipe's name, the model, its training; of an ARB run its parts, and what they learn from."""
 
     recipe: str = "custom"
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parts: PartsConfig = field(default_factory=PartsConfig)
+    media: MediaConfig = field(default_factory=MediaConfig)
 
     def __post_init__(self) -> None:
         if (self.model.weights == "trit") != (self.train.optimizer == "trit"):
@@ -135,8 +143,9 @@ class Config:
             )
         if self.train.compact and (self.train.optimizer != "trit" or self.model.ngrams > 1):
             raise UserError("compact is for ternary layers without n-gram tables; use optimizer=trit and ngrams=1")
-        if self.model.vocab != 256:
-            raise UserError(f"vocab is {self.model.vocab}; a model of bytes needs 256")
+        needed, of = (VOCABULARY, "an ARB model") if self.media.task else (256, "a model of bytes")
+        if self.model.vocab != needed:
+            raise UserError(f"vocab is {self.model.vocab}; {of} needs {needed}")
         if self.train.stride > self.model.ctx:
             raise UserError(f"stride is {self.train.stride}; the score's window moves by at most ctx, {self.model.ctx}")
 
@@ -147,7 +156,7 @@ class Config:
             "recipe": self.recipe,
             "model": dataclasses.asdict(self.model),
             "train": dataclasses.asdict(self.train),
-        }
+        } | ({name: dataclasses.asdict(getattr(self, name)) for name in _ARB} if self.media.task else {})
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Config":
@@ -155,20 +164,20 @@ class Config:
         try:
             if values["format"] != 1:
                 raise UserError(f"this run's config has format {values['format']}; upgrade tritwise to read it")
-            return Config(values["recipe"], ModelConfig(**values["model"]), TrainConfig(**values["train"]))
+            return Config(values["recipe"], **{name: cls(**values.get(name, {})) for name, cls in _PARTS.items()})
         except (KeyError, TypeError) as error:
             raise UserError(f"this run's config is damaged or from another version ({error}); train again") from None
 
 
 def flat(config: Config) -> dict[str, Any]:
     """Every setting of the model and its training by its key."""
-    return dataclasses.asdict(config.model) | dataclasses.asdict(config.train)
+    return {key: value for name in _PARTS for key, value in dataclasses.asdict(getattr(config, name)).items()}
 
 
 def _types() -> dict[str, tuple[str, type]]:
     """Every key -> (part of the config, its type). Keys are unique across the parts."""
     found: dict[str, tuple[str, type]] = {}
-    for part, cls in (("model", ModelConfig), ("train", TrainConfig)):
+    for part, cls in _PARTS.items():
         for name, kind in get_type_hints(cls).items():
             assert name not in found, f"{name} is in two parts of the config"
             found[name] = (part, kind)
@@ -181,7 +190,7 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
     Raises UserError for an unknown key (naming the nearest) or a value of the wrong type.
     """
     types = _types()
-    parts: dict[str, dict[str, Any]] = {"model": {}, "train": {}}
+    parts: dict[str, dict[str, Any]] = {name: {} for name in _PARTS}
     for key, value in changes.items():
         if key not in types:
             near = difflib.get_close_matches(key, types, n=1)
@@ -194,7 +203,7 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
         parts["model"].setdefault("heads", 0)
     if "heads" in parts["model"]:
         parts["model"].setdefault("kv_heads", 0)
-    return Config(config.recipe, _replace(config.model, parts["model"]), _replace(config.train, parts["train"]))
+    return Config(config.recipe, **{name: _replace(getattr(config, name), own) for name, own in parts.items()})
 
 
 def _replace(instance: Any, changes: dict[str, Any]) -> Any:

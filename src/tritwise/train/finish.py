@@ -10,7 +10,7 @@ import torch
 from tritwise.data.source import BUNDLED_NAMES, describe
 from tritwise.data.split import split
 from tritwise.errors import UserError
-from tritwise.models import ByteLM
+from tritwise.models import Arb, ByteLM
 from tritwise.nn import trit_modules
 from tritwise.registers import REGISTER_LIMIT
 from tritwise.score import Score, ladder, score
@@ -24,7 +24,7 @@ from tritwise.train.run import RunFolder
 def finish(
     config: Config,
     folder: RunFolder,
-    model: ByteLM,
+    model: ByteLM | Arb,
     optimizers: list[torch.optim.Optimizer],
     parts: dict[str, np.ndarray],
     done: dict[str, Any],
@@ -64,7 +64,7 @@ def finish(
 
 
 def ship_and_reread(
-    model: ByteLM,
+    model: ByteLM | Arb,
     path: Path,
     config: Config,
     val: np.ndarray,
@@ -84,7 +84,7 @@ def ship_and_reread(
 
 
 @torch.inference_mode()
-def require_same_logits(model: ByteLM, reread: ByteLM, val: np.ndarray, device: torch.device) -> None:
+def require_same_logits(model: ByteLM | Arb, reread: ByteLM | Arb, val: np.ndarray, device: torch.device) -> None:
     """Raises UserError unless both models give bit-equal logits on the first windows of `val`."""
     window = min(model.context, len(val))
     count = min(8, len(val) // window)
@@ -93,7 +93,7 @@ def require_same_logits(model: ByteLM, reread: ByteLM, val: np.ndarray, device: 
         raise UserError("the artifact's logits differ from the model's; do not use it, and report this as a bug")
 
 
-def register_histogram(model: ByteLM) -> dict[str, list[int]]:
+def register_histogram(model: ByteLM | Arb) -> dict[str, list[int]]:
     """Layer name -> how many registers hold each value -121 … 121."""
     shift, size = REGISTER_LIMIT, 2 * REGISTER_LIMIT + 1
     return {

@@ -7,20 +7,13 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 
-from tritwise.data.sampler import Sampler
-from tritwise.data.source import describe
-from tritwise.data.split import split
 from tritwise.errors import UserError
 from tritwise.files import JsonLines
-from tritwise.models import ByteLM, generate
 from tritwise.optim import TritOptimizer, rate_factor
-from tritwise.score import score
 from tritwise.train.config import Config
-from tritwise.train.device import batch_on, build_model, device_called, speed_of, wait_for
-from tritwise.train.finish import finish
+from tritwise.train.device import build_model, device_called, speed_of, wait_for
 from tritwise.train.memory import activation_bytes, memory_by_role
 from tritwise.train.meter import Meter
 from tritwise.train.optimizers import build_optimizers, set_rates
@@ -28,6 +21,7 @@ from tritwise.train.progress import Display, Quiet
 from tritwise.train.restore import pack_state, unpack_state
 from tritwise.train.run import RunFolder
 from tritwise.train.stepper import Stepper
+from tritwise.train.tasks import open_task
 
 
 def train(config: Config, out: Path | str, *, resume: bool = False, display: Display | None = None) -> dict[str, Any]:
@@ -39,11 +33,8 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
     """
     settings, folder, display = config.train, RunFolder(out), display or Quiet()
     device = device_called(settings.device)
-    source = describe(settings.data)
-    parts = split(source.data, settings.split)
-    if "train" not in parts:
-        raise UserError(f"split {settings.split} leaves nothing to train on; use 90/10")
-    sampler = Sampler(parts["train"], settings.batch, config.model.ctx, settings.seed, accum=settings.accum)
+    task = open_task(config, display.say)
+    config = task.config
 
     torch.manual_seed(settings.seed)
     model = build_model(config, device)
@@ -53,7 +44,7 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
     folder.begin(resume=resume)
     if resume and store.steps():
         checkpoint = store.load()
-        sampler.check(checkpoint.meta["sampler"])
+        task.check(checkpoint.meta["sampler"])
         if checkpoint.step > settings.steps:
             raise UserError(
                 f"{out} is at step {checkpoint.step} already; resume it with --steps {checkpoint.step} or more"
@@ -61,6 +52,8 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
         unpack_state(checkpoint, model, optimizers)
         step, saved, seconds = checkpoint.step, checkpoint.step, checkpoint.meta["seconds"]
         del checkpoint
+    else:
+        task.begin(model)
     # A resumed run may have been given more steps, and the next resume must know: they are part of the schedule.
     folder.write("config", config.as_dict())
     folder.write_manifest(config, device)
@@ -68,7 +61,7 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
     def save() -> None:
         nonlocal saved
         tensors, meta = pack_state(model, optimizers)
-        store.save(step, tensors, meta | {"seconds": seconds, "sampler": sampler.state()})
+        store.save(step, tensors, meta | {"seconds": seconds, "sampler": task.state()})
         saved = step
 
     def where() -> dict[str, Any]:
@@ -78,12 +71,14 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
         metrics.write(record)
         display.record(record)
 
-    bytes_a_step = settings.batch * settings.accum * config.model.ctx
+    bytes_a_step = task.bytes_a_step
     meter, since, began, first = Meter(model), 0, time.perf_counter() - seconds, step
-    speed = speed_of(settings.compile, model, settings.accum)
+    # What is compiled and recorded is one kind of batch of one shape: rows of captions and sounds differ in length.
+    settled = task.kinds in (("text",), ("diffusion",))
+    speed = speed_of(settings.compile if settled else "false", model, settings.accum)
     stepper = Stepper(model, optimizers, settings.accum, **speed._asdict(), guard=True)
     # On a GPU the measured peak tells; elsewhere it counts the whole process, Python and torch included.
-    activations = None if device.type == "cuda" else activation_bytes(model, *batch_on(device, sampler, step))
+    activations = None if device.type == "cuda" else activation_bytes(model, *task.batch(device, step, 0))
 
     def memory() -> dict[str, int | None]:
         return memory_by_role(model, optimizers, activations=activations, together=speed.graph)
@@ -99,7 +94,7 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
                 step_began = time.perf_counter()
                 factor = rate_factor(step, settings.steps, settings.warmup, settings.decay)
                 set_rates(optimizers, factor)
-                loss = stepper.step_over(batch_on(device, sampler, step, micro) for micro in range(settings.accum))
+                loss = stepper.step_over(task.batch(device, step, micro) for micro in range(settings.accum))
                 step, since = step + 1, since + 1
                 last = step == settings.steps
                 logs = last or step % settings.log_interval == 0
@@ -108,16 +103,20 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
                 now = time.perf_counter()
                 seconds = now - began
                 meter.add(loss, bytes_a_step, now - step_began, optimizers[0])
+                if len(task.kinds) > 1:
+                    kinds = (task.kind(step - 1, micro) for micro in range(settings.accum))
+                    meter.add_by_kind(zip(kinds, stepper.shares, strict=True), settings.accum)
                 if logs:
                     if last or step - first <= settings.log_interval:
                         display.record({"kind": "memory", **memory()})
                     for record in meter.records(since, where(), settings.rate * factor, _skipped(optimizers)):
+                        if task.kinds != ("text",):
+                            record.pop("bpb", None)  # the loss is not of bytes alone
                         log(record)
                     since = 0
                 if last or (settings.eval_interval and step % settings.eval_interval == 0):
-                    log(_evaluate(model, parts, settings.eval_bytes, where(), device))
-                    if settings.sample_bytes:
-                        log(_sample(model, settings.sample_bytes, settings.seed, where()))
+                    for record in task.evaluate(model, folder, where(), device):
+                        log(record)
                     seconds = time.perf_counter() - began
                 if settings.save and settings.save_interval and step % settings.save_interval == 0:
                     save()
@@ -135,7 +134,7 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
             display.say(f"stopped at step {step}, {kept}")
             return {"interrupted": True, "steps": step, "seconds": seconds, "run": str(folder.path)}
     done = {"steps": step, "seconds": round(seconds, 3), "bytes_seen": step * bytes_a_step}
-    return finish(config, folder, model, optimizers, parts, done, device, held)
+    return task.finish(folder, model, optimizers, done, device, held)
 
 
 def _skipped(optimizers: list[torch.optim.Optimizer]) -> int:
@@ -143,20 +142,6 @@ def _skipped(optimizers: list[torch.optim.Optimizer]) -> int:
         optimizer.skipped if isinstance(optimizer, TritOptimizer) else optimizer.param_groups[0].get("skipped", 0)
         for optimizer in optimizers
     )
-
-
-def _evaluate(
-    model: ByteLM, parts: dict[str, np.ndarray], count: int, where: dict[str, Any], device: torch.device
-) -> dict[str, Any]:
-    """Chunked score (stride = window) of the first `count` bytes of val: quick, and the same bytes every time."""
-    part = parts["val"][: count or None]
-    result = score(model, part, stride=model.context, device=device)
-    return {"kind": "eval", **where, "split": "val", "loss": result.nats, "bpb": result.bpb, "scored": result.bytes}
-
-
-def _sample(model: ByteLM, count: int, seed: int, where: dict[str, Any]) -> dict[str, Any]:
-    text = bytes(generate(model, b"\n", count, seed=seed)).decode("utf-8", errors="replace")
-    return {"kind": "sample", **where, "prompt": "\n", "text": text}
 
 
 class StopSignal:

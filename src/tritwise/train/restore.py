@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tritwise.errors import UserError
-from tritwise.models import ByteLM
+from tritwise.models import Arb, ByteLM
 from tritwise.nn import trit_modules
 from tritwise.train.checkpoint import Checkpoint
 from tritwise.train.config import Config
@@ -16,7 +16,9 @@ from tritwise.train.optimizers import build_optimizers
 from tritwise.train.run import RunFolder
 
 
-def pack_state(model: ByteLM, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pack_state(
+    model: ByteLM | Arb, optimizers: Sequence[torch.optim.Optimizer]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors by name, plain JSON) that `unpack_state` needs to bring model and optimizers back bit for bit.
 
     The tensors are the live ones, where they are: whoever writes them down takes no copy of them all.
@@ -36,7 +38,7 @@ def _plain(group: dict[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
 
 
-def unpack_state(checkpoint: Checkpoint, model: ByteLM, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
+def unpack_state(checkpoint: Checkpoint, model: ByteLM | Arb, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
     """Put a checkpoint into a model and optimizers built from the same config. Raises UserError if it does not fit."""
     try:
         weights = {
@@ -60,7 +62,7 @@ def unpack_state(checkpoint: Checkpoint, model: ByteLM, optimizers: Sequence[tor
         raise UserError(f"checkpoint {checkpoint.step} does not fit the run's config ({reason}); train again") from None
 
 
-def load_run(path: Any, *, with_optimizers: bool = False) -> tuple[Config, ByteLM, list[Any], Checkpoint]:
+def load_run(path: Any, *, with_optimizers: bool = False) -> tuple[Config, ByteLM | Arb, list[Any], Checkpoint]:
     """(config, model, optimizers, newest checkpoint) of the run folder at `path`; optimizers is [] unless asked for.
 
     Ternary layers come frozen (no gradient ports) unless optimizers are asked for.
@@ -77,3 +79,30 @@ def load_run(path: Any, *, with_optimizers: bool = False) -> tuple[Config, ByteL
             layer.trainable(False)
         model.eval()
     return config, model, optimizers, checkpoint
+
+
+def take_over(model: Arb, path: Any) -> None:
+    """Give `model` the weights of the newest checkpoint of the run at `path`. Parts that run had not stay new.
+
+    Raises UserError if there is no such run, it is no ARB run, or a part of it has another shape.
+    """
+    folder = RunFolder(path)
+    if not folder.config().media.task:
+        raise UserError(
+            f"{path} is a byte model of 256 symbols; start from a run of train text, or from another ARB run"
+        )
+    checkpoint = folder.store().load()
+    found = {n.removeprefix("model."): tensor for n, tensor in checkpoint.tensors.items() if n.startswith("model.")}
+    own = model.state_dict()
+    other = [name for name in own if name in found and own[name].shape != found[name].shape]
+    # A part is there as a whole or not at all; the trunk always is.
+    parts = {name.split(".")[0] for name in found}
+    other += [name for name in own if name not in found and name.split(".")[0] in parts]
+    if other:
+        raise UserError(
+            f"the checkpoint of {path} does not fit: {other[0]} is "
+            f"{list(found[other[0]].shape) if other[0] in found else 'not in it'}, "
+            f"{list(own[other[0]].shape)} is needed; use its --width, --depth and encoder"
+        )
+    kept = {name: tensor for name, tensor in found.items() if name in own}
+    model.load_state_dict(kept, strict=False)

@@ -11,11 +11,12 @@ Nothing here waits for the GPU: the loss comes back as a tensor that may not hav
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritwise.models import ByteLM
+from tritwise.models import Arb, ByteLM
 from tritwise.nn import TritModule, trit_modules
 from tritwise.ops import gpu
 from tritwise.optim import TritOptimizer
@@ -34,7 +35,7 @@ class Stepper:
 
     def __init__(
         self,
-        model: ByteLM,
+        model: ByteLM | Arb,
         optimizers: Sequence[torch.optim.Optimizer],
         accum: int = 1,
         *,
@@ -48,24 +49,29 @@ class Stepper:
         if graph and device.type != "cuda":
             raise ValueError(f"a CUDA graph cannot be recorded on {device}; leave out graph, or move the model to cuda")
         self._record = graph
+        self.shares: list[Tensor] = []
         self._replay: _Recording | None = None
         self._versions: list[int] = []
         floats = [optimizer for optimizer in self.optimizers if not isinstance(optimizer, TritOptimizer)]
         self._guarded = floats if guard else []
 
     def step(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """`step_over` a single batch."""
+        """`step_over` a single batch of text."""
         return self.step_over([(ids, targets)])
 
-    def step_over(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        """Train on `accum` micro-batches (ids, targets), int64 [B, T] each on the model's device. Returns their mean
-        loss in nats per byte, a 0-d float32 tensor on the device, which may not have been computed yet."""
+    def step_over(self, batches: Iterable[tuple[Any, ...]]) -> Tensor:
+        """Train on `accum` micro-batches, each the arguments of `model.loss` on its device: for a byte LM ids and
+        targets, int64 [B, T]. Returns their mean loss (of text in nats per byte), a 0-d float32 tensor on the device,
+        which may not have been computed yet; `shares` then has what each of them gave to it."""
         if self._record and self.accum == 1 and self._updates_record():
-            ((ids, targets),) = batches
-            return self._replayed(ids, targets)
+            (batch,) = batches
+            self.shares = [self._replayed(batch)]
+            return self.shares[0]
         total: Tensor | None = None
-        for ids, targets in batches:
-            loss = self._pass(ids, targets)
+        self.shares = []
+        for batch in batches:
+            loss = self._pass(batch)
+            self.shares.append(loss)
             total = loss if total is None else total + loss
         assert total is not None, "a step needs a batch"
         sound = not self._guarded or self._is_sound(total)
@@ -82,15 +88,15 @@ class Stepper:
                 optimizer.zero_grad(set_to_none=True)
         return total
 
-    def _pass(self, ids: Tensor, targets: Tensor) -> Tensor:
+    def _pass(self, batch: tuple[Any, ...]) -> Tensor:
         """Forward and backward of one micro-batch; returns its share of the loss."""
         if not self._record:
-            loss = self._share(ids, targets)
+            loss = self._share(*batch)
             loss.backward()
             return loss.detach()
         if self._replay is None or self._replay.updates:
-            self._replay = _Recording(self.model, self._share, ids, targets)
-        loss = self._replay(ids, targets).detach().clone()  # the next replay writes over it
+            self._replay = _Recording(self.model, self._share, batch)
+        loss = self._replay(batch).detach().clone()  # the next replay writes over it
         _deliver(self.optimizers, self._replay.port_grads)
         return loss
 
@@ -102,19 +108,19 @@ class Stepper:
         trained = {layer for optimizer in mine for layer in optimizer.layers}
         return all(layer in trained for _, layer in trit_modules(self.model) if layer.port is not None)
 
-    def _replayed(self, ids: Tensor, targets: Tensor) -> Tensor:
+    def _replayed(self, batch: tuple[Any, ...]) -> Tensor:
         """One whole step out of the recording, which is made anew when an optimizer has changed since."""
         mine = [optimizer for optimizer in self.optimizers if isinstance(optimizer, TritOptimizer)]
         versions = [optimizer.version for optimizer in mine]
         if self._replay is None or self._replay.updates != mine or self._versions != versions:
             self._replay = None  # its memory can serve the next one
-            self._replay, self._versions = _Recording(self.model, self._share, ids, targets, mine), versions
+            self._replay, self._versions = _Recording(self.model, self._share, batch, mine), versions
         for optimizer in mine:
             optimizer.before_replay()
-        return self._replay(ids, targets).detach().clone()  # the next replay writes over it
+        return self._replay(batch).detach().clone()  # the next replay writes over it
 
-    def _share(self, ids: Tensor, targets: Tensor) -> Tensor:
-        loss = self._loss(ids, targets)
+    def _share(self, *batch: Any) -> Tensor:
+        loss = self._loss(*batch)
         return loss / self.accum if self.accum > 1 else loss
 
     def _is_sound(self, loss: Tensor) -> bool:
@@ -133,23 +139,24 @@ class _Recording:
 
     def __init__(
         self,
-        model: ByteLM,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        ids: Tensor,
-        targets: Tensor,
+        model: ByteLM | Arb,
+        loss: Callable[..., Tensor],
+        batch: tuple[Any, ...],
         updates: Sequence[TritOptimizer] = (),
     ) -> None:
         self.updates = list(updates)
         self._layers = [layer for _, layer in trit_modules(model)]
         self._floats = [p for p in model.parameters() if p.requires_grad]
-        self._loss_of, self._ids, self._targets = loss, ids.clone(), targets.clone()
+        self._loss_of = loss
+        self._batch = [part.clone() if isinstance(part, Tensor) else part for part in batch]
         self._shelf = gpu.Shelf()
         self.port_grads: dict[TritModule, Tensor] = {}
         consumers = [layer.consumer for layer in self._layers]
         for layer in self._layers:
             layer.consumer = None  # the gradient stays in the port
-        side = torch.cuda.Stream(ids.device)
-        side.wait_stream(torch.cuda.current_stream(ids.device))
+        device = next(model.parameters()).device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
         with ExitStack() as stack:
             changed = [t for optimizer in self.updates for t in stack.enter_context(optimizer.recording())]
             kept = [tensor.clone() for tensor in changed]
@@ -158,7 +165,7 @@ class _Recording:
                     self._run()
                 for tensor, before in zip(changed, kept, strict=True):
                     tensor.copy_(before)
-            torch.cuda.current_stream(ids.device).wait_stream(side)
+            torch.cuda.current_stream(device).wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             stack.enter_context(self._shelf)
             with torch.cuda.graph(self._graph, stream=side):
@@ -172,7 +179,7 @@ class _Recording:
         for tensor in [*(layer.port for layer in self._layers), *self._floats]:
             if tensor is not None:
                 tensor.grad = None
-        loss = self._loss_of(self._ids, self._targets)
+        loss = self._loss_of(*self._batch)
         loss.backward()
         self.port_grads = {}
         for layer in self._layers:
@@ -185,9 +192,10 @@ class _Recording:
                 optimizer.step()
         return loss
 
-    def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
-        self._ids.copy_(ids)
-        self._targets.copy_(targets)
+    def __call__(self, batch: tuple[Any, ...]) -> Tensor:
+        for place, part in zip(self._batch, batch, strict=True):
+            if isinstance(place, Tensor):
+                place.copy_(part)
         self._graph.replay()
         for p, grad in self._float_grads:
             p.grad = grad
