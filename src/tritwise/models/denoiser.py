@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tritwise.models.parts import PartsConfig
+from tritwise.models.arb_parts import PartsConfig
 from tritwise.nn import (
     MLP,
     Attention,
