@@ -11,11 +11,11 @@ C width, V vocabulary, L letters of a transcript.
 import torch
 from torch import Tensor, nn
 
+from tritwise.models.arb_parts import PartsConfig
 from tritwise.models.bridge import Bridge
 from tritwise.models.byte_lm import ByteLM, DecodeState
 from tritwise.models.config import ModelConfig
 from tritwise.models.denoiser import Denoiser
-from tritwise.models.arb_parts import PartsConfig
 from tritwise.nn import FloatLinear, TritLinear, rms_norm
 
 IGNORED = -100  # a target that is not scored
