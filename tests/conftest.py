@@ -197,15 +197,15 @@ def assert_same_state(state_of: Callable[[Path], dict[str, torch.Tensor]]) -> Ca
 
 @pytest.fixture(scope="session")
 def tiny_vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a random DINOv2 of two layers: features of 16 numbers, patches of 14 pixels, images of 28."""
+    """The folder of a random DINOv2 of two layers: features of 16 numbers, patches of 14 pixels, images of 42."""
     hub = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("encoders") / "vision"
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 42, "patch_size": 14}
     hub.Dinov2Model(hub.Dinov2Config(**shape, mlp_ratio=2)).save_pretrained(folder)
-    size = {"height": 28, "width": 28}
+    size = {"height": 42, "width": 42}
     processor = {"image_processor_type": "BitImageProcessor", "do_resize": True, "do_center_crop": True}
-    told = {"size": {"shortest_edge": 28}, "crop_size": size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    told = {"size": {"shortest_edge": 42}, "crop_size": size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor | told))
     return folder
 

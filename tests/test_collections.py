@@ -111,9 +111,8 @@ def test_spoken_words_in_an_archive(tmp_path):
     arrays = {"audio": audio, "offsets": offsets, "label": np.array([0, 1, 1], np.uint8)}
     np.savez(tmp_path / "words.npz", **arrays, take=np.array([0, 7, 9], np.uint8), rate=np.array(8000))
     found = open_collection(tmp_path / "words.npz", "sounds")
-    assert [(e.text, e.split, e.label) for e in found.examples] == [("zero", "val", 0), ("one", "train", 1)] + [
-        ("one", "train", 1)
-    ]
+    told = [(e.text, e.split, e.label) for e in found.examples]
+    assert told == [("zero", "val", 0), ("one", "train", 1), ("one", "train", 1)]
     assert len(found.read(1, 16000)) == 2000
     np.savez(tmp_path / "other.npz", x=audio)
     with pytest.raises(UserError, match="no collection of spoken words"):

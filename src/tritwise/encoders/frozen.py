@@ -38,6 +38,7 @@ class FrozenEncoder(nn.Module):
         if not 0 <= layer <= layers:
             raise UserError(f"layer is {layer}; {where} has the layers 1 to {layers} (0 means the last)")
         self.network, self.where, self.layer, self.size = network.eval(), where, layer or layers, size
+        self.digest = weights_digest(network)  # now: the windows of sounds will cut the positions
         for parameter in self.network.parameters():
             parameter.requires_grad_(False)
 
@@ -51,7 +52,7 @@ class FrozenEncoder(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """What decides the features beside the data, as plain JSON: part of the key of the cache."""
-        return {"kind": self.kind, "encoder": weights_digest(self.network), "layer": self.layer}
+        return {"kind": self.kind, "encoder": self.digest, "layer": self.layer}
 
 
 class VisionEncoder(FrozenEncoder):

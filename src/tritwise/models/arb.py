@@ -93,7 +93,7 @@ class Arb(nn.Module):
         """Features of an image ("vision") or a sound ("audio") as hidden states of its bridge, [B, F, C]."""
         bridge = self.vision if kind == "vision" else self.audio
         assert bridge is not None, f"the model has no {kind} part"
-        return bridge.hidden(features_BFD.to(self.dtype))
+        return bridge.hidden(features_BFD, self.dtype)
 
     def logits_after(self, kind: str, ids: Tensor, hidden_BFC: Tensor, state: DecodeState | None = None) -> Tensor:
         """Logits float32 [B, T, V] where the positions 1 … P of ids are the tokens of an image or a sound."""

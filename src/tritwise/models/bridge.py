@@ -1,5 +1,9 @@
 """The bridge: from the features of a frozen encoder to tokens of the byte stream, through ternary layers.
 
+Encoders give channels of very different size, and what they have in common for all inputs can be most of them. So a
+bridge first takes away every channel's mean and divides by its deviation, as measured once on the training data: these
+are constants, not trained.
+
 Shape suffixes: B batch, F frames or tokens of features, P tokens of the stream, D size of a feature, C width.
 """
 
@@ -30,21 +34,35 @@ class BridgeBlock(nn.Module):
 class Bridge(nn.Module):
     """Features [B, F, D] -> hidden states [B, F, C] (`hidden`), and of these tokens [B, F / stride, C] (`tokens`).
 
-    size: D. width: C. stride: features that one token is made of; it divides F. depth: blocks. reach: of a block.
+    mean, spread: constants float32 [D], set by `measure`. size: D. width: C. stride: features that one token is made
+    of; it divides F. depth: blocks. reach: of a block.
     """
+
+    mean: Tensor
+    spread: Tensor
 
     def __init__(
         self, size: int, width: int, *, stride: int, depth: int, reach: int, linear: type[nn.Module], group: int = 256
     ) -> None:
         super().__init__()
         self.stride = stride
+        self.roles = {"mean": "table", "spread": "table"}
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("spread", torch.ones(size))
         self.into = linear(size, width, group=group)
         self.blocks = nn.ModuleList(BridgeBlock(width, reach, linear, group) for _ in range(depth))
         self.out = linear(stride * width, width, group=group)
 
-    def hidden(self, features_BFD: Tensor) -> Tensor:
-        """Hidden states of every feature, [B, F, C], of unit RMS."""
-        x_BFC = self.into(rms_norm(features_BFD))
+    @torch.no_grad()
+    def measure(self, mean_D: Tensor, spread_D: Tensor) -> None:
+        """Set mean and deviation of the channels of features."""
+        self.mean.copy_(mean_D)
+        self.spread.copy_(spread_D)
+
+    def hidden(self, features_BFD: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Hidden states of every feature, [B, F, C] of `dtype`, of unit RMS."""
+        even_BFD = (features_BFD.float() - self.mean) / self.spread
+        x_BFC = self.into(rms_norm(even_BFD).to(dtype))
         for block in self.blocks:
             x_BFC = block(x_BFC)
         return rms_norm(x_BFC)

@@ -43,31 +43,36 @@ def train_classifier(
     labels: Tensor,
     classes: int,
     *,
-    epochs: int = 2,
+    steps: int = 0,
     batch: int = 128,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Classifier:
-    """A classifier of pictures uint8 [N, channels, H, W] with labels int64 [N], by AdamW, where the pictures are."""
+    """A classifier of pictures uint8 [N, channels, H, W] with labels int64 [N], by AdamW, where the pictures are.
+
+    steps: 0 for three times through the pictures, and at least 100.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Classifier(pictures.shape[1], pictures.shape[-1], classes).to(pictures.device)
     order = torch.Generator().manual_seed(seed)
-    total = epochs * max(1, len(pictures) // batch)
+    batch = min(batch, len(pictures))
+    total = steps or max(100, 3 * len(pictures) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=total + 1)
-    done = 0
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(pictures), generator=order).split(batch)[: total // epochs]:
-            at = chosen.to(pictures.device)
-            loss = nn.functional.cross_entropy(model(pictures[at]), labels[at])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=total)
+    rest = torch.empty(0, dtype=torch.int64)
+    for step in range(total):
+        if len(rest) < batch:
+            rest = torch.randperm(len(pictures), generator=order)
+        at, rest = rest[:batch].to(pictures.device), rest[batch:]
+        loss = nn.functional.cross_entropy(model(pictures[at]), labels[at])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step + 1 < total:
             schedule.step()
-            done += 1
-            if progress is not None:
-                progress(done, total)
+        if progress is not None:
+            progress(step + 1, total)
     return model.eval()
 
 

@@ -1,8 +1,9 @@
 """The artifact: a trained byte model as one file. Leading trits five to a byte, scale exponents as their own stream.
 
 Streams, in the order of the model's layers: `trits`, all leading trits packed base3 in one run; `scales`, all int8
-scale exponents. The header holds the shape, the layers with their sizes, and what the trainer wants to say. Evidence
-and momentum stay behind: they do not change a logit.
+scale exponents; of an ARB model also `tables`, the measured constants of its bridges. The header holds the shape, the
+layers with their sizes, and what the trainer wants to say. Evidence and momentum stay behind: they do not change a
+logit.
 """
 
 import dataclasses
@@ -53,8 +54,16 @@ def write_artifact(model: ByteLM | Arb, path: Path, about: dict[str, Any] | None
         "about": about or {},
     } | ({"parts": _public(model.parts)} if isinstance(model, Arb) else {})
     streams = {"trits": pack_base3(trits).numpy(), "scales": scales.view(torch.uint8).numpy()}
+    if isinstance(model, Arb):
+        tables = [table.detach().float().cpu() for table in _tables(model)]
+        streams["tables"] = torch.cat([torch.empty(0), *tables]).view(torch.uint8).numpy()
     info = write_container(path, header, streams)
     return ArtifactInfo(Path(path), info.bytes, trits.numel(), {s.name: s.stored for s in info.streams})
+
+
+def _tables(model: Arb) -> list[torch.Tensor]:
+    """The constants that were measured on the training data, float32 [D] each, in the order of the parts."""
+    return [table for part in (model.vision, model.audio) if part is not None for table in (part.mean, part.spread)]
 
 
 def _public(parts: PartsConfig) -> dict[str, Any]:
@@ -100,4 +109,16 @@ def read_artifact(path: Path) -> tuple[ByteLM | Arb, dict[str, Any]]:
                 kept.copy_(exponents[: kept.numel()].view_as(kept))
                 exponents = exponents[kept.numel() :]
             layer.trainable(False)
+    if isinstance(model, Arb):
+        _read_tables(model, streams.get("tables", b""), path)
     return model.eval(), header
+
+
+def _read_tables(model: Arb, raw: bytes, path: Path) -> None:
+    tables = _tables(model)
+    if len(raw) != 4 * sum(table.numel() for table in tables):
+        raise UserError(f"{path} holds other constants than its bridges need; ship it again from its run")
+    flat = torch.from_numpy(np.frombuffer(raw, np.float32).copy())
+    for table in tables:
+        table.copy_(flat[: table.numel()])
+        flat = flat[table.numel() :]

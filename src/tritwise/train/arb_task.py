@@ -55,6 +55,9 @@ class ArbTask:
         self.judge = Judge(config, self.streams, self.text)
 
     def begin(self, model: Arb) -> None:
+        for kind, stream in self.streams.items():
+            if isinstance(stream, MediaStream):
+                getattr(model, kind).measure(stream.mean_D, stream.spread_D)
         if self.config.media.start:
             take_over(model, self.config.media.start)
 

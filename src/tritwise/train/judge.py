@@ -148,7 +148,7 @@ class Judge:
             return {}
         collection = open_collection(self.config.media.place_of("diffusion"), "images")
         seen, meant = pictures_in(collection.first(self.config.media.limit), "val", self.config.parts.channels)
-        classifier = train_classifier(stream.pictures.to(device), stream.labels.to(device), len(names), epochs=3)
+        classifier = train_classifier(stream.pictures.to(device), stream.labels.to(device), len(names))
         own = (classes_told(classifier, seen.to(device)).cpu() == meant).float().mean()
         return recognised(model, classifier, count, self.config) | {"classifier_accuracy": float(own)}
 

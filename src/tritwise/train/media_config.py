@@ -19,7 +19,7 @@ class MediaConfig:
     limit          train examples of a collection, and a tenth as many of val; 0: all
     mixture        weights of the kinds of a mixture, such as text=1,vision=2: how often a micro-batch is of each
     start          a run folder whose weights this run starts from; empty: new ones
-    noise          normal noise on features, in units of their root mean square
+    noise          normal noise on features, in units of the deviation of their channels
     hide           share of the features, in spans, that a batch does not see
     eval_examples  examples of val that an evaluation during training looks at; 0: all
     judge_pictures pictures that a classifier, trained for it at the end, is to recognise; 0: none

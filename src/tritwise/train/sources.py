@@ -26,7 +26,7 @@ def encoder_for(parts: PartsConfig, kind: str, place: str = "") -> Any:
     if not isinstance(encoder, VisionEncoder if kind == "vision" else AudioEncoder):
         raise UserError(f"{where} is an encoder of {encoder.kind}, not of {kind}; name another")
     wanted = getattr(parts, f"{kind}_digest")
-    if wanted and encoder.settings()["encoder"] != wanted:
+    if wanted and encoder.digest != wanted:
         raise UserError(f"{where} is not the encoder that the model learned with; name that one with --encoder")
     return encoder
 

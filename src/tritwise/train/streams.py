@@ -26,6 +26,7 @@ MARKS = {
     "vision": (Special.IMAGE_BEGIN, Special.IMAGE_SLOT, Special.IMAGE_END),
     "audio": (Special.AUDIO_BEGIN, Special.AUDIO_SLOT, Special.AUDIO_END),
 }
+MEASURED = 500  # examples from which the channels' means and deviations are taken, or up to twice as many
 SPAN = 5  # features that are hidden together in a sound
 UNLABELLED = 0.1  # share of pictures whose class is hidden, so that "any" is learned
 Batch = tuple[Any, ...]
@@ -64,7 +65,9 @@ class MediaStream:
         lengths = torch.tensor([features.length(index) for index in fits])
         self.groups = [torch.tensor(fits)[lengths == length].tolist() for length in lengths.unique().tolist()]
         self._shares = torch.tensor([float(len(group)) for group in self.groups])
-        self._scale = float(features.of(fits[0]).float().square().mean().sqrt())
+        some = fits[:: max(1, len(fits) // MEASURED)]
+        x_TD = torch.cat([features.of(index).float() for index in some])
+        self.mean_D, self.spread_D = x_TD.mean(dim=0), x_TD.std(dim=0).clamp(min=1e-3)
 
     def state(self) -> dict[str, Any]:
         """What must be equal for a resumed run to read the same batches."""
@@ -79,12 +82,12 @@ class MediaStream:
         batch = self.rows(chosen)
         x_BFD = batch[3]
         if self.noise:
-            x_BFD = x_BFD + self.noise * self._scale * torch.randn(x_BFD.shape, generator=g)
+            x_BFD = x_BFD + self.noise * self.spread_D * torch.randn(x_BFD.shape, generator=g)
         if self.hide:
             span = SPAN if self.kind == "audio" else 1
             spans = -(-x_BFD.shape[1] // span)
             seen = (torch.rand(len(chosen), spans, generator=g) >= self.hide).repeat_interleave(span, dim=1)
-            x_BFD = x_BFD * seen[:, : x_BFD.shape[1], None]
+            x_BFD = torch.where(seen[:, : x_BFD.shape[1], None], x_BFD, self.mean_D)
         return (*batch[:3], x_BFD, *batch[4:])
 
     def rows(self, indices: Sequence[int]) -> Batch:
