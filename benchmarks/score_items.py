@@ -38,7 +38,9 @@ class Task(NamedTuple):
 
     def model(self) -> ByteLM:
         """The artifact, read from its file, on the device."""
-        return read_artifact(self.artifact)[0].to(self.device)
+        model = read_artifact(self.artifact)[0].to(self.device)
+        assert isinstance(model, ByteLM), "these are of models of bytes"
+        return model
 
 
 def windows_item(task: Task) -> dict[str, Any]:

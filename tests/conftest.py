@@ -1,11 +1,13 @@
 """Shared by the tests of the upper rooms: a small text, a small config, a trained run, the command line."""
 
 import contextlib
+import gzip
 import io
 import json
 import os
 import shutil
 import signal
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 if "-m" not in sys.argv or "not gpu" in " ".join(sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these compare runs with what is loaded on a CPU, bit for bit
 
+import numpy as np
 import pytest
 import torch
 
@@ -186,3 +189,89 @@ def assert_same_state(state_of: Callable[[Path], dict[str, torch.Tensor]]) -> Ca
         assert any(name.startswith("optimizer.") for name in one)
 
     return check
+
+
+# ARB runs: tiny encoders with random weights, and tiny collections, made here so that nothing has to lie beside the
+# project.
+
+
+@pytest.fixture(scope="session")
+def tiny_vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random DINOv2 of two layers: features of 16 numbers, patches of 14 pixels, images of 42."""
+    hub = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("encoders") / "vision"
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 42, "patch_size": 14}
+    hub.Dinov2Model(hub.Dinov2Config(**shape, mlp_ratio=2)).save_pretrained(folder)
+    size = {"height": 42, "width": 42}
+    processor = {"image_processor_type": "BitImageProcessor", "do_resize": True, "do_center_crop": True}
+    told = {"size": {"shortest_edge": 42}, "crop_size": size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor | told))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_audio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random Whisper encoder of two layers: features of 16 numbers, windows of 96 frames."""
+    hub = pytest.importorskip("transformers")
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    folder = tmp_path_factory.mktemp("encoders") / "audio"
+    torch.manual_seed(0)
+    shape = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    config = hub.WhisperConfig(**shape, num_mel_bins=80, max_source_positions=96, architectures=["WhisperEncoder"])
+    WhisperEncoder(config).save_pretrained(folder)
+    hub.WhisperFeatureExtractor(chunk_length=2).save_pretrained(folder)
+    return folder
+
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
+
+
+@pytest.fixture(scope="session")
+def image_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 40 squares of four colours, each a PNG with its colour in a .txt beside it."""
+    image = pytest.importorskip("PIL.Image")
+    folder = tmp_path_factory.mktemp("images")
+    for place in range(40):
+        name, colour = list(COLOURS.items())[place % 4]
+        shade = tuple(max(0, value - place // 4) for value in colour)
+        image.new("RGB", (28, 28), shade).save(folder / f"{place:02d}.png")
+        (folder / f"{place:02d}.txt").write_text(name)
+    return folder
+
+
+TONES = {"low": 220.0, "high": 1760.0}
+
+
+@pytest.fixture(scope="session")
+def sound_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 20 tones, low or high, each a FLAC file, with a manifest."""
+    library = pytest.importorskip("soundfile")
+    folder = tmp_path_factory.mktemp("sounds")
+    lines = []
+    for place in range(20):
+        name, pitch = list(TONES.items())[place % 2]
+        time = np.arange(4000 + 400 * (place // 10)) / 8000
+        library.write(folder / f"{place:02d}.flac", 0.3 * np.sin(2 * np.pi * (pitch + place) * time), 8000)
+        split = "val" if place >= 16 else "train"
+        lines.append(json.dumps({"file": f"{place:02d}.flac", "text": name, "split": split}) + "\n")
+    (folder / "manifest.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drawn_idx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in MNIST's form with two classes of 8 × 8 pictures: bright left halves, bright upper halves."""
+    folder = tmp_path_factory.mktemp("idx")
+    noise = np.random.default_rng(0)
+    for prefix, total in (("train", 64), ("t10k", 16)):
+        pictures = noise.integers(0, 20, (total, 8, 8), dtype=np.uint8)
+        pictures[0::2, :, :4] += 200
+        pictures[1::2, :4, :] += 200
+        labels = np.arange(total, dtype=np.uint8) % 2
+        head = bytes((0, 0, 8))
+        images = head + struct.pack(">BIII", 3, total, 8, 8) + pictures.tobytes()
+        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(head + struct.pack(">BI", 1, total) + labels.tobytes())
+    return folder

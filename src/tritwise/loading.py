@@ -1,28 +1,36 @@
 """`tritwise.load`: a trained model from a run folder or an artifact, ready to score and to sample from."""
 
 import builtins
+import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from tritwise.data.media import read_image, read_sound
 from tritwise.data.source import open_bytes
 from tritwise.data.split import named_part
 from tritwise.data.split import split as split_data
-from tritwise.models import ByteLM
+from tritwise.encoders.frozen import RATE
+from tritwise.errors import UserError
+from tritwise.models import Arb, ByteLM, draw
 from tritwise.models import generate as generate_bytes
 from tritwise.score import Score
 from tritwise.score import score as score_text
 from tritwise.ship import read_artifact
 from tritwise.train import load_run
+from tritwise.train.sources import encoder_for
+from tritwise.train.telling import tell
 
 
 class LoadedModel:
-    """A model and where it came from. `model` is the ByteLM, `about` what the file says of itself."""
+    """A model and where it came from. `model` is the ByteLM or Arb, `about` what the file says of itself."""
 
-    def __init__(self, model: ByteLM, path: Path, about: dict[str, Any]) -> None:
+    def __init__(self, model: ByteLM | Arb, path: Path, about: dict[str, Any]) -> None:
         self.model, self.path, self.about = model, path, about
+        self._encoders: dict[tuple[str, str], Any] = {}
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "LoadedModel":
         """Move the model, and let it compute in `dtype` (float32 or bfloat16) if one is given; returns self."""
@@ -60,6 +68,68 @@ class LoadedModel:
             array = named_part(split_data(array, rule), split)
         device = next(self.model.parameters()).device
         return score_text(self.model, array, window=window, stride=stride, device=device)
+
+    def caption(self, image: np.ndarray | str | Path, *, encoder: str = "", most: int = 80) -> str:
+        """What an image shows: uint8 [H, W, 3], or the path of a file. encoder: where the frozen encoder lies now.
+
+        Raises UserError if the model has no vision part, or encoder or image cannot be used.
+        """
+        model = self._with_part("vision", "train vision")
+        read = image if isinstance(image, np.ndarray) else read_image(image)
+        return self._told(model, "vision", read, encoder, most)
+
+    def transcribe(self, sound: np.ndarray | str | Path, *, encoder: str = "", most: int = 200) -> str:
+        """What is said in a sound: float32 [samples] at 16,000 a second, or the path of a file. As `caption`."""
+        model = self._with_part("audio", "train audio")
+        read = sound if isinstance(sound, np.ndarray) else read_sound(sound, RATE)
+        return self._told(model, "audio", read, encoder, most)
+
+    def draw(
+        self,
+        what: int | str,
+        count: int = 1,
+        *,
+        steps: int = 20,
+        guidance: float = 1.5,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[str, torch.Tensor]:
+        """(name of the class, `count` pictures of it, uint8 [count, channels, H, W]). what: see `class_called`."""
+        model = self._with_part("diffusion", "train diffusion")
+        assert model.diffusion is not None
+        label = class_called(model.parts.class_names, what)
+        drawn = draw(model.diffusion, [label] * count, steps=steps, guidance=guidance, seed=seed, progress=progress)
+        return model.parts.class_names[label], drawn.cpu()
+
+    def _with_part(self, kind: str, command: str) -> Arb:
+        if not isinstance(self.model, Arb) or getattr(self.model, kind) is None:
+            raise UserError(f"{self.path} has no {kind} part; train one with tritwise {command}")
+        return self.model
+
+    def _told(self, model: Arb, kind: str, media: np.ndarray, place: str, most: int) -> str:
+        key = (kind, place)
+        if key not in self._encoders:
+            self._encoders[key] = encoder_for(model.parts, kind, place)
+        features = self._encoders[key]([media])[0][None]
+        tokens = features.shape[1] // (1 if kind == "vision" else model.parts.audio_stride)
+        if tokens + 4 > model.context and (kind == "vision" or model.spell is None):
+            raise UserError(
+                f"the sound takes {tokens} of the model's {model.context} positions; cut it into shorter ones"
+            )
+        return tell(model, kind, features.to(next(model.parameters()).device), most)[0]
+
+
+def class_called(names: tuple[str, ...], what: int | str) -> int:
+    """The class that `what` names: its number, its name, or words that hold its name. UserError naming the classes."""
+    asked = str(what).strip().lower()
+    if asked.isdecimal() and int(asked) < len(names):
+        return int(asked)
+    held = [place for place, name in enumerate(names) if name.lower() in asked]
+    if held:
+        return max(held, key=lambda place: len(names[place]))  # "ankle boot" rather than "boot", "t-shirt" than "shirt"
+    near = difflib.get_close_matches(asked, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(names)}"
+    raise UserError(f"the model draws no {str(what)!r}; {hint}")
 
 
 def load(path: Path | str) -> LoadedModel:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tritwise._version import __version__
-from tritwise.cli import bench, commands, compress
+from tritwise.cli import arb, bench, commands, compress
 from tritwise.errors import UserError, is_out_of_memory
 from tritwise.files import explain
 
@@ -27,6 +27,11 @@ app = typer.Typer(
 )
 for command in (
     commands.train,
+    arb.pretrain,
+    arb.finetune,
+    arb.caption,
+    arb.transcribe,
+    arb.generate,
     commands.score,
     commands.sample,
     commands.ship,

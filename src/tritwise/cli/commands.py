@@ -22,8 +22,14 @@ def option(text: str, *names: str) -> Any:
 
 
 def train(
+    what: Annotated[
+        str | None, typer.Argument(help="Of an ARB model: text, vision, audio or diffusion.", show_default=False)
+    ] = None,
     recipe: Annotated[str | None, option("Named run to start from [shakespeare].")] = None,
-    data: Annotated[str | None, option("Text to learn: a file, a folder, or shakespeare.")] = None,
+    data: Annotated[str | None, option("What to learn: a text, or a collection of images or sounds.")] = None,
+    encoder: Annotated[
+        str | None, option("Frozen encoder of images or sounds: a folder, or a name on the hub.")
+    ] = None,
     steps: Annotated[int | None, option("Optimizer steps.")] = None,
     batch: Annotated[int | None, option("Sequences per step and micro-batch.")] = None,
     ctx: Annotated[int | None, option("Bytes of context.")] = None,
@@ -45,10 +51,9 @@ def train(
     no_save: Annotated[bool, option("Write no checkpoint.", "--no-save")] = False,
     set_: Annotated[list[str] | None, option("Any other setting, KEY=VALUE; may be repeated.", "--set")] = None,
     json: Json = False,
-) -> int:
-    """Train a model, score it, ship it."""
+) -> None:
+    """Train a model, score it, ship it. Without WHAT a byte model; with it an ARB model of 288 symbols."""
     flags = {
-        "data": data,
         "steps": steps,
         "batch": batch,
         "ctx": ctx,
@@ -58,41 +63,76 @@ def train(
         "accum": accum,
         "seed": seed,
         "max_moe_iters": max_moe_iters,
+        "preserve_state": preserve_state or None,
         "log_interval": log_interval,
         "eval_interval": eval_interval,
         "save_interval": save_interval,
     }
+    changes = changes_of(flags, no_save, set_)
+    changes |= collection_given(what, data, encoder)
+    if what and recipe:
+        raise UserError("WHAT names a recipe, and so does --recipe; give one of them")
+    start_run(recipe or what, changes, out=out, run=run, resume=resume, as_json=json)
+
+
+def changes_of(flags: dict[str, Any], no_save: bool, pairs: list[str] | None) -> dict[str, Any]:
+    """Settings to change: the flags that were given, --no-save and the words of --set."""
     changes: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
     if no_save:
         changes["save"] = False
-    if preserve_state:
-        changes["preserve_state"] = True
-    changes |= settings_given(set_ or [])
+    return changes | settings_given(pairs or [])
 
+
+def start_run(
+    recipe: str | None,
+    changes: dict[str, Any],
+    *,
+    out: Path | None,
+    run: str | None,
+    resume: bool,
+    as_json: bool,
+    base: Any = None,
+) -> None:
+    """Train `recipe` [shakespeare], or the config `base`, with changed settings, and print what came of it."""
     from tritwise.data.source import BUNDLED_NAMES
     from tritwise.recipes import recipe as recipe_called
     from tritwise.train import RunFolder, override
     from tritwise.train import train as run_training
     from tritwise.train.progress import make_display
 
-    if changes.get("data") and changes["data"] not in BUNDLED_NAMES and Path(changes["data"]).exists():
-        changes["data"] = str(Path(changes["data"]).resolve())  # so that resume and ship find it from any folder
+    for key in ("data", "images", "sounds", "pictures", "vision_encoder", "audio_encoder", "start"):
+        if changes.get(key) and changes[key] not in BUNDLED_NAMES and Path(changes[key]).exists():
+            changes[key] = str(Path(changes[key]).resolve())  # so that resume and ship find it from any folder
     if out is not None and run is not None:
         raise UserError("both --out and --run name the run folder; give one of them")
     folder = RunFolder(out or Path("runs") / (run or recipe or "shakespeare"))
     if resume:
         config = folder.resumed(recipe, changes)
     else:
-        config = override(recipe_called(recipe or "shakespeare"), changes)
-    console = output.console(json)
+        config = override(base or recipe_called(recipe or "shakespeare"), changes)
+    console = output.console(as_json)
     result = run_training(config, folder.path, resume=resume, display=make_display(console))
     if "rank" in result:
-        return 0  # one of several processes, and not the one that tells
+        return  # one of several processes, and not the one that tells
     if not result.get("interrupted"):
-        _print_result(console, folder.path, result, folder.read("ladder")["rows"], folder.read("audit"))
-    if json:
+        _print_result(console, folder, result)
+    if as_json:
         output.print_json(result)
-    return 130 if result.get("interrupted") else 0
+    if result.get("interrupted"):
+        raise typer.Exit(130)
+
+
+def collection_given(what: str | None, data: str | None, encoder: str | None) -> dict[str, Any]:
+    """The settings that --data and --encoder stand for. UserError for an unknown WHAT."""
+    kinds = {None: "data", "text": "data", "vision": "images", "audio": "sounds", "diffusion": "pictures"}
+    if what not in kinds:
+        raise UserError(f"cannot train {what!r}; choose text, vision, audio or diffusion, or leave it out")
+    changes: dict[str, Any] = {} if data is None else {kinds[what]: data}
+    if encoder is not None:
+        if what not in ("vision", "audio"):
+            raise UserError("--encoder is for vision and audio; leave it out")
+        changes[f"{what}_encoder"] = encoder
+    return changes
 
 
 def settings_given(pairs: list[str]) -> dict[str, str]:
@@ -106,10 +146,12 @@ def settings_given(pairs: list[str]) -> dict[str, str]:
     return changes
 
 
-def _print_result(
-    console: Any, folder: Path, result: dict[str, Any], ladder: list[dict[str, Any]], audit: dict[str, Any]
-) -> None:
-    console.print(output.score_table("this model", result["val"]["nats"], ladder))
+def _print_result(console: Any, folder: Any, result: dict[str, Any]) -> None:
+    audit = folder.read("audit")
+    if "nats" in result["val"]:
+        console.print(output.score_table("this model", result["val"]["nats"], folder.read("ladder")["rows"]))
+    else:
+        console.print(output.media_table(result["val"]))
     rows = [
         ["trained for", f"{result['seconds']:.1f} s, {result['steps']} steps, {result['bytes_seen']:,} bytes"],
         ["weights", f"{audit['weights']:,} ({'ternary' if audit['float_trainable'] == 0 else 'float'})"],
@@ -118,8 +160,9 @@ def _print_result(
     ]
     if "artifact" in result:
         rows.append(["artifact", f"{result['artifact']['path']}, {result['artifact']['bytes']:,} bytes"])
-        rows.append(["bits per byte, re-read", f"{result['artifact']['bpb_reread']:.4f}"])
-    console.print(output.table("", ["result", str(folder)], rows))
+        if "bpb_reread" in result["artifact"]:
+            rows.append(["bits per byte, re-read", f"{result['artifact']['bpb_reread']:.4f}"])
+    console.print(output.table("", ["result", str(folder.path)], rows))
 
 
 def score(

@@ -38,3 +38,14 @@ def score_table(name: str, nats: float, ladder: list[dict[str, Any]]) -> Table:
         for rung, value in sorted(rungs, key=lambda entry: -entry[1])
     ]
     return table("", ["", "nats/byte", "bits/byte"], rows)
+
+
+def media_table(val: dict[str, dict[str, Any]]) -> Table:
+    """What an ARB run reached on val, a row for each figure of each kind; a dict in the figures is a row of its own."""
+    rows = []
+    for kind, figures in val.items():
+        for name, figure in figures.items():
+            told = figure if isinstance(figure, dict) else {"": figure}
+            words = [f"{key} {value:.4g}".strip() for key, value in told.items()]
+            rows.append([f"{kind}: {name}", ", ".join(words)])
+    return table("val", ["figure", ""], rows)

@@ -206,7 +206,7 @@ def _model_for(
         with tempfile.TemporaryDirectory(prefix="tritwise-") as folder:
             kept = Path(folder) / "model.tritwise"
             atomic_write(kept, artifact)
-            return read_artifact(kept)[0], size
+            return _byte_lm(kept), size
     if model is None:
         raise UserError(f"{source} was made with the model {about.model.hex()}…, not embedded; name it with --model")
     artifact = read_bytes(model)
@@ -215,7 +215,14 @@ def _model_for(
             f"{source} was made with another model than {model} (SHA-256 {about.model.hex()}…, not "
             f"{sha256_of(artifact)[:8]}…); name the right one with --model"
         )
-    return read_artifact(model)[0], len(artifact)
+    return _byte_lm(model), len(artifact)
+
+
+def _byte_lm(path: Path) -> ByteLM:
+    model = read_artifact(path)[0]
+    if not isinstance(model, ByteLM):
+        raise UserError(f"{path} is no byte model but reads images or sounds too; name one from tritwise train")
+    return model
 
 
 def _is_named(about: head.Header, artifact: bytes) -> bool:

@@ -121,12 +121,21 @@ class ByteLM(nn.Module):
                     layer.add_column_scales()
 
     def forward(self, ids: Tensor, state: DecodeState | None = None, loops: int = 0) -> Tensor:
-        return self._logits(self._features(ids, state, loops))
+        return self.logits(self._features(ids, state, loops))
 
     def _features(self, ids: Tensor, state: DecodeState | None = None, loops: int = 0) -> Tensor:
         """What the head reads, of the activations' dtype [B, T, C]."""
+        return self._run(self._input(ids, state), ids, state, loops)
+
+    def read(self, x_BTC: Tensor, state: DecodeState | None = None) -> Tensor:
+        """Features that the head reads, of the activations' dtype [B, T, C], from what `embedded` gives, perhaps with
+        some of it replaced. Only for models without value tables and without a graph, which need the symbols."""
+        assert not self.value_tables and self.graph is None
+        return self._run(rms_norm(x_BTC.to(self.dtype)), None, state, 0)
+
+    def _run(self, x_BTC: Tensor, ids: Tensor | None, state: DecodeState | None, loops: int) -> Tensor:
+        """All layers over normalised embeddings, [B, T, C] in and out."""
         layers = self.config.layers(loops or (state.loops if state is not None else 0))
-        x_BTC = self._input(ids, state)
         x0_BTC, values = x_BTC, [table(ids).to(self.dtype) for table in self.value_tables]
         embeddings, scales, skips = (
             () if table is None else table().to(self.dtype).unbind()
@@ -151,9 +160,13 @@ class ByteLM(nn.Module):
                 before[layer.block] = x_BTC
         return rms_norm(x_BTC)
 
-    def _input(self, ids: Tensor, state: DecodeState | None) -> Tensor:
-        """Normalised embeddings [B, T, C]; a state takes note of the last ids."""
-        time, read = ids.shape[1], ids
+    def embedded(self, ids: Tensor, state: DecodeState | None = None) -> Tensor:
+        """What stands for the symbols before the first block, float32 [B, T, C]; `read` goes on from there."""
+        return self._embedded(ids, state)[0]
+
+    def _embedded(self, ids: Tensor, state: DecodeState | None) -> tuple[Tensor, Tensor]:
+        """Embeddings, and the ids they come from, earlier ones in front; a state takes note of the last ids."""
+        read = ids
         if state is not None and self.history:
             read = torch.cat((state.history_BP, ids), dim=1)
             state.history_BP = read[:, -self.history :]
@@ -161,13 +174,21 @@ class ByteLM(nn.Module):
         x_BSC = self.embed(shown)
         if self.ngrams is not None:
             x_BSC = x_BSC + self.ngrams(read, shown.shape[1])
-        x_BSC = x_BSC.to(self.dtype)
-        return rms_norm(x_BSC if self.graph is None else self.graph(x_BSC, read)[:, -time:])
+        return x_BSC, read
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _input(self, ids: Tensor, state: DecodeState | None) -> Tensor:
+        """Normalised embeddings [B, T, C]."""
+        x_BSC, read = self._embedded(ids, state)
+        x_BSC = x_BSC.to(self.dtype)
+        return rms_norm(x_BSC if self.graph is None else self.graph(x_BSC, read)[:, -ids.shape[1] :])
+
+    def logits(self, x: Tensor) -> Tensor:
         """Capped logits float32 [..., V] of features [..., C]."""
-        z = self.head(x).float()
-        return self.config.softcap * torch.tanh(z / self.config.softcap)
+        return self.capped(self.head(x))
+
+    def capped(self, z: Tensor) -> Tensor:
+        """softcap * tanh(z / softcap), float32."""
+        return self.config.softcap * torch.tanh(z.float() / self.config.softcap)
 
     def loss(self, ids: Tensor, targets: Tensor, loops: int = 0, state: DecodeState | None = None) -> Tensor:
         """Mean cross-entropy in nats per byte. ids, targets: int64 [B, T]; a 0-d float32 tensor. With a state, ids
@@ -175,7 +196,7 @@ class ByteLM(nn.Module):
         x_NC, targets_N = self._features(ids, state, loops).flatten(0, 1), targets.reshape(-1)
         count = len(x_NC)
         if not 0 < self.loss_chunk < count:
-            return nn.functional.cross_entropy(self._logits(x_NC), targets_N)
+            return nn.functional.cross_entropy(self.logits(x_NC), targets_N)
         total = x_NC.new_zeros((), dtype=torch.float32)
         # The head's weight gradients of all chunks are added up before they reach its port, which fires once.
         for chunk in zip(x_NC.split(self.loss_chunk), targets_N.split(self.loss_chunk), strict=True):
@@ -184,7 +205,7 @@ class ByteLM(nn.Module):
 
     def loss_of_features(self, x_NC: Tensor, targets_N: Tensor) -> Tensor:
         """Sum of the cross-entropies, in nats, of positions whose features are [N, C] and targets int64 [N]."""
-        return nn.functional.cross_entropy(self._logits(x_NC), targets_N, reduction="sum")
+        return nn.functional.cross_entropy(self.logits(x_NC), targets_N, reduction="sum")
 
     @property
     def context(self) -> int:

@@ -8,12 +8,19 @@ import torch
 from tritwise.errors import UserError
 
 if TYPE_CHECKING:
+    from tritwise.models.arb import Arb
     from tritwise.models.byte_lm import AtDepth, ByteLM
 
 
 @torch.inference_mode()
 def generate(
-    model: "ByteLM | AtDepth", prompt: bytes, count: int, *, seed: int = 0, temperature: float = 0.8, top_k: int = 0
+    model: "ByteLM | AtDepth | Arb",
+    prompt: bytes,
+    count: int,
+    *,
+    seed: int = 0,
+    temperature: float = 0.8,
+    top_k: int = 0,
 ) -> Iterator[int]:
     """Yield `count` bytes that continue `prompt` (an empty prompt continues a newline).
 
@@ -36,6 +43,7 @@ def generate(
         if state.used + len(pending) > ctx:
             pending, state = text[-max(1, ctx // 2) :], model.new_state()
         logits = model(torch.tensor([pending], device=device), state)[0, -1].float().cpu()
+        logits[256:] = -float("inf")  # symbols that are no bytes
         if temperature == 0:
             choice = int(logits.argmax())
         else:

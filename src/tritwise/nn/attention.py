@@ -95,6 +95,7 @@ class Attention(nn.Module):
 
     width: C. heads: H, which divides C. kv_heads: K, which divides H (grouped-query attention, Ainslie et al. 2023).
     window: a position sees itself and window-1 before it; None sees all. `linear`: TritLinear or FloatLinear.
+    causal: False lets every position see every other (no window, no cache).
     """
 
     def __init__(
@@ -106,8 +107,10 @@ class Attention(nn.Module):
         linear: type[nn.Module],
         window: int | None = None,
         group: int = 256,
+        causal: bool = True,
     ) -> None:
         super().__init__()
+        self.causal = causal
         self.heads, self.kv_heads, self.size, self.window = heads, kv_heads, width // heads, window
         rows = (heads + 2 * kv_heads) * self.size
         self.qkv = linear(width, rows, group=group, blocks=3 if heads == kv_heads else 1)
@@ -127,13 +130,13 @@ class Attention(nn.Module):
         own_BKTD = v_BKSD = parts[:, :, self.heads + self.kv_heads :].transpose(1, 2)
         if cache is not None:
             k_BKSD, v_BKSD = cache.append(k_BKSD, v_BKSD)
-        mask = self._mask(time, k_BKSD.shape[2], x_BTC.device)
+        mask = self._mask(time, k_BKSD.shape[2], x_BTC.device) if self.causal else None
         y_BHTD = scaled_dot_product_attention(
             q_BHTD,
             k_BKSD,
             v_BKSD,
             attn_mask=mask,
-            is_causal=mask is None and time > 1,
+            is_causal=self.causal and mask is None and time > 1,
             enable_gqa=self.heads != self.kv_heads,
         )
         if exclusive:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from tritwise.errors import UserError
 from tritwise.models import ModelConfig
+from tritwise.recipes.arb import audio, diffusion, mixture, text, vision
 from tritwise.train import Config, TrainConfig
 
 
@@ -38,7 +39,9 @@ def tiny() -> Config:
     )
 
 
-RECIPES: dict[str, Callable[[], Config]] = {"shakespeare": shakespeare, "tiny": tiny}
+RECIPES: dict[str, Callable[[], Config]] = {
+    function.__name__: function for function in (shakespeare, tiny, text, vision, audio, diffusion, mixture)
+}
 
 
 def recipe(name: str) -> Config:

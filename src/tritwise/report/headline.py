@@ -30,7 +30,7 @@ def final_score(run: Run) -> Score | None:
     if bpb is not None:
         return Score(bpb * math.log(2), bpb, "end of training; the artifact was not read back", True)
     steps, losses = series(run.evals, "step", "loss")
-    if losses:
+    if losses and not run.media:
         return Score(losses[-1], losses[-1] / math.log(2), f"evaluation at step {count(steps[-1])}", False)
     return None
 

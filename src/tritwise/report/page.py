@@ -10,6 +10,7 @@ from tritwise.files import atomic_write, make_folder
 from tritwise.report.drawing import Plot, choose_plots
 from tritwise.report.headline import final_score, headline, ladder_table, verdict
 from tritwise.report.markup import details, document, escape, note, picture, section, table
+from tritwise.report.media import is_media, media_sections
 from tritwise.report.numbers import count, exact_bytes, number, percent
 from tritwise.report.plots import save_png
 from tritwise.report.reader import Run, mapping, read_run, rows_of
@@ -52,12 +53,15 @@ def write_report(run: Path, out: Path | None = None) -> ReportResult:
 def render(run: Run, pictures: dict[str, str]) -> str:
     """The page as HTML. `pictures` maps each name of `choose_plots` to a figure or to a line that says why not."""
     score = final_score(run)
+    if is_media(run):
+        learned = media_sections(run)
+    else:
+        learned = [section("Beside the ladder", ladder_table(run, score)), section("Learning", pictures["loss"])]
     parts = [
         _title(run),
         verdict(run, score),
         headline(run, score),
-        section("Beside the ladder", ladder_table(run, score)),
-        section("Learning", pictures["loss"]),
+        *learned,
         section("Flips and zeros", pictures["layers"], _layer_details(run)),
         section("Registers", pictures["registers"], pictures["registers_by_layer"]),
         section("Memory", pictures["memory"], _tensor_details(run)),

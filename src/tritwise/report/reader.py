@@ -17,7 +17,15 @@ from tritwise.report.numbers import number
 
 FORMAT = 1
 REGISTER_BINS = 243  # registers −121…121
-JSON_FILES = ("config.json", "manifest.json", "ladder.json", "audit.json", "histogram.json", "result.json")
+JSON_FILES = (
+    "config.json",
+    "manifest.json",
+    "ladder.json",
+    "audit.json",
+    "histogram.json",
+    "result.json",
+    "confusion.json",
+)
 
 
 @dataclass
@@ -38,6 +46,11 @@ class Run:
     layers: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
+    media: list[dict[str, Any]] = field(default_factory=list)  # evaluations of every kind of an ARB run
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+    confusion: dict[str, Any] = field(default_factory=dict)  # names, counts: whole numbers, one column more than rows
+    folder: Path = Path()
     notes: list[str] = field(default_factory=list)
 
 
@@ -51,7 +64,7 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         what = "is a file, not a run folder" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {what}; give the folder that `tritwise train --out` wrote")
-    run = Run(name=folder.resolve().name or str(folder))
+    run = Run(name=folder.resolve().name or str(folder), folder=folder)
     found = {name: content for name in JSON_FILES if (content := _read_object(folder, name, run.notes)) is not None}
     has_metrics = _read_metrics(folder / "metrics.jsonl", run)
     if not found and not has_metrics:
@@ -64,6 +77,7 @@ def read_run(folder: Path) -> Run:
     run.audit, run.result = found.get("audit.json", {}), found.get("result.json", {})
     _take_ladder(found.get("ladder.json", {}), run)
     _take_histogram(found.get("histogram.json", {}), run)
+    _take_confusion(found.get("confusion.json", {}), run)
     version = number(run.config.get("format"))
     if version is not None and version > FORMAT:
         run.notes.append(
@@ -158,7 +172,11 @@ def _read_metrics(path: Path, run: Run) -> bool:
     for row in read_lines(path, run.notes):
         by_kind.setdefault(str(row.get("kind")), []).append(row)
     run.train, run.layers = _by_step(by_kind.get("train", [])), _by_step(by_kind.get("layers", []))
-    run.evals = _by_step(row for row in by_kind.get("eval", []) if row.get("split", "val") == "val")
+    evals = [row for row in by_kind.get("eval", []) if row.get("split", "val") == "val"]
+    run.evals = _by_step(row for row in evals if row.get("of", "text") == "text")
+    kinds = dict.fromkeys(str(row["of"]) for row in evals if "of" in row)
+    run.media = [row for kind in kinds for row in _by_step(row for row in evals if row.get("of") == kind)]
+    run.examples, run.pictures = by_kind.get("example", []), _by_step(by_kind.get("picture", []))
     run.samples, run.events = by_kind.get("sample", []), by_kind.get("event", [])
     return bool(by_kind)
 
@@ -177,6 +195,14 @@ def _take_ladder(content: dict[str, Any], run: Run) -> None:
     run.ladder_bytes = number(content.get("bytes"))
     if len(run.ladder) < len(rows):
         run.notes.append("rows of ladder.json without a name, nats and bpb are left out")
+
+
+def _take_confusion(content: dict[str, Any], run: Run) -> None:
+    names, counts = content.get("names"), content.get("counts")
+    if isinstance(names, list) and isinstance(counts, list) and names and len(counts) == len(names):
+        rows = [row for row in counts if isinstance(row, list) and len(row) == len(names) + 1]
+        if len(rows) == len(names) and all(isinstance(cell, int) and cell >= 0 for row in rows for cell in row):
+            run.confusion = {"names": [str(name) for name in names], "counts": rows}
 
 
 def _take_histogram(content: dict[str, Any], run: Run) -> None:

@@ -1,9 +1,10 @@
 """The artifact: a trained byte model as one file. Leading trits five to a byte, scale exponents as their own stream.
 
 Streams, in the order of the model's layers: `trits`, all leading trits packed base3 in one run; `scales`, all int8
-scale exponents; `vectors`, in models that have learned vectors, their int8 fixed-point numbers. The header holds the
-shape, the layers with their sizes, and what the trainer wants to say. Evidence and momentum stay behind: they do not
-change a logit. Models with float weights ship with a loss, in one of the ways of floats.py.
+scale exponents; `vectors`, in models that have learned vectors, their int8 fixed-point numbers; `tables`, in an ARB
+model, the measured constants of its bridges. The header holds the shape, the layers with their sizes, and what the
+trainer wants to say. Evidence and momentum stay behind: they do not change a logit. Models with float weights ship with
+a loss, in one of the ways of floats.py.
 """
 
 import dataclasses
@@ -14,14 +15,14 @@ import numpy as np
 import torch
 
 from tritwise.errors import UserError
-from tritwise.models import ByteLM, ModelConfig
+from tritwise.models import Arb, ByteLM, ModelConfig, PartsConfig
 from tritwise.nn import TritModule, TritVector, trit_modules
 from tritwise.registers import LEAD, leading_trit, pack_base3, packed_bytes, unpack_base3
 from tritwise.ship.container import container_bytes, read_container, write_container
 from tritwise.ship.floats import METHODS, fill_floats, float_streams
 from tritwise.ship.quantise import SMALL
 
-KIND = "byte_lm"
+KIND, ARB = "byte_lm", "arb"
 
 
 class OverBudgetError(UserError):
@@ -38,7 +39,7 @@ class ArtifactInfo(NamedTuple):
 
 
 def write_artifact(
-    model: ByteLM,
+    model: ByteLM | Arb,
     path: Path,
     about: dict[str, Any] | None = None,
     *,
@@ -46,7 +47,8 @@ def write_artifact(
     small: int = SMALL,
     budget: int = 0,
 ) -> ArtifactInfo:
-    """Write `model` to `path`, atomically. `about`: plain JSON kept in the header.
+    """Write `model` to `path`, atomically. `about`: plain JSON kept in the header. Frozen encoders stay outside: the
+    file names them, without the folder they lay in, and knows the checksum of their weights.
 
     method: for float weights, one of `ship.floats.METHODS`; small: tensors of up to so many numbers stay float16.
     budget: bytes that the file may have; 0: any number.
@@ -65,7 +67,7 @@ def write_artifact(
     return ArtifactInfo(Path(path), size, weights, {s.name: s.stored for s in info.streams})
 
 
-def shipped_bytes(model: ByteLM, method: str | None = None, small: int = SMALL, level: int = 3) -> int:
+def shipped_bytes(model: ByteLM | Arb, method: str | None = None, small: int = SMALL, level: int = 3) -> int:
     """How many bytes `model` would take now, but for what the trainer says of it, without writing a file.
 
     level: of zstd; 22 is what ships, and takes as long as it takes."""
@@ -74,10 +76,12 @@ def shipped_bytes(model: ByteLM, method: str | None = None, small: int = SMALL, 
 
 
 def _described(
-    model: ByteLM, about: dict[str, Any], method: str | None, small: int
+    model: ByteLM | Arb, about: dict[str, Any], method: str | None, small: int
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Header, streams and number of weights."""
     header = {"kind": KIND, "config": dataclasses.asdict(model.config), "about": about}
+    if isinstance(model, Arb):
+        header |= {"kind": ARB, "parts": _public(model.parts)}
     if model.config.weights != "trit":
         if method is None:
             raise UserError(
@@ -103,17 +107,31 @@ def _described(
     if vectors:
         numbers = torch.cat([layer.register.detach().reshape(-1).cpu() for layer in vectors])
         streams["vectors"] = numbers.view(torch.uint8).numpy()
+    if isinstance(model, Arb):
+        tables = [table.detach().float().cpu() for table in _tables(model)]
+        streams["tables"] = torch.cat([torch.empty(0), *tables]).view(torch.uint8).numpy()
     return header, streams, weights
 
 
-def _sorted(model: ByteLM) -> tuple[list[TritModule], list[TritVector]]:
+def _sorted(model: ByteLM | Arb) -> tuple[list[TritModule], list[TritVector]]:
     """The ternary layers that ship as trits and scales, and those that ship as whole registers."""
     layers = [layer for _, layer in trit_modules(model)]
     vectors = [layer for layer in layers if isinstance(layer, TritVector)]
     return [layer for layer in layers if not isinstance(layer, TritVector)], vectors
 
 
-def read_artifact(path: Path) -> tuple[ByteLM, dict[str, Any]]:
+def _tables(model: Arb) -> list[torch.Tensor]:
+    """The constants that were measured on the training data, float32 [D] each, in the order of the parts."""
+    return [table for part in (model.vision, model.audio) if part is not None for table in (part.mean, part.spread)]
+
+
+def _public(parts: PartsConfig) -> dict[str, Any]:
+    """The parts as plain JSON; of the path of an encoder only its last name, for where it lay is nobody's business."""
+    told = dataclasses.asdict(parts)
+    return told | {key: Path(told[key]).name for key in ("vision_encoder", "audio_encoder")}
+
+
+def read_artifact(path: Path) -> tuple[ByteLM | Arb, dict[str, Any]]:
     """The model in `path`, frozen and in eval mode, and the header. The logits of a ternary model equal the trained
     one's bit for bit.
 
@@ -122,12 +140,12 @@ def read_artifact(path: Path) -> tuple[ByteLM, dict[str, Any]]:
     header, streams = read_container(path)
     try:
         packing = header["packing"]
-        if header["kind"] != KIND or packing not in ("base3", *METHODS):
+        if header["kind"] not in (KIND, ARB) or packing not in ("base3", *METHODS):
             raise UserError(f"{path} holds a {header['kind']!r} in {packing!r}; upgrade tritwise to read it")
         config = ModelConfig(**header["config"])
         if (config.weights == "trit") != (packing == "base3"):
             raise UserError(f"{path} does not fit the shape it names; ship it again from its run")
-        model = ByteLM(config)
+        model = Arb(config, PartsConfig(**header["parts"])) if header["kind"] == ARB else ByteLM(config)
         if packing != "base3":
             fill_floats(model, streams, packing, header["small"])
             return model.eval().requires_grad_(False), header
@@ -169,4 +187,16 @@ def read_artifact(path: Path) -> tuple[ByteLM, dict[str, Any]]:
                 exponents = exponents[kept.numel() :]
         for _, layer in layers:
             layer.trainable(False)
+    if isinstance(model, Arb):
+        _read_tables(model, streams.get("tables", b""), path)
     return model.eval(), header
+
+
+def _read_tables(model: Arb, raw: bytes, path: Path) -> None:
+    tables = _tables(model)
+    if len(raw) != 4 * sum(table.numel() for table in tables):
+        raise UserError(f"{path} holds other constants than its bridges need; ship it again from its run")
+    flat = torch.from_numpy(np.frombuffer(raw, np.float32).copy())
+    for table in tables:
+        table.copy_(flat[: table.numel()])
+        flat = flat[table.numel() :]

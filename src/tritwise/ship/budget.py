@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tritwise.errors import UserError
-from tritwise.models import ByteLM
+from tritwise.models import Arb, ByteLM
 from tritwise.nn import TritVector, trit_modules
 from tritwise.registers import packed_bytes
 from tritwise.ship.artifact import ArtifactInfo, OverBudgetError, write_artifact
@@ -19,7 +19,7 @@ HEADER = 2_048  # a header's own bytes, without the list of layers
 A_LAYER = 100  # bytes that a header spends on a layer
 
 
-def estimate(model: ByteLM, method: str = AUTO, small: int = SMALL) -> dict[str, int]:
+def estimate(model: ByteLM | Arb, method: str = AUTO, small: int = SMALL) -> dict[str, int]:
     """Bytes by stream that `model` will ship in, "header" and "total" among them, told from its shape alone.
 
     Ternary: never less than it will be, and close, as trits do not compress. Float: about; auto is the smallest way.
@@ -38,7 +38,7 @@ def estimate(model: ByteLM, method: str = AUTO, small: int = SMALL) -> dict[str,
     return sizes | {"total": sum(sizes.values())}
 
 
-def require_room(model: ByteLM, budget: int) -> None:
+def require_room(model: ByteLM | Arb, budget: int) -> None:
     """Raises UserError if ternary weights alone need more than `budget` bytes: then no training will make them fit."""
     if budget and model.config.weights == "trit":
         sizes = estimate(model)
@@ -51,7 +51,7 @@ def require_room(model: ByteLM, budget: int) -> None:
 
 
 def ship_within(
-    model: ByteLM, path: Path, about: dict[str, Any], budget: int = 0, method: str = AUTO, small: int = SMALL
+    model: ByteLM | Arb, path: Path, about: dict[str, Any], budget: int = 0, method: str = AUTO, small: int = SMALL
 ) -> tuple[ArtifactInfo, str]:
     """Write the artifact, of at most `budget` bytes (0: any number), and say how: base3, or the way of `WAYS` taken.
 

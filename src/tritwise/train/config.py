@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from tritwise.data.split import Split
+from tritwise.data.vocabulary import VOCABULARY
 from tritwise.errors import UserError
-from tritwise.models import ModelConfig
+from tritwise.models import ModelConfig, PartsConfig
 from tritwise.ops.direction import METHODS
 from tritwise.ship import WAYS
 from tritwise.train.course import plan_of_depth
+from tritwise.train.media_config import MediaConfig
 
 OPTIMIZERS = ("trit", "adamw", "muon")
 
@@ -155,13 +157,19 @@ class TrainConfig:
         Split(self.split)  # says what is wrong with a rule before any data is read
 
 
+_PARTS: dict[str, Any] = {"model": ModelConfig, "train": TrainConfig, "parts": PartsConfig, "media": MediaConfig}
+_ARB = ("parts", "media")  # written down only for ARB runs
+
+
 @dataclass(frozen=True)
 class Config:
-    """One run: the recipe's name, the model and its training."""
+    """One run: the recipe's name, the model, its training; of an ARB run its parts, and what they learn from."""
 
     recipe: str = "custom"
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parts: PartsConfig = field(default_factory=PartsConfig)
+    media: MediaConfig = field(default_factory=MediaConfig)
 
     def __post_init__(self) -> None:
         if (self.model.weights == "trit") != (self.train.optimizer == "trit"):
@@ -189,8 +197,13 @@ class Config:
         if self.train.ship_average and not self.train.average_every:
             raise UserError("ship_average needs a mean; set average_every, for example to 50")
         plan_of_depth(self.train.depth_plan, self.model.loops)  # says what is wrong with a plan before anything runs
-        if self.model.vocab != 256:
-            raise UserError(f"vocab is {self.model.vocab}; a model of bytes needs 256")
+        if self.media.task:
+            _refuse_for_arb(self.train, self.model)
+        elif (self.parts, self.media) != (PartsConfig(), MediaConfig()):
+            raise UserError("a setting of images, sounds or pictures is for ARB runs; train vision, audio or diffusion")
+        needed, of = (VOCABULARY, "an ARB model") if self.media.task else (256, "a model of bytes")
+        if self.model.vocab != needed:
+            raise UserError(f"vocab is {self.model.vocab}; {of} needs {needed}")
         if self.train.stride > self.model.ctx:
             raise UserError(f"stride is {self.train.stride}; the score's window moves by at most ctx, {self.model.ctx}")
 
@@ -201,7 +214,7 @@ class Config:
             "recipe": self.recipe,
             "model": dataclasses.asdict(self.model),
             "train": dataclasses.asdict(self.train),
-        }
+        } | ({name: dataclasses.asdict(getattr(self, name)) for name in _ARB} if self.media.task else {})
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Config":
@@ -209,20 +222,21 @@ class Config:
         try:
             if values["format"] != 1:
                 raise UserError(f"this run's config has format {values['format']}; upgrade tritwise to read it")
-            return Config(values["recipe"], ModelConfig(**values["model"]), TrainConfig(**values["train"]))
+            given = {name: values.get(name, {}) if name in _ARB else values[name] for name in _PARTS}
+            return Config(values["recipe"], **{name: cls(**given[name]) for name, cls in _PARTS.items()})
         except (KeyError, TypeError) as error:
             raise UserError(f"this run's config is damaged or from another version ({error}); train again") from None
 
 
 def flat(config: Config) -> dict[str, Any]:
     """Every setting of the model and its training by its key."""
-    return dataclasses.asdict(config.model) | dataclasses.asdict(config.train)
+    return {key: value for name in _PARTS for key, value in dataclasses.asdict(getattr(config, name)).items()}
 
 
 def _types() -> dict[str, tuple[str, type]]:
     """Every key -> (part of the config, its type). Keys are unique across the parts."""
     found: dict[str, tuple[str, type]] = {}
-    for part, cls in (("model", ModelConfig), ("train", TrainConfig)):
+    for part, cls in _PARTS.items():
         for name, kind in get_type_hints(cls).items():
             assert name not in found, f"{name} is in two parts of the config"
             found[name] = (part, kind)
@@ -235,7 +249,7 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
     Raises UserError for an unknown key (naming the nearest) or a value of the wrong type.
     """
     types = _types()
-    parts: dict[str, dict[str, Any]] = {"model": {}, "train": {}}
+    parts: dict[str, dict[str, Any]] = {name: {} for name in _PARTS}
     for key, value in changes.items():
         if key not in types:
             near = difflib.get_close_matches(key, types, n=1)
@@ -248,7 +262,7 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
         parts["model"].setdefault("heads", 0)
     if "heads" in parts["model"]:
         parts["model"].setdefault("kv_heads", 0)
-    return Config(config.recipe, _replace(config.model, parts["model"]), _replace(config.train, parts["train"]))
+    return Config(config.recipe, **{name: _replace(getattr(config, name), own) for name, own in parts.items()})
 
 
 def _replace(instance: Any, changes: dict[str, Any]) -> Any:
@@ -271,3 +285,18 @@ def parse_value(key: str, value: Any, kind: type) -> Any:
 
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _refuse_for_arb(train: TrainConfig, model: ModelConfig) -> None:
+    """Raises UserError for what only a model of bytes can do so far."""
+    asked = {
+        "preserve_state": train.preserve_state,
+        "depth_plan": train.depth_plan,
+        "average_every": train.average_every,
+        "budget": train.budget,
+        "graph": model.graph,
+        "value_tables": model.value_tables,
+    }
+    for name, value in asked.items():
+        if value:
+            raise UserError(f"{name} is for models of bytes, not for an ARB model; leave it out")

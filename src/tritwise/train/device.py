@@ -1,13 +1,13 @@
 """What a run computes with: the device, the type of activations, compiled or not, and batches on their way there."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritwise.data.sampler import Sampler
 from tritwise.errors import UserError
-from tritwise.models import ByteLM
+from tritwise.models import Arb, ByteLM
 from tritwise.nn import trit_modules
 from tritwise.ops import gpu
 from tritwise.train.config import Config
@@ -36,16 +36,14 @@ def dtype_called(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if able else torch.float32
 
 
-def build_model(config: Config, device: torch.device) -> ByteLM:
+def build_model(config: Config, device: torch.device) -> ByteLM | Arb:
     """The model of a run on `device`, new, with its type of activations and its ways to save memory."""
     settings = config.train
-    model = ByteLM(
-        config.model,
-        dtype_called(settings.dtype, device),
-        checkpoint=settings.checkpoint == "block",
-        loss_chunk=settings.loss_chunk,
-    )
-    return model.to(device)
+    dtype = dtype_called(settings.dtype, device)
+    savings: dict[str, Any] = {"checkpoint": settings.checkpoint == "block", "loss_chunk": settings.loss_chunk}
+    if config.media.task:
+        return Arb(config.model, config.parts, dtype, **savings).to(device)
+    return ByteLM(config.model, dtype, **savings).to(device)
 
 
 class Speed(NamedTuple):
@@ -55,7 +53,7 @@ class Speed(NamedTuple):
     graph: bool
 
 
-def speed_of(compile: str, model: ByteLM, accum: int = 1) -> Speed:
+def speed_of(compile: str, model: ByteLM | Arb, accum: int = 1) -> Speed:
     """How to run the steps of `model`, where it is now. compile: true, false, or auto: on a GPU that can.
 
     A recording pays for small models, whose kernels are shorter than the calls that start them. Its gradients wait in

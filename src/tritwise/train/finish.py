@@ -10,7 +10,7 @@ import torch
 from tritwise.data.source import BUNDLED_NAMES, describe
 from tritwise.data.split import split
 from tritwise.errors import UserError
-from tritwise.models import ByteLM
+from tritwise.models import Arb, ByteLM
 from tritwise.nn import trit_modules
 from tritwise.registers import REGISTER_LIMIT
 from tritwise.score import Score, ladder, score
@@ -27,7 +27,7 @@ LADDER_BYTES = 16_000_000  # the ladder of a longer text takes longer than its m
 def finish(
     config: Config,
     folder: RunFolder,
-    model: ByteLM,
+    model: ByteLM | Arb,
     optimizers: list[torch.optim.Optimizer],
     parts: dict[str, np.ndarray],
     done: dict[str, Any],
@@ -54,7 +54,7 @@ def finish(
     if ternary:
         folder.write("histogram", {"step": done["steps"], "layers": register_histogram(model)})
 
-    def scored(whose: ByteLM, stride: int = config.train.stride) -> Score:
+    def scored(whose: ByteLM | Arb, stride: int = config.train.stride) -> Score:
         return score(whose, val, stride=stride, device=device)
 
     before = None if ternary else scored(going)  # ternary weights lose nothing: their file has the same logits
@@ -92,7 +92,7 @@ def finish(
 
 
 def ship_and_reread(
-    model: ByteLM,
+    model: ByteLM | Arb,
     path: Path,
     config: Config,
     val: np.ndarray,
@@ -121,7 +121,7 @@ def ship_and_reread(
     return info, way, score(reread, val, stride=settings.stride, device=device)
 
 
-def size_now(model: ByteLM, settings: TrainConfig) -> int:
+def size_now(model: ByteLM | Arb, settings: TrainConfig) -> int:
     """Bytes that the model would ship in now, quickly compressed: a little more than it will be."""
     way = {"none": "int6", "auto": "int6"}.get(settings.ship_as, settings.ship_as)
     return shipped_bytes(model, None if model.config.weights == "trit" else way, settings.ship_small)
@@ -133,7 +133,7 @@ def told_sizes(sizes: dict[str, int]) -> str:
 
 
 @torch.inference_mode()
-def require_same_logits(model: ByteLM, reread: ByteLM, val: np.ndarray, device: torch.device) -> None:
+def require_same_logits(model: ByteLM | Arb, reread: ByteLM | Arb, val: np.ndarray, device: torch.device) -> None:
     """Raises UserError unless both models give bit-equal logits on the first windows of `val`."""
     window = min(model.context, len(val))
     count = min(8, len(val) // window)
@@ -142,7 +142,7 @@ def require_same_logits(model: ByteLM, reread: ByteLM, val: np.ndarray, device: 
         raise UserError("the artifact's logits differ from the model's; do not use it, and report this as a bug")
 
 
-def register_histogram(model: ByteLM) -> dict[str, list[int]]:
+def register_histogram(model: ByteLM | Arb) -> dict[str, list[int]]:
     """Layer name -> how many registers hold each value -121 … 121."""
     shift, size = REGISTER_LIMIT, 2 * REGISTER_LIMIT + 1
     return {

@@ -7,25 +7,20 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tritwise.data.sampler import Sampler
-from tritwise.data.source import describe
-from tritwise.data.split import split
 from tritwise.errors import UserError
 from tritwise.files import JsonLines
-from tritwise.models import AtDepth, ByteLM, generate
+from tritwise.models import ByteLM
 from tritwise.optim import TritOptimizer
-from tritwise.score import score
 from tritwise.ship import estimate, require_room
 from tritwise.train.average import Average
 from tritwise.train.config import Config
 from tritwise.train.course import Course
 from tritwise.train.crew import Crew
-from tritwise.train.device import Pace, Speed, batch_on, build_model, device_called, speed_of, wait_for
-from tritwise.train.finish import finish, size_now, told_sizes
+from tritwise.train.device import Pace, Speed, build_model, device_called, speed_of, wait_for
+from tritwise.train.finish import size_now, told_sizes
 from tritwise.train.memory import activation_bytes, memory_by_role
 from tritwise.train.meter import Meter
 from tritwise.train.optimizers import build_optimizers, set_momentum, set_rates
@@ -33,6 +28,7 @@ from tritwise.train.progress import Display, Quiet
 from tritwise.train.restore import pack_state, unpack_state
 from tritwise.train.run import RunFolder
 from tritwise.train.stepper import Stepper
+from tritwise.train.tasks import open_task
 from tritwise.train.warm import graphs_compiled, warm_up
 
 STATE = "stream."
@@ -60,13 +56,9 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
 def _train(
     config: Config, folder: RunFolder, crew: Crew, device: torch.device, resume: bool, display: Display
 ) -> dict[str, Any]:
+    task = open_task(config, display.say)
+    config = task.config
     settings = config.train
-    source = describe(settings.data)
-    parts = split(source.data, settings.split)
-    if "train" not in parts:
-        raise UserError(f"split {settings.split} leaves nothing to train on; use 90/10")
-    mode = "stream" if settings.preserve_state else "random"
-    sampler = Sampler(parts["train"], settings.batch, config.model.ctx, settings.seed, mode, accum=settings.accum)
     micros, course = crew.micros(settings.accum), course_of(config)
 
     torch.manual_seed(settings.seed)
@@ -80,7 +72,7 @@ def _train(
         folder.begin(resume=resume)
     if resume and store.steps():
         checkpoint = store.load()
-        sampler.check(checkpoint.meta["sampler"])
+        task.check(checkpoint.meta["sampler"])
         if checkpoint.step > settings.steps:
             raise UserError(
                 f"{folder.path} is at step {checkpoint.step} already; resume it with --steps {checkpoint.step} or more"
@@ -90,6 +82,8 @@ def _train(
         trained = checkpoint.meta.get("trained", seconds)
         remembered = {n.removeprefix(STATE): t for n, t in checkpoint.tensors.items() if n.startswith(STATE)}
         del checkpoint
+    else:
+        task.begin(model)
     if crew.first:
         # A resumed run may have been given more steps, and the next resume must know: they are part of the schedule.
         folder.write("config", config.as_dict())
@@ -102,7 +96,7 @@ def _train(
             tensors, meta = pack_state(model, optimizers, average)
             if stepper.state is not None:
                 tensors |= {f"{STATE}{name}": tensor for name, tensor in stepper.state.tensors().items()}
-            store.save(step, tensors, meta | {"seconds": seconds, "trained": trained, "sampler": sampler.state()})
+            store.save(step, tensors, meta | {"seconds": seconds, "trained": trained, "sampler": task.state()})
         saved = step
 
     def where() -> dict[str, Any]:
@@ -116,12 +110,14 @@ def _train(
         log({"kind": "event", **where(), "message": message})
         display.say(shown or message)
 
-    def batches(at: int) -> list[tuple[Tensor, Tensor]]:
-        return [batch_on(device, sampler, at, micro) for micro in micros]
+    def batches(at: int) -> list[tuple[Any, ...]]:
+        return [task.batch(device, at, micro) for micro in micros]
 
-    bytes_a_step = settings.batch * settings.accum * config.model.ctx
+    bytes_a_step = task.bytes_a_step
     meter, since, first = Meter(model), 0, step
-    speed = Speed(False, False) if settings.preserve_state else speed_of(settings.compile, model, len(micros))
+    # What is compiled and recorded is one kind of batch of one shape: rows of captions and sounds differ in length.
+    settled = task.kinds in (("text",), ("diffusion",)) and not settings.preserve_state
+    speed = speed_of(settings.compile, model, len(micros)) if settled else Speed(False, False)
     stepper = Stepper(
         model,
         optimizers,
@@ -133,9 +129,10 @@ def _train(
         steady=course.momentum(0) is None,
     )
     if remembered:
+        assert isinstance(model, ByteLM)
         stepper.state = model.new_state(settings.batch, endless=True).restore(remembered)
     # On a GPU the measured peak tells; elsewhere it counts the whole process, Python and torch included.
-    activations = None if device.type == "cuda" else activation_bytes(model, *batch_on(device, sampler, step))
+    activations = None if device.type == "cuda" else activation_bytes(model, *task.batch(device, step, 0))
     warmed = None
     if (settings.seconds or len(course.depths) > 1) and not course.over(step, trained):
         warmed = time.perf_counter()
@@ -169,7 +166,8 @@ def _train(
                 set_rates(optimizers, factor)
                 if (momentum := course.momentum(step)) is not None:
                     set_momentum(optimizers, momentum)
-                if settings.preserve_state and sampler.begins(step):
+                if settings.preserve_state and task.begins(step):
+                    assert isinstance(model, ByteLM)
                     stepper.state = model.new_state(settings.batch, endless=True)
                 loss = stepper.step_over(batches(step), loops % config.model.loops)  # 0: full depth
                 if settings.seconds:
@@ -189,21 +187,27 @@ def _train(
                 seconds = now - began
                 if crew.first:
                     meter.add(loss, bytes_a_step, now - step_began, optimizers[0])
+                    if len(task.kinds) > 1:
+                        kinds = (task.kind(step - 1, micro) for micro in micros)
+                        meter.add_by_kind(zip(kinds, stepper.shares, strict=True), settings.accum)
                 if logs and crew.first:
                     if last or step - first <= settings.log_interval:
                         display.record({"kind": "memory", **memory()})
                     for record in meter.records(since, where(), settings.rate * factor, _skipped(optimizers)):
+                        if task.kinds != ("text",):
+                            record.pop("bpb", None)  # the loss is not of bytes alone
                         log(record)
                     since = 0
                 if last or (settings.eval_interval and step % settings.eval_interval == 0):
                     if crew.first:
                         at = {"loops": loops, "rate": settings.rate * factor, "phase": course.part(step - 1, trained)}
-                        shown = model if loops == config.model.loops else model.at(loops)
-                        log(_evaluate(shown, parts, settings.eval_bytes, where(), device) | at)
+                        shown = model
+                        if isinstance(model, ByteLM) and loops != config.model.loops:
+                            shown = model.at(loops)
+                        for record in task.evaluate(shown, folder, where(), device):
+                            log(record | at if record["kind"] == "eval" else record)
                         if settings.budget:
                             log({"kind": "size", **where(), "bytes": size_now(model, settings)})
-                        if settings.sample_bytes:
-                            log(_sample(shown, settings.sample_bytes, settings.seed, where()))
                     seconds = time.perf_counter() - began
                 if settings.save and settings.save_interval and step % settings.save_interval == 0:
                     save()
@@ -229,7 +233,7 @@ def _train(
             return {"interrupted": True, "steps": step, "seconds": seconds, "run": str(folder.path)}
     if warmed is not None:
         done |= {"warm_seconds": round(warmed, 3), "compiled_in_clock": graphs_compiled() - compiled}
-    return finish(config, folder, model, optimizers, parts, done, device, held, average)
+    return task.finish(folder, model, optimizers, done, device, held, average)
 
 
 def course_of(config: Config) -> Course:
@@ -243,20 +247,6 @@ def _skipped(optimizers: list[torch.optim.Optimizer]) -> int:
         optimizer.skipped if isinstance(optimizer, TritOptimizer) else optimizer.param_groups[0].get("skipped", 0)
         for optimizer in optimizers
     )
-
-
-def _evaluate(
-    model: ByteLM | AtDepth, parts: dict[str, np.ndarray], count: int, where: dict[str, Any], device: torch.device
-) -> dict[str, Any]:
-    """Chunked score (stride = window) of the first `count` bytes of val: quick, and the same bytes every time."""
-    part = parts["val"][: count or None]
-    result = score(model, part, stride=model.context, device=device)
-    return {"kind": "eval", **where, "split": "val", "loss": result.nats, "bpb": result.bpb, "scored": result.bytes}
-
-
-def _sample(model: ByteLM | AtDepth, count: int, seed: int, where: dict[str, Any]) -> dict[str, Any]:
-    text = bytes(generate(model, b"\n", count, seed=seed)).decode("utf-8", errors="replace")
-    return {"kind": "sample", **where, "prompt": "\n", "text": text}
 
 
 class NoLines:

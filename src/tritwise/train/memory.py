@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from tritwise.models import ByteLM
+from tritwise.models import Arb, ByteLM
 from tritwise.nn import trit_modules
 from tritwise.train.audit import audit
 
@@ -67,23 +67,26 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def activation_bytes(model: ByteLM, ids: Tensor, targets: Tensor) -> int:
-    """Bytes of activations that one batch (int64 [B, T] each) needs in backward, found by one forward pass, eager.
+def activation_bytes(model: ByteLM | Arb, *batch: Any) -> int:
+    """Bytes of activations that one batch, the arguments of `model.loss`, needs in backward: one forward pass, eager.
 
     With checkpointing, the most that is computed again at one time is added: a block, or a chunk of the loss.
     """
-    with Kept(model, ids, targets) as whole:
-        model.loss(ids, targets)
-    again, (batch, time), width = [0], ids.shape, model.config.width
-    if model.checkpoint:
-        x_BTC = torch.zeros(batch, time, width, dtype=model.dtype, device=ids.device, requires_grad=True)
+    tensors = [part for part in batch if isinstance(part, Tensor)]
+    with Kept(model, *tensors) as whole:
+        model.loss(*batch)
+    trunk = model.trunk if isinstance(model, Arb) else model
+    again, ids, width = [0], tensors[0], model.config.width
+    if trunk.checkpoint and ids.dim() == 2:
+        x_BTC = torch.zeros(*ids.shape, width, dtype=model.dtype, device=ids.device, requires_grad=True)
         with Kept(model, x_BTC) as block:
-            model.blocks[0](x_BTC, model.rotary)
+            trunk.blocks[0](x_BTC, trunk.rotary)
         again.append(block.peak)
-    if 0 < model.loss_chunk < ids.numel():
-        x_NC = torch.zeros(model.loss_chunk, width, dtype=model.dtype, device=ids.device, requires_grad=True)
-        with Kept(model, x_NC, targets) as chunk:
-            model.loss_of_features(x_NC, targets.reshape(-1)[: model.loss_chunk])
+    if 0 < trunk.loss_chunk < ids.numel():
+        x_NC = torch.zeros(trunk.loss_chunk, width, dtype=model.dtype, device=ids.device, requires_grad=True)
+        targets_N = tensors[1].reshape(-1)[: trunk.loss_chunk]
+        with Kept(model, x_NC, targets_N) as chunk:
+            trunk.loss_of_features(x_NC, targets_N)
         again.append(chunk.peak)
     return whole.peak + max(again)
 

@@ -1,6 +1,7 @@
 """What happened between two log lines: mean loss, speed, and what the registers did, layer by layer."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ class Meter:
 
     def _clear(self) -> None:
         self.losses: list[float | Tensor] = []
+        self.by_kind: dict[str, list[Tensor]] = {}
         self.seconds, self.bytes = 0.0, 0
         self.moved: list[tuple[list[TritModule], Tensor]] = []  # at each step: the layers that moved, and their flips
 
@@ -36,6 +38,11 @@ class Meter:
             layers, flips = zip(*optimizer.flips_by_layer.items(), strict=True)
             self.moved.append((list(layers), torch.stack(flips)))
 
+    def add_by_kind(self, shares: Iterable[tuple[str, Tensor]], count: int) -> None:
+        """The micro-batches of a step of a mixture: of each its kind, and what it gave to the mean loss of `count`."""
+        for kind, share in shares:
+            self.by_kind.setdefault(kind, []).append(share * count)
+
     def records(self, steps: int, where: dict[str, Any], rate: float, skipped: int) -> list[dict[str, Any]]:
         """The "train" line and, for ternary models, the "layers" line of the last `steps` steps."""
         losses = [loss for loss in map(float, self.losses) if math.isfinite(loss)]
@@ -50,6 +57,9 @@ class Meter:
             "step_seconds": self.seconds / max(steps, 1),
             "skipped": skipped,
         }
+        if self.by_kind:
+            means = {kind: torch.stack(losses).float() for kind, losses in sorted(self.by_kind.items())}
+            record["losses"] = {kind: float(losses[losses.isfinite()].mean()) for kind, losses in means.items()}
         lines = [record]
         if self.layers:
             counts = dict.fromkeys(self.layers.values(), 0)

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tritwise.models import ByteLM, ModelConfig
+from tritwise.models import Arb, ByteLM, ModelConfig
 from tritwise.nn import ROLES, tensor_roles
 from tritwise.optim import ROLE_RATES, Muon, TritOptimizer
 from tritwise.train.config import TrainConfig
 
 
-def build_optimizers(model: ByteLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: ByteLM | Arb, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """The optimizers that `config` asks for, each group with its rate in "initial_lr".
 
     Tensors are put into groups by the role that their layer declares, never by name.

@@ -59,6 +59,19 @@ def _size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def _losses(record: dict[str, Any]) -> dict[str, str]:
+    """The losses of a "train" line: the mean, for text its bits per byte, of a mixture that of every kind."""
+    told = {"loss": record["loss"]} | ({"bpb": record["bpb"]} if "bpb" in record else {}) | record.get("losses", {})
+    return {name: f"{value:.3f}" for name, value in told.items()}
+
+
+def evaluation(record: dict[str, Any]) -> str:
+    """An "eval" line for people."""
+    of = "" if record.get("of", "text") == "text" else f"{record['of']} "
+    told = [(f"val {name}", record[name]) for name in ("loss", "bpb", "exact", "cer") if name in record]
+    return f"step {record['step']:>6}  " + "  ".join(f"{of}{name} {value:.4f}" for name, value in told)
+
+
 def memory_cells(record: dict[str, Any]) -> dict[str, str]:
     """Role -> how much memory, for people: the roles of `train.memory.memory_by_role` that hold anything."""
     return {role: _size(count) for role, count in record.items() if role != "kind" and count}
@@ -79,10 +92,10 @@ class PlainLines:
             left = record["step_seconds"] * (self.total - record["step"])
             if self.seconds:
                 left = min(left, self.seconds - record["seconds"])
-            line = (
-                f"step {record['step']:>6}/{self.total}  loss {record['loss']:.3f}  bpb {record['bpb']:.3f}  "
-                f"{_amount(record['bytes_per_second'])} B/s"
+            line = f"step {record['step']:>6}/{self.total}  " + "  ".join(
+                f"{n} {v}" for n, v in _losses(record).items()
             )
+            line += f"  {_amount(record['bytes_per_second'])} B/s"
             if record.get("flips") is not None:
                 line += f"  flips {record['flips']:.0f}  zeros {record['zero_fraction']:.1%}"
             if record["skipped"]:
@@ -91,7 +104,7 @@ class PlainLines:
         elif record["kind"] == "memory":
             self.say("memory  " + "  ".join(f"{role} {size}" for role, size in memory_cells(record).items()))
         elif record["kind"] == "eval":
-            self.say(f"step {record['step']:>6}  val loss {record['loss']:.4f}  val bpb {record['bpb']:.4f}")
+            self.say(evaluation(record))
 
     def say(self, message: str) -> None:
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
@@ -123,11 +136,7 @@ class LiveLine:
     def record(self, record: dict[str, Any]) -> None:
         if record["kind"] == "train":
             self.bar.update(self.task, completed=record["step"])
-            cells = {
-                "loss": f"{record['loss']:.3f}",
-                "bpb": f"{record['bpb']:.3f}",
-                "bytes/s": _amount(record["bytes_per_second"]),
-            }
+            cells = _losses(record) | {"bytes/s": _amount(record["bytes_per_second"])}
             if record.get("flips") is not None:
                 cells["flips/step"] = f"{record['flips']:.0f}"
                 cells["zeros"] = f"{record['zero_fraction']:.1%}"
@@ -144,8 +153,8 @@ class LiveLine:
         elif record["kind"] == "memory":
             self.memory = memory_cells(record)
         elif record["kind"] == "eval":
-            self.best = min(self.best, record["bpb"])
-            self.say(f"step {record['step']:>6}  val loss {record['loss']:.4f}  val bpb {record['bpb']:.4f}")
+            self.best = min(self.best, record.get("bpb", math.inf))
+            self.say(evaluation(record))
 
     def say(self, message: str) -> None:
         self.live.console.print(message, markup=False, highlight=False)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tritwise.errors import UserError
-from tritwise.models import ByteLM
+from tritwise.models import Arb, ByteLM
 from tritwise.nn import trit_modules
 from tritwise.train.average import Average
 from tritwise.train.checkpoint import Checkpoint
@@ -18,7 +18,7 @@ from tritwise.train.run import RunFolder
 
 
 def pack_state(
-    model: ByteLM, optimizers: Sequence[torch.optim.Optimizer], average: Average | None = None
+    model: ByteLM | Arb, optimizers: Sequence[torch.optim.Optimizer], average: Average | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors by name, plain JSON) that `unpack_state` needs to bring model and optimizers back bit for bit.
 
@@ -42,7 +42,7 @@ def _plain(group: dict[str, Any]) -> dict[str, Any]:
 
 def unpack_state(
     checkpoint: Checkpoint,
-    model: ByteLM,
+    model: ByteLM | Arb,
     optimizers: Sequence[torch.optim.Optimizer] = (),
     average: Average | None = None,
 ) -> None:
@@ -67,7 +67,7 @@ def unpack_state(
         raise UserError(f"checkpoint {checkpoint.step} does not fit the run's config ({reason}); train again") from None
 
 
-def averaged_of(checkpoint: Checkpoint, model: ByteLM) -> ByteLM | None:
+def averaged_of(checkpoint: Checkpoint, model: ByteLM | Arb) -> ByteLM | Arb | None:
     """A copy of `model` with the mean weights of the checkpoint; None if it has none."""
     average = Average()
     average.restore(_named(checkpoint, "average."), checkpoint.meta.get("averaged", 0), torch.device("cpu"))
@@ -79,7 +79,7 @@ def _named(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in found if name.startswith(prefix)}
 
 
-def load_run(path: Any, *, with_optimizers: bool = False) -> tuple[Config, ByteLM, list[Any], Checkpoint]:
+def load_run(path: Any, *, with_optimizers: bool = False) -> tuple[Config, ByteLM | Arb, list[Any], Checkpoint]:
     """(config, model, optimizers, newest checkpoint) of the run folder at `path`; optimizers is [] unless asked for.
 
     Ternary layers come frozen (no gradient ports) unless optimizers are asked for.
@@ -96,3 +96,30 @@ def load_run(path: Any, *, with_optimizers: bool = False) -> tuple[Config, ByteL
             layer.trainable(False)
         model.eval()
     return config, model, optimizers, checkpoint
+
+
+def take_over(model: Arb, path: Any) -> None:
+    """Give `model` the weights of the newest checkpoint of the run at `path`. Parts that run had not stay new.
+
+    Raises UserError if there is no such run, it is no ARB run, or a part of it has another shape.
+    """
+    folder = RunFolder(path)
+    if not folder.config().media.task:
+        raise UserError(
+            f"{path} is a byte model of 256 symbols; start from a run of train text, or from another ARB run"
+        )
+    checkpoint = folder.store().load()
+    found = {n.removeprefix("model."): tensor for n, tensor in checkpoint.tensors.items() if n.startswith("model.")}
+    own = model.state_dict()
+    other = [name for name in own if name in found and own[name].shape != found[name].shape]
+    # A part is there as a whole or not at all; the trunk always is.
+    parts = {name.split(".")[0] for name in found}
+    other += [name for name in own if name not in found and name.split(".")[0] in parts]
+    if other:
+        raise UserError(
+            f"the checkpoint of {path} does not fit: {other[0]} is "
+            f"{list(found[other[0]].shape) if other[0] in found else 'not in it'}, "
+            f"{list(own[other[0]].shape)} is needed; use its --width, --depth and encoder"
+        )
+    kept = {name: tensor for name, tensor in found.items() if name in own}
+    model.load_state_dict(kept, strict=False)

@@ -12,11 +12,12 @@ Nothing here waits for the GPU: the loss comes back as a tensor that may not hav
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritwise.models import ByteLM, DecodeState
+from tritwise.models import Arb, ByteLM, DecodeState
 from tritwise.nn import TritModule, trit_modules
 from tritwise.ops import gpu
 from tritwise.optim import TritOptimizer
@@ -38,7 +39,7 @@ class Stepper:
 
     def __init__(
         self,
-        model: ByteLM,
+        model: ByteLM | Arb,
         optimizers: Sequence[torch.optim.Optimizer],
         accum: int = 1,
         *,
@@ -57,6 +58,7 @@ class Stepper:
             raise ValueError(f"a CUDA graph cannot be recorded on {device}; leave out graph, or move the model to cuda")
         self.state: DecodeState | None = None  # what the model has read, where rows read on from step to step
         self._record = graph
+        self.shares: list[Tensor] = []
         self._replays: dict[int, _Recording] = {}  # one for every number of repeats
         self._versions: list[int] = []
         floats = [optimizer for optimizer in self.optimizers if not isinstance(optimizer, TritOptimizer)]
@@ -68,19 +70,23 @@ class Stepper:
                     _exchange(optimizer, self.crew)
 
     def step(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """`step_over` a single batch."""
+        """`step_over` a single batch of text."""
         return self.step_over([(ids, targets)])
 
-    def step_over(self, batches: Iterable[tuple[Tensor, Tensor]], loops: int = 0) -> Tensor:
-        """Train on this process's share of `accum` micro-batches (ids, targets), int64 [B, T] each on the model's
-        device, with `loops` repeats of the core; 0: all. Returns the mean loss of all micro-batches in nats per byte,
-        a 0-d float32 tensor on the device, which may not have been computed yet."""
+    def step_over(self, batches: Iterable[tuple[Any, ...]], loops: int = 0) -> Tensor:
+        """Train on this process's share of `accum` micro-batches, each the arguments of `model.loss` on its device (for
+        a byte LM ids and targets, int64 [B, T]), with `loops` repeats of the core; 0: all. Returns the mean loss of all
+        micro-batches (of text in nats per byte), a 0-d float32 tensor on the device, which may not have been computed
+        yet; `shares` then has what each of this process's micro-batches gave to it."""
         if self.records_whole_steps:
-            ((ids, targets),) = batches
-            return self._replayed(ids, targets, loops)
+            (batch,) = batches
+            self.shares = [self._replayed(batch, loops)]
+            return self.shares[0]
         total: Tensor | None = None
-        for ids, targets in batches:
-            loss = self._pass(ids, targets, loops)
+        self.shares = []
+        for batch in batches:
+            loss = self._pass(batch, loops)
+            self.shares.append(loss)
             total = loss if total is None else total + loss
         assert total is not None, "a step needs a batch"
         self.crew.add_up([total, *(p.grad for p in self._floats if p.grad is not None)])
@@ -100,7 +106,7 @@ class Stepper:
                 optimizer.zero_grad(set_to_none=True)
         return total
 
-    def record(self, ids: Tensor, targets: Tensor, loops: int = 0) -> None:
+    def record(self, batch: tuple[Any, ...], loops: int = 0) -> None:
         """Record a whole step of this shape and depth, unless it is; every number stays as it was. Only where
         `records_whole_steps`."""
         mine = [optimizer for optimizer in self.optimizers if isinstance(optimizer, TritOptimizer)]
@@ -109,7 +115,7 @@ class Stepper:
             self._replays.clear()  # made anew when an optimizer has changed since; its memory can serve the next one
         if loops not in self._replays:
             share = partial(self._share, loops=loops)
-            self._replays[loops] = _Recording(self.model, share, ids, targets, mine)
+            self._replays[loops] = _Recording(self.model, share, batch, mine)
         self._versions = versions
 
     @property
@@ -122,32 +128,30 @@ class Stepper:
         trained = {layer for optimizer in mine for layer in optimizer.layers}
         return all(layer in trained for _, layer in trit_modules(self.model) if layer.port is not None)
 
-    def _replayed(self, ids: Tensor, targets: Tensor, loops: int) -> Tensor:
+    def _replayed(self, batch: tuple[Any, ...], loops: int) -> Tensor:
         """One whole step out of the recording."""
-        self.record(ids, targets, loops)
+        self.record(batch, loops)
         for optimizer in self.optimizers:
             assert isinstance(optimizer, TritOptimizer)
             optimizer.before_replay()
-        return self._replays[loops](ids, targets).detach().clone()  # the next replay writes over it
+        return self._replays[loops](batch).detach().clone()  # the next replay writes over it
 
-    def _pass(self, ids: Tensor, targets: Tensor, loops: int) -> Tensor:
+    def _pass(self, batch: tuple[Any, ...], loops: int) -> Tensor:
         """Forward and backward of one micro-batch; returns its share of the loss."""
         if not self._record:
-            loss = self._share(ids, targets, loops)
+            loss = self._share(*batch, loops=loops)
             loss.backward()
             return loss.detach()
         if loops not in self._replays or self._replays[loops].updates:
             share = partial(self._share, loops=loops)
-            self._replays[loops] = _Recording(self.model, share, ids, targets)
-        loss = self._replays[loops](ids, targets).detach().clone()  # the next replay writes over it
+            self._replays[loops] = _Recording(self.model, share, batch)
+        loss = self._replays[loops](batch).detach().clone()  # the next replay writes over it
         _deliver(self.optimizers, self._replays[loops].port_grads, self.crew)
         return loss
 
-    def _share(self, ids: Tensor, targets: Tensor, loops: int) -> Tensor:
-        if self.state is not None:
-            loss = self._loss(ids, targets, loops, self.state)
-        else:
-            loss = self._loss(ids, targets, loops) if loops else self._loss(ids, targets)
+    def _share(self, *batch: Any, loops: int) -> Tensor:
+        more: tuple[Any, ...] = (loops, self.state) if self.state is not None else (loops,) if loops else ()
+        loss = self._loss(*batch, *more)
         return loss / self.accum if self.accum > 1 else loss
 
     def _is_sound(self, loss: Tensor) -> bool:
@@ -166,23 +170,24 @@ class _Recording:
 
     def __init__(
         self,
-        model: ByteLM,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        ids: Tensor,
-        targets: Tensor,
+        model: ByteLM | Arb,
+        loss: Callable[..., Tensor],
+        batch: tuple[Any, ...],
         updates: Sequence[TritOptimizer] = (),
     ) -> None:
         self.updates = list(updates)
         self._layers = [layer for _, layer in trit_modules(model)]
         self._floats = [p for p in model.parameters() if p.requires_grad]
-        self._loss_of, self._ids, self._targets = loss, ids.clone(), targets.clone()
+        self._loss_of = loss
+        self._batch = [part.clone() if isinstance(part, Tensor) else part for part in batch]
         self._shelf = gpu.Shelf()
         self.port_grads: dict[TritModule, Tensor] = {}
         consumers = [layer.consumer for layer in self._layers]
         for layer in self._layers:
             layer.consumer = None  # the gradient stays in the port
-        side = torch.cuda.Stream(ids.device)
-        side.wait_stream(torch.cuda.current_stream(ids.device))
+        device = next(model.parameters()).device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
         with ExitStack() as stack:
             changed = [t for optimizer in self.updates for t in stack.enter_context(optimizer.recording())]
             kept = [tensor.clone() for tensor in changed]
@@ -191,7 +196,7 @@ class _Recording:
                     self._run()
                 for tensor, before in zip(changed, kept, strict=True):
                     tensor.copy_(before)
-            torch.cuda.current_stream(ids.device).wait_stream(side)
+            torch.cuda.current_stream(device).wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             stack.enter_context(self._shelf)
             with torch.cuda.graph(self._graph, stream=side):
@@ -206,7 +211,7 @@ class _Recording:
         for tensor in [*(layer.port for layer in self._layers), *self._floats]:
             if tensor is not None:
                 tensor.grad = None
-        loss = self._loss_of(self._ids, self._targets)
+        loss = self._loss_of(*self._batch)
         loss.backward()
         self.port_grads = {}
         for layer in self._layers:
@@ -219,9 +224,10 @@ class _Recording:
                 optimizer.step()
         return loss
 
-    def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
-        self._ids.copy_(ids)
-        self._targets.copy_(targets)
+    def __call__(self, batch: tuple[Any, ...]) -> Tensor:
+        for place, part in zip(self._batch, batch, strict=True):
+            if isinstance(place, Tensor):
+                place.copy_(part)
         self._graph.replay()
         for p, grad in self._float_grads:
             p.grad = grad

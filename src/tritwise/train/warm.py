@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritwise.models import ByteLM
+from tritwise.models import Arb, ByteLM
 from tritwise.optim import TritOptimizer
 from tritwise.train.stepper import Stepper
 
 
 def warm_up(
     stepper: Stepper,
-    model: ByteLM,
+    model: ByteLM | Arb,
     optimizers: Sequence[torch.optim.Optimizer],
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[tuple[Any, ...]],
     depths: Sequence[int],
 ) -> None:
     """Take a step over `batches` at every number of repeats in `depths`, then put weights and optimizers back.
@@ -24,7 +24,7 @@ def warm_up(
     """
     if stepper.records_whole_steps:  # which takes its own trial steps back, and keeps every tensor where it is
         for loops in depths:
-            stepper.record(*batches[0], loops)
+            stepper.record(batches[0], loops)
         return
     weights = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     states = [_copied(optimizer.state_dict()) for optimizer in optimizers]

@@ -1,0 +1,84 @@
+"""What a trained ARB model says of an image or a sound, and how far that is from what it should say.
+
+Shape suffixes: B batch, F frames or tokens of features, D size of a feature, P tokens of the stream.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tritwise.data.vocabulary import BYTES, Special, text_of
+from tritwise.models import Arb
+from tritwise.train.streams import opening
+
+
+@torch.inference_mode()
+def tell(model: Arb, kind: str, features_BFD: Tensor, most: int = 80) -> list[str]:
+    """Caption ("vision") or transcript ("audio") of each of B media with as many features each, the likeliest symbols.
+
+    most: bytes of the longest. A sound is spelled by its bridge if that has learned to (`ctc`), else told by the trunk.
+    """
+    hidden_BFC = model.hidden_of(kind, features_BFD)
+    if kind == "audio" and model.spell is not None:
+        return [collapsed(row.tolist()) for row in model.spelled(hidden_BFC).argmax(dim=-1)]
+    return told_by_trunk(model, kind, hidden_BFC, most)
+
+
+@torch.inference_mode()
+def told_by_trunk(model: Arb, kind: str, hidden_BFC: Tensor, most: int) -> list[str]:
+    """As `tell`, by the trunk, byte after byte."""
+    batch, frames = hidden_BFC.shape[:2]
+    tokens = frames // (1 if kind == "vision" else model.parts.audio_stride)
+    start_T = torch.from_numpy(opening(kind, tokens)).to(hidden_BFC.device)
+    state = model.new_state(batch)
+    logits_BV = model.logits_after(kind, start_T.repeat(batch, 1), hidden_BFC, state)[:, -1]
+    found, running = [[] for _ in range(batch)], torch.ones(batch, dtype=torch.bool)
+    for _ in range(min(most, model.context - len(start_T))):
+        logits_BV[:, BYTES : Special.EOS] = -torch.inf
+        logits_BV[:, Special.EOS + 1 :] = -torch.inf
+        chosen_B = logits_BV.argmax(dim=-1)
+        running &= (chosen_B != Special.EOS).cpu()
+        if not running.any():
+            break
+        for row, symbol in enumerate(chosen_B.tolist()):
+            if running[row]:
+                found[row].append(symbol)
+        if state.used + 1 > model.context:
+            break
+        logits_BV = model(chosen_B[:, None], state)[:, -1].clone()
+    return [text_of(row).decode("utf-8", errors="replace") for row in found]
+
+
+def collapsed(symbols: Sequence[int]) -> str:
+    """What CTC means by a row of symbols: repeats count once, then blanks and other specials are left out."""
+    kept = [now for now, before in zip(symbols, [-1, *symbols], strict=False) if now != before and now < BYTES]
+    return bytes(kept).decode("utf-8", errors="replace")
+
+
+def edits(told: str, meant: str) -> int:
+    """Letters to insert, delete or replace to make one of the other (Levenshtein 1966)."""
+    before = np.arange(len(meant) + 1)
+    letters = np.array(list(meant))
+    for letter in told:
+        now = np.empty_like(before)
+        now[0] = before[0] + 1
+        now[1:] = np.minimum(before[1:] + 1, before[:-1] + (letters != letter))
+        # What is left are insertions, each one more than the place before it: a running minimum.
+        now = np.minimum.accumulate(now - np.arange(len(now))) + np.arange(len(now))
+        before = now
+    return int(before[-1])
+
+
+def marks(told: Sequence[str], meant: Sequence[str]) -> dict[str, float]:
+    """exact: share of texts told without a fault. cer: edits over the letters that were meant."""
+    faults = sum(edits(a, b) for a, b in zip(told, meant, strict=True))
+    right = sum(a == b for a, b in zip(told, meant, strict=True))
+    return {"exact": right / max(1, len(meant)), "cer": faults / max(1, sum(map(len, meant)))}
+
+
+def nearest(features: Tensor, known: Tensor) -> list[int]:
+    """For each row of features [N, D] the row of `known` [M, D] with the greatest cosine."""
+    a, b = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (features, known))
+    return (a @ b.T).argmax(dim=-1).tolist()

@@ -1,0 +1,228 @@
+"""The ARB model: tokens of media in the stream, every trained number an integer, and a diffusion part that learns."""
+
+import pytest
+import torch
+
+from tritwise import TritOptimizer
+from tritwise.models import Arb, Denoiser, ModelConfig, PartsConfig, draw
+from tritwise.models.arb import IGNORED
+from tritwise.models.denoiser import centred, pixels_of
+from tritwise.train import audit
+from tritwise.train.judge import confusion, tiled
+from tritwise.train.telling import collapsed, edits, marks, nearest, tell, told_by_trunk
+
+PARTS = PartsConfig(
+    vision=True,
+    audio=True,
+    diffusion=True,
+    ctc=True,
+    vision_size=24,
+    audio_size=20,
+    vision_grid=1,
+    picture=8,
+    draw_width=32,
+    draw_depth=1,
+    classes="left|top",
+)
+SHAPE = {"width": 32, "depth": 1, "ctx": 32, "vocab": 288}
+
+
+def model(**changes) -> Arb:
+    torch.manual_seed(0)
+    return Arb(ModelConfig(**SHAPE, **changes), PARTS)
+
+
+def batch(kind: str, rows: int = 2):
+    """A batch of a kind, as `Arb.loss` takes it."""
+    g = torch.Generator().manual_seed(1)
+    tokens, size = (2, 24) if kind == "vision" else (8, 20)
+    ids = torch.randint(0, 256, (rows, tokens + 6), generator=g)
+    targets = torch.full_like(ids, IGNORED)
+    targets[:, tokens + 1 :] = ids[:, tokens + 1 :]
+    features = torch.randn(rows, 2 if kind == "vision" else 32, size, generator=g)
+    letters = (torch.randint(97, 120, (rows, 4), generator=g), torch.tensor([4] * rows))
+    return (kind, ids, targets, features, *(letters if kind == "audio" else ()))
+
+
+@pytest.mark.parametrize("weights", ["trit", "float"])
+def test_every_kind_of_batch_has_a_loss_that_falls(weights):
+    net = model(weights=weights)
+    if weights == "trit":
+        optimizer = TritOptimizer(net, rate=0.03)
+    else:
+        optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    g = torch.Generator().manual_seed(2)
+    pictures = torch.randn(8, 1, 8, 8, generator=g)
+    noise, times = torch.randn(8, 1, 8, 8, generator=g), torch.rand(8, generator=g)
+    batches = [batch("vision"), batch("audio"), ("text", *batch("vision")[1:3])]
+    batches.append(("diffusion", pictures, noise, times, torch.arange(8) % 3))
+    losses = []
+    for _ in range(25):
+        line = []
+        for one in batches:
+            loss = net.loss(*one)
+            loss.backward()
+            line.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(line)
+    assert all(last < 0.9 * first for first, last in zip(losses[0], losses[-1], strict=True)), (losses[0], losses[-1])
+
+
+def test_no_trained_number_is_a_float():
+    net = model()
+    optimizer = TritOptimizer(net)
+    for one in (batch("vision"), batch("audio")):
+        net.loss(*one).backward()
+    optimizer.step()
+    found = audit(net, [optimizer])
+    assert found["float_trainable"] == 0 and found["float_state_bytes"] == 0
+    assert {row["dtype"] for row in found["tensors"] if row["trainable"]} == {"int8"}
+    assert audit(model(weights="float"))["float_trainable"] > 0  # so that the check can fail
+
+
+def test_parts_are_there_only_if_they_are_asked_for():
+    bare = Arb(ModelConfig(**SHAPE), PartsConfig())
+    assert bare.vision is None and bare.audio is None and bare.spell is None and bare.diffusion is None
+    assert [name for name, _ in bare.named_children()] == ["trunk"]
+
+
+def test_tokens_of_an_image_take_the_places_of_their_slots():
+    """What stands in the slots does not matter, the features do, and nothing before the image sees it."""
+    net = model().eval()
+    kind, ids, _, features = batch("vision")
+    with torch.inference_mode():
+        logits = net.logits_after(kind, ids, net.hidden_of(kind, features))
+        other = ids.clone()
+        other[:, 1:3] = 7
+        assert torch.equal(net.logits_after(kind, other, net.hidden_of(kind, features)), logits)
+        changed = net.logits_after(kind, ids, net.hidden_of(kind, features.flip(1)))
+        assert torch.equal(changed[:, 0], logits[:, 0]) and not torch.allclose(changed[:, 5], logits[:, 5])
+        assert torch.allclose(net(ids)[:, 0], logits[:, 0], atol=1e-5)  # and the rest is the trunk
+
+
+@pytest.mark.parametrize("kind", ["vision", "audio"])
+def test_telling_many_is_telling_each(kind):
+    net = model().eval()
+    features = batch(kind, rows=3)[3]
+    hidden = net.hidden_of(kind, features)
+    together = told_by_trunk(net, kind, hidden, 12)
+    assert together == [told_by_trunk(net, kind, hidden[row : row + 1], 12)[0] for row in range(3)]
+    if kind == "audio":
+        assert tell(net, kind, features) == [tell(net, kind, features[row : row + 1])[0] for row in range(3)]
+
+
+def test_greedy_telling_takes_the_likeliest_symbol_each_time():
+    net = model().eval()
+    features = batch("vision", rows=1)[3]
+    text = told_by_trunk(net, "vision", net.hidden_of("vision", features), 3)[0]
+    from tritwise.train.streams import opening
+
+    ids = torch.from_numpy(opening("vision", 2))[None]
+    found = b""
+    with torch.inference_mode():
+        for _ in range(3):
+            logits = net.logits_after("vision", ids, net.hidden_of("vision", features))[0, -1]
+            best = int(torch.cat((logits[:256], logits[258:259])).argmax())
+            if best == 256:
+                break
+            found += bytes([best])
+            ids = torch.cat((ids, torch.tensor([[best]])), dim=1)
+    assert text == found.decode("utf-8", errors="replace")
+
+
+def test_the_velocity_follows_from_what_the_network_tells():
+    """If f is exact, z + (1 - t) v is the picture: for every t, also at the ends."""
+    x, noise = torch.randn(5, 1, 8, 8), torch.randn(5, 1, 8, 8)
+    times = torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0])
+    t = times[:, None, None, None]
+    s = torch.sqrt(t**2 + (1 - t) ** 2)
+
+    class Exact(Denoiser):
+        def forward(self, z, t_B, label_B):
+            return ((1 - t) * x - t * noise) / s
+
+    exact = Exact(PARTS)
+    z = t * x + (1 - t) * noise
+    label = torch.zeros(5, dtype=torch.int64)
+    assert torch.allclose(exact.velocity(z, times, label), x - noise, atol=1e-5)
+    assert float(exact.loss(x, noise, times, label)) < 1e-10
+    assert torch.allclose(exact.velocity(z, times, label, guidance=2.0), x - noise, atol=1e-5)
+
+
+def test_pictures_depend_on_seed_and_place_alone():
+    net = Denoiser(PARTS).eval()
+    done: list[int] = []
+    three = draw(net, [0, 1, 2], steps=3, seed=4, progress=lambda step, _: done.append(step))
+    assert three.shape == (3, 1, 8, 8) and three.dtype == torch.uint8 and done == [1, 2, 3]
+    assert torch.equal(draw(net, [0, 1], steps=3, seed=4), three[:2])
+    assert not torch.equal(draw(net, [0, 1], steps=3, seed=5), three[:2])
+    pixels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(pixels_of(centred(pixels)), pixels)
+
+
+def test_the_diffusion_part_learns_what_its_classes_look_like(drawn_idx):
+    """Bright left halves and bright upper halves: after a few hundred steps the pictures drawn are of their class."""
+    from tritwise.data.collections import open_collection
+    from tritwise.train.streams import PictureStream, pictures_in
+
+    pictures, labels = pictures_in(open_collection(drawn_idx), "train", 1)
+    stream = PictureStream(pictures, labels, 2, batch=32, seed=0)
+    torch.manual_seed(0)
+    net = Denoiser(PARTS)
+    optimizer = TritOptimizer(net, rate=0.02)
+    for step in range(150):
+        _, *tensors = stream.batch_at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * (1 - step / 150) * (1 if group["role"] == "matrix" else 2)
+        net.loss(*tensors).backward()
+        optimizer.step()
+    drawn = draw(net, [0, 0, 0, 1, 1, 1], steps=8, guidance=1.0).float()
+    left, top = drawn[:, 0, 4:, :4].mean(dim=(1, 2)), drawn[:, 0, :4, 4:].mean(dim=(1, 2))
+    assert (left[:3] > top[:3] + 60).all() and (top[3:] > left[3:] + 60).all(), (left, top)
+
+
+def test_edits_and_marks():
+    assert [edits(*pair) for pair in (("kitten", "sitting"), ("", "abc"), ("abc", ""), ("flaw", "lawn"))] == [
+        3,
+        3,
+        3,
+        2,
+    ]
+    assert marks(["one", "to"], ["one", "two"]) == {"exact": 0.5, "cer": 1 / 6}
+    assert marks([], []) == {"exact": 0.0, "cer": 0.0}
+
+
+def test_what_ctc_spells_is_collapsed():
+    blank = 256
+    assert collapsed([blank, 104, 104, blank, 104, 105, 105, 270]) == "hhi"
+    assert collapsed([]) == ""
+
+
+def test_nearest_is_by_cosine():
+    known = torch.tensor([[1.0, 0.0], [0.0, 5.0]])
+    assert nearest(torch.tensor([[9.0, 1.0], [0.1, 0.2]]), known) == [0, 1]
+
+
+def test_confusions_count_what_is_no_class():
+    assert confusion(("a", "b"), ["a", "a", "b"], ["a", "x", "a"])["counts"] == [[1, 0, 1], [1, 0, 0]]
+
+
+def test_tiles():
+    page = tiled(torch.stack([torch.full((1, 2, 3), shade, dtype=torch.uint8) for shade in (1, 2, 3)]), 2)
+    assert page.shape == (7, 9) and page[1, 1] == 1 and page[1, 5] == 2 and page[4, 1] == 3 and page[0, 0] == 128
+    assert tiled(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), 1).shape == (4, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"audio_stride": 5}, "must divide 32"),
+        ({"picture": 9, "patch": 4}, "must divide the side"),
+        ({"patch": 0}, "at least 1"),
+        ({"bridge_depth": -1}, "at least 0"),
+    ],
+)
+def test_shapes_that_cannot_be_built(changes, said):
+    with pytest.raises(ValueError, match=said):
+        PartsConfig(**changes)
