@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +29,7 @@ from tritwise.train.run import manifest
 PEERS = {
     "xz -9e": (["xz", "-9e", "-T1", "-c"], ["xz", "-d", "-c"]),
     "zstd -22 --ultra": (["zstd", "-22", "--ultra", "-T1", "-q", "-c"], ["zstd", "-d", "-q", "-c"]),
+    "zstd -22 --ultra --long": (["zstd", "-22", "--ultra", "--long=27", "-T1", "-q", "-c"], ["zstd", "-d", "-q", "-c"]),
     "bzip2 -9": (["bzip2", "-9", "-c"], ["bzip2", "-d", "-c"]),
 }
 
@@ -40,34 +41,41 @@ import json, os, resource, subprocess, sys, time
 began = time.perf_counter()
 with open(sys.argv[1], "wb") as out:
     code = subprocess.call(sys.argv[2:], stdout=out)
-peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-print(json.dumps([code, time.perf_counter() - began, peak]))
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+print(json.dumps([code, time.perf_counter() - began, used.ru_utime + used.ru_stime, peak]))
 """
 
 
-def timed(command: list[str], out: Path) -> tuple[float, int]:
-    """Seconds and peak bytes of a process that writes its stdout to `out`. Exits with its words if it fails."""
+class Cost(NamedTuple):
+    """Of a process: seconds by the clock, seconds of processors (which other work on the machine hardly moves), and the
+    most bytes it held."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+
+def timed(command: list[str], out: Path) -> Cost:
+    """What a process costs that writes its stdout to `out`. Exits with its words if it fails."""
     run = subprocess.run([sys.executable, "-I", "-c", BETWEEN, str(out), *command], capture_output=True, text=True)
-    code, seconds, peak = json.loads(run.stdout)
+    code, *cost = json.loads(run.stdout)
     if code:
         sys.exit(f"{' '.join(command)} failed: {run.stderr.strip()}")
-    return seconds, peak
+    return Cost(*cost)
 
 
-def row(name: str, text: Path, packed: Path, back: Path, costs: list[tuple[float, int]], model: int) -> dict[str, Any]:
-    """One line of the table. `costs`: seconds and peak of compressing and decompressing; `model`: its bytes."""
+def row(name: str, text: Path, packed: Path, back: Path, costs: list[Cost], model: int) -> dict[str, Any]:
+    """One line of the table. `costs`: of compressing and decompressing; `model`: its bytes."""
     total, size = text.stat().st_size, packed.stat().st_size
-    (seconds, peak), (seconds_back, peak_back) = costs
     return {
         "name": name,
         "bytes": size,
         "bytes_with_model": size + model,
         "bpb": 8 * size / total,
         "bpb_with_model": 8 * (size + model) / total,
-        "compress_seconds": seconds,
-        "decompress_seconds": seconds_back,
-        "compress_peak_bytes": peak,
-        "decompress_peak_bytes": peak_back,
+        **{f"compress_{name}": value for name, value in costs[0]._asdict().items()},
+        **{f"decompress_{name}": value for name, value in costs[1]._asdict().items()},
         "identical": text.read_bytes() == back.read_bytes(),
     }
 
@@ -87,9 +95,13 @@ def measure_ours(model: str, text: Path, folder: Path, options: list[str]) -> di
     there = timed([*call, "compress", str(text), "--model", model, "--out", str(packed), "--json", *options], told)
     report = json.loads(told.read_text().splitlines()[-1])
     back_cost = timed([*call, "decompress", str(packed), "--model", model, "--out", str(back), "--json"], told)
+    inner = {
+        "compress_inner": report["seconds"],
+        "decompress_inner": json.loads(told.read_text().splitlines()[-1])["seconds"],
+    }
     found = row("tritwise", text, packed, back, [there, back_cost], report["model"])
     kept = ("claimed_bits", "over_claim", "lane_bits", "lanes", "window", "stride", "header")
-    return found | {key: report[key] for key in kept}
+    return found | inner | {key: report[key] for key in kept}
 
 
 def main() -> int:

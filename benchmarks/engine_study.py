@@ -69,7 +69,7 @@ def run_stages(names: list[str], out: Path, seconds: float, data: str) -> dict[s
         if limit < 5:
             told[name] = {"seconds": 0.0, "code": None, "said": "left out: the time was up"}
         else:
-            told[name] = _run(_command(name, out, max(budget - 5, 1), data), limit)
+            told[name] = run_limited(_command(name, out, max(budget - 5, 1), data), limit)
         print(f"{name}: code {told[name]['code']}, {told[name]['seconds']:.0f} s", flush=True)
         if told[name]["code"] != 0:
             print(told[name]["said"], flush=True)
@@ -86,7 +86,7 @@ def _command(name: str, out: Path, seconds: float, data: str) -> list[str]:
     return [sys.executable, "-m", "tritwise", "bench", kind, *rest, *options]
 
 
-def _run(command: list[str], limit: float) -> dict[str, Any]:
+def run_limited(command: list[str], limit: float) -> dict[str, Any]:
     """Run a command and all that it starts for at most `limit` seconds. code: None if it had to be ended."""
     packages = str(Path(tritwise.__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, (packages, os.environ.get("PYTHONPATH"))))

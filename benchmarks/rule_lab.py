@@ -216,7 +216,9 @@ class Ours:
             u = unit_rms(u * (u * grad > 0))
         rate = run["rate"] * factor * {"embedding": run["embedding_rate"], "head": run["head_rate"]}.get(role, 1.0)
         if run["scale_rate"]:
-            s = (raw * self.trits() * self.column).view(*self.scale.shape[:3], -1).sum(dim=-1, keepdim=True) * self.scale
+            s = (raw * self.trits() * self.column).view(*self.scale.shape[:3], -1).sum(
+                dim=-1, keepdim=True
+            ) * self.scale
             self.scale_momentum.mul_(run["beta"]).add_(s)
             rms = self.scale_momentum.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1e-30
             self.scale.mul_(torch.exp2(-run["scale_rate"] * factor * self.scale_momentum / rms))

@@ -1,4 +1,4 @@
-"""Fills the generated blocks of README and docs/RULE.md, and draws their pictures, from benchmarks/results.
+"""Fills the generated blocks of README, docs/RULE.md and docs/SCORING.md, and draws pictures, from benchmarks/results.
 
 python scripts/readme.py            draw docs/*.png, docs/images/*.png and write the blocks
 python scripts/readme.py --check    change nothing; say what is stale and exit 1
@@ -10,8 +10,10 @@ KIND_YYYY-MM-DD.json or .jsonl; the newest of a kind, by name, counts:
     step_cost_cpu2   {"rows": [{"width", "batch", "tritwise_ms", "adamw_ms", "ratio"}, …], …}
     rules_h100       the rows.jsonl of `tritwise bench rules`; ablation_h100, scaling_h100 and robustness_h100 likewise,
                      for what is not in the same file
+    score_study_cpu2, score_study_h100, score_slice_cpu2, score_small_cpu2
+                     the study.json of benchmarks/score_study.py: one model and one text each, or the beginning of one
 
-README has all of its blocks. docs/RULE.md, if it is there, has any of `RULE_BLOCKS`.
+README has all of its blocks. docs/RULE.md, if it is there, has any of `RULE_BLOCKS`, docs/SCORING.md of `SCORE_BLOCKS`.
 
 A picture cannot be compared byte for byte, for matplotlib's versions draw differently. So the block beside it holds the
 checksums of the picture and of the file it was drawn from, and either one changing makes the block stale.
@@ -28,14 +30,17 @@ from typing import Any
 from tritwise.report.bench_plots import choose_bench_plots
 from tritwise.report.bench_rows import read_bench
 from tritwise.report.bench_tables import ablation_markdown, rules_markdown
+from tritwise.report.score_tables import TABLES, score_sources, score_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
-README, RULE = "README.md", "docs/RULE.md"
+README, RULE, SCORING = "README.md", "docs/RULE.md", "docs/SCORING.md"
 LOSS, COST = "docs/loss.png", "docs/step_cost.png"
 RULE_PLOTS = ("loss", "state", "rates", "activity", "scaling", "robustness")  # as choose_bench_plots names them
 RULE_TABLES = ("table", "ablation")
 RULE_BLOCKS = tuple(f"rules_{name}" for name in (*RULE_TABLES, *RULE_PLOTS))
+SCORE_STUDIES = ("score_study_cpu2", "score_study_h100", "score_slice_cpu2", "score_small_cpu2")
+SCORE_BLOCKS = tuple(f"score_{name}" for name in ("sources", *TABLES))
 DATE = "[0-9]" * 4 + "-[0-9][0-9]-[0-9][0-9]"
 
 
@@ -76,11 +81,26 @@ def rule_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
     return made
 
 
+def score_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
+    """Each wanted block of docs/SCORING.md -> its text; names that are not in SCORE_BLOCKS are left out."""
+    files = [file for study in SCORE_STUDIES if (file := newest(root, study))]
+    records = [_read(file) for file in files]
+    links = [f"[{file.name}](../{file.relative_to(root).as_posix()})" for file in files]
+    made = {}
+    for block in dict.fromkeys(wanted):
+        name = block.removeprefix("score_")
+        if block in SCORE_BLOCKS:
+            made[block] = score_sources(records, links) if name == "sources" else score_table(name, records)
+    return made
+
+
 def pages(root: Path) -> dict[str, dict[str, str]]:
     """Page -> its blocks, of the pages that are there."""
     found = {README: blocks(root)}
     if (root / RULE).exists():
         found[RULE] = rule_blocks(root, _block_names((root / RULE).read_text(encoding="utf-8")))
+    if (root / SCORING).exists():
+        found[SCORING] = score_blocks(root, _block_names((root / SCORING).read_text(encoding="utf-8")))
     return found
 
 
@@ -226,7 +246,11 @@ def main(arguments: list[str]) -> int:
         return 2
     if arguments:
         old = stale(ROOT)
-        print(f"stale: {', '.join(old)}; run make readme" if old else "README.md and docs/RULE.md are current")
+        print(
+            f"stale: {', '.join(old)}; run make readme"
+            if old
+            else "README.md, docs/RULE.md and docs/SCORING.md are current"
+        )
         return 1 if old else 0
     drawn = draw(ROOT)
     print(", ".join([*write(ROOT), *drawn]))

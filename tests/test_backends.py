@@ -41,7 +41,7 @@ def run_linear() -> float:
 
 
 def test_every_operation_has_a_reference():
-    assert sorted(backends._backends) == ["direction", "embedding", "linear", "nibble", "update"]
+    assert sorted(backends._backends) == ["combine", "direction", "embedding", "graph", "linear", "nibble", "update"]
     for operation in backends._backends:
         assert ops.backends_of(operation) == ["reference"]
 

@@ -39,7 +39,7 @@ def test_train(small_text: Path, tmp_path: Path, cli):
     assert done.code == 0 and len(done.out.splitlines()) == 1
     assert done.json == read_json(tmp_path / "run/result.json")
     assert done.json["val"].keys() == {"nats", "bpb", "bytes", "window", "stride"}
-    assert done.json["artifact"].keys() == {"path", "bytes", "bpb_reread"}
+    assert done.json["artifact"].keys() == {"path", "bytes", "bpb_reread", "way", "streams"}
     saved = read_json(tmp_path / "run/config.json")
     for name, value in flags.items():
         key = name.replace("-", "_")
@@ -88,6 +88,7 @@ def test_score_for_people(trained: Path, cli):
     told = cli("score", trained)
     assert told.code == 0 and not told.err
     assert re.search(r"text.txt val: \d\.\d{4} bits per byte, \d\.\d{4} nats, 6,000 bytes \(window 32, ", told.out)
+    assert ", sliding, reset: never, adaptation: none, 0 extra bytes, " in told.out
     names = [name for name in ("uniform", "unigram", "this model", "5-gram") if name in told.out]
     assert sorted(names, key=told.out.index) == names  # from worst to best
 

@@ -182,6 +182,7 @@ def test_score_compare_for_people(trained: Path, text: Path, cli):
         (("ngram:two",), "ngram:two names no n-gram; write for example ngram:5"),
         (("ngram:2",), "counts the train part of the text, and there is none; choose a part with --split val"),
         (("ngram:9", "--split", "val"), "n-gram order out of range"),
+        (("ngram:2", "--split", "val", "--device", "gpu"), "there is no device 'gpu'; choose auto, cpu or cuda"),
         (("ngram:2", "--split", "val", "--mode", "guess"), "there is no mode 'guess'"),
         (("ngram:2", "--split", "val", "--mix", "--mode", "chunked"), "as a stream; leave --mode chunked out"),
         (("ngram:2", "--split", "val", "--mix-train"), "--mix-train counts for the mixture; add --mix"),

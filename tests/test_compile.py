@@ -64,6 +64,37 @@ def test_a_function_of_embedding_and_linear(backend, ported):
 
 
 @pytest.mark.parametrize("backend", EXACT)
+def test_messages_and_combinations(backend):
+    source, target = torch.tensor([0, 2, -1, 1, 2]), torch.tensor([1, 1, 0, 3, -1])
+    slot = torch.tensor([[3, 0], [1, 2]])
+
+    def function(x: Tensor, gate: Tensor) -> Tensor:
+        y = ops.gather_add(ops.edge_sum(x, source, target, 4), x, torch.tensor([2, -1, 0, 3]))
+        return torch.tanh(ops.combine(y, slot, gate)).square().mean()
+
+    results = []
+    for run in (function, compiled(function, backend)):
+        x, gate = normal(4, 6).requires_grad_(), normal(2, 2, seed=3).requires_grad_()
+        loss = run(x, gate)
+        results.append([loss.detach(), *torch.autograd.grad(loss, (x, gate))])
+    for eager, other in zip(*results, strict=True):
+        assert eager.count_nonzero() and torch.equal(eager, other)
+
+
+@pytest.mark.parametrize("changes", [{"graph": True, "experts": 3, "max_moe_iters": 2}, {"mixer": "lstm"}])
+def test_further_layers_compile_without_a_break(changes):
+    """Experts that are compiled read every position: the same sums in another order."""
+    torch.manual_seed(0)
+    model = ByteLM(ModelConfig(width=32, depth=1, ctx=8, **changes))
+    (x, y), *_ = batches(1)
+    x, y = x[:, :8], y[:, :8]
+    loss = compiled(model.loss, "aot_eager")(x, y)
+    assert loss.item() == pytest.approx(model.loss(x, y).item(), rel=1e-5)
+    loss.backward()
+    assert all(layer.port is not None and layer.port.grad is not None for _, layer in trit_modules(model))
+
+
+@pytest.mark.parametrize("backend", EXACT)
 def test_layers(backend):
     """Layers hold their ports as attributes, and hand gradients to a consumer while backward runs."""
     torch.manual_seed(0)

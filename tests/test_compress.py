@@ -334,7 +334,8 @@ def test_the_header_is_small(pack):
 def test_lanes_are_chosen_by_size_and_memory():
     cpu, small = torch.device("cpu"), ModelConfig(width=64, depth=2)
     chosen = [archive_module.choose_lanes(length, small, cpu) for length in (0, 1, 20_000, 2_000_000, 10**9)]
-    assert chosen == [1, 1, 2, 244, 256]
+    assert chosen == [1, 1, 4, 256, 256]  # 4 KiB each: a context of 64
+    assert archive_module.choose_lanes(20_000, ModelConfig(width=64, depth=2, ctx=512), cpu) == 2  # 8 KiB each
     assert archive_module.choose_lanes(10**9, small, torch.device("cuda")) == 1024
     large = ModelConfig(width=1024, depth=12, ctx=2048)  # 201 MB a lane
     assert archive_module.choose_lanes(10**9, large, cpu) == 5

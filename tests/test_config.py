@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tritwise.errors import UserError
-from tritwise.models import ModelConfig
+from tritwise.models import ModelConfig, PartsConfig
 from tritwise.recipes import RECIPES, recipe, shakespeare, tiny
 from tritwise.train import Config, TrainConfig, override
 from tritwise.train.config import flat
+from tritwise.train.media_config import MediaConfig
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -31,7 +32,11 @@ def test_recipes_are_functions_that_return_a_config():
 
 
 def test_flat_holds_every_setting_once():
-    fields = [field.name for part in (ModelConfig, TrainConfig) for field in dataclasses.fields(part)]
+    fields = [
+        field.name
+        for part in (ModelConfig, TrainConfig, PartsConfig, MediaConfig)
+        for field in dataclasses.fields(part)
+    ]
     assert sorted(fields) == sorted(flat(Config()))
 
 
@@ -128,7 +133,7 @@ def test_a_value_of_another_type_is_refused(key: str, value: object, wanted: str
 def test_an_unknown_key_names_the_nearest():
     with pytest.raises(UserError, match=r"no setting 'widht'; did you mean width\?"):
         override(tiny(), {"widht": 1})
-    with pytest.raises(UserError, match="no setting 'qqqq'; known keys: accum, batch, checkpoint, compact, compile"):
+    with pytest.raises(UserError, match="no setting 'qqqq'; known keys: accum, active_experts, average_every"):
         override(tiny(), {"qqqq": 1})
 
 

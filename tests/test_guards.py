@@ -12,6 +12,7 @@ from tritwise.data import open_bytes
 from tritwise.errors import UserError
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.score import score, score_stream, scorer, stream_of
+from tritwise.score.cheats import EntropyExpert, Peeking, Remembering, counted_twice
 from tritwise.score.guards import CONDITIONS, Tally, check_sums
 from tritwise.score.windows import windows_of
 
@@ -20,7 +21,7 @@ CONTEXT = 32
 
 
 class Bigram:
-    """An honest Predictor: what followed a byte in another part of the text. Its cheating children know more."""
+    """An honest Predictor: what followed a byte in another part of the text."""
 
     context = CONTEXT
 
@@ -35,35 +36,6 @@ class Bigram:
         return self.table[ids]
 
 
-class EntropyExpert(Bigram):
-    """Cheat 1: exp(-entropy) of the model's own distribution enters a mixture as if it were a probability of the byte.
-
-    It is the same for every byte, so the "probabilities" sum to more than 1, and every byte becomes cheaper.
-    """
-
-    def log_probs(self, ids: Tensor) -> Tensor:
-        honest = super().log_probs(ids)
-        entropy = -(honest.exp() * honest).sum(dim=-1, keepdim=True)
-        return torch.logaddexp(honest, -entropy) - math.log(2)
-
-
-class Peeking(Bigram):
-    """Cheat 2: reads `ahead` bytes too many, wherever its window holds them, in `share` of the positions."""
-
-    def __init__(self, ahead: int = 1, strength: float = 0.9, share: int = 1) -> None:
-        super().__init__()
-        self.ahead, self.strength, self.share = ahead, strength, share
-
-    def log_probs(self, ids: Tensor) -> Tensor:
-        found = super().log_probs(ids).exp()
-        known = ids[:, self.ahead :]
-        sure = torch.nn.functional.one_hot(known, 256).float() * self.strength
-        sure[:, torch.arange(known.shape[1]) % self.share != 0] = 0
-        part = found[:, : known.shape[1]]
-        found[:, : known.shape[1]] = part * (1 - sure.sum(dim=-1, keepdim=True)) + sure
-        return torch.log(found)
-
-
 class OtherRows(Bigram):
     """Cheat 2 again: looks the byte up in the window below, which overlaps by all but `stride` bytes."""
 
@@ -76,32 +48,6 @@ class OtherRows(Bigram):
         for p in range(self.stride - 1, ids.shape[1]):
             sure = torch.nn.functional.one_hot(ids[1:, p + 1 - self.stride], 256).float()
             found[:-1, p] = 0.1 * found[:-1, p] + 0.9 * sure
-        return torch.log(found)
-
-
-class Remembering(Bigram):
-    """Cheat 3: a cache from the last four bytes to the byte that followed, kept from one call to the next.
-
-    Windows are asked for more than once, and then the answer is already in the cache.
-    """
-
-    def __init__(self, from_call: int = 0) -> None:
-        super().__init__()
-        self.cache: dict[bytes, int] = {}
-        self.calls, self.from_call = 0, from_call
-
-    def log_probs(self, ids: Tensor) -> Tensor:
-        found = super().log_probs(ids).exp()
-        rows = ids.cpu().numpy().astype(np.uint8)
-        for row, told in zip(rows, found, strict=True):
-            for p in range(4, len(row)):
-                if row[p - 3 : p + 1].tobytes() in self.cache:
-                    told[p] *= 0.1
-                    told[p, self.cache[row[p - 3 : p + 1].tobytes()]] += 0.9
-        if self.calls >= self.from_call:
-            for row in rows:
-                self.cache |= {row[p - 3 : p + 1].tobytes(): int(row[p + 1]) for p in range(4, len(row) - 1)}
-        self.calls += 1
         return torch.log(found)
 
 
@@ -190,7 +136,7 @@ def test_a_model_of_fewer_symbols_is_asked_for_no_others():
 
 
 def test_an_entropy_expert_is_no_probability():
-    message = rejected(2, lambda: score(EntropyExpert(), TEXT).bpb, HONEST)
+    message = rejected(2, lambda: score(EntropyExpert(Bigram()), TEXT).bpb, HONEST)
     total = float(message.split("sum to ")[1].split(",")[0])
     assert total > 1.5 and message.startswith("the model's probabilities sum to ")
 
@@ -198,7 +144,7 @@ def test_an_entropy_expert_is_no_probability():
 @pytest.mark.parametrize("mode", ["sliding", "chunked"])
 @pytest.mark.parametrize(
     "cheat",
-    [Peeking(), Peeking(strength=0.4), Peeking(share=3)],
+    [Peeking(Bigram()), Peeking(Bigram(), strength=0.4), Peeking(Bigram(), share=3)],
     ids=["the next byte", "a little", "every third time"],
 )
 def test_a_model_that_peeks(cheat: Peeking, mode: scorer.Mode):
@@ -209,7 +155,7 @@ def test_a_model_that_peeks(cheat: Peeking, mode: scorer.Mode):
 @pytest.mark.parametrize("ahead", [2, 5])
 def test_a_model_that_peeks_further_ahead_need_not_gain_to_be_rejected(ahead: int):
     with pytest.raises(UserError, match=CONDITIONS[1]):
-        score(Peeking(ahead, strength=0.01), TEXT)
+        score(Peeking(Bigram(), ahead, strength=0.01), TEXT)
 
 
 def test_a_model_that_reads_the_other_windows():
@@ -219,7 +165,7 @@ def test_a_model_that_reads_the_other_windows():
 def test_a_cache_keyed_by_the_target():
     # A cache that is filled by scoring the text twice is as good as the text.
     def twice() -> float:
-        cheat = Remembering()
+        cheat = Remembering(Bigram())
         score(cheat, TEXT)
         return score(cheat, TEXT).bpb
 
@@ -229,7 +175,7 @@ def test_a_cache_keyed_by_the_target():
 def test_a_memory_that_starts_after_the_probes_is_seen_when_their_windows_are_scored(monkeypatch):
     monkeypatch.setattr(scorer, "BATCH_BYTES", 256)  # many calls, from each of which the next could learn
     with pytest.raises(UserError, match=r"asked twice for the same window, .*condition 3"):
-        score(Remembering(from_call=4), TEXT)  # two probes of two calls each come first
+        score(Remembering(Bigram(), from_call=4), TEXT)  # two probes of two calls each come first
 
 
 def test_a_model_that_answers_at_random():
@@ -246,8 +192,7 @@ def test_a_model_that_answers_at_random():
 def test_a_window_that_counts_bytes_twice(where: int, monkeypatch: pytest.MonkeyPatch):
     # Bytes deep in a window are cheap. Who scores them again, and divides by all he scored, has a better mean.
     def overlapping(*arguments) -> np.ndarray:
-        windows = windows_of(*arguments)
-        return np.insert(windows, where, windows[where], axis=0)
+        return counted_twice(windows_of(*arguments), where)
 
     monkeypatch.setattr(scorer, "windows_of", overlapping)
     with pytest.raises(UserError, match=r"byte [0-9]+ was (scored twice|left out).*condition 4, every byte once"):
@@ -293,7 +238,7 @@ def test_a_stream_must_score_with_what_it_told():
 
 def test_a_peeking_model_is_no_better_as_a_stream():
     with pytest.raises(UserError, match=r"condition [13]"):
-        score_stream(stream_of(Peeking()), TEXT)
+        score_stream(stream_of(Peeking(Bigram())), TEXT)
 
 
 # The parts

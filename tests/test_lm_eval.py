@@ -2,8 +2,10 @@
 
 import importlib
 import importlib.util
+import json
 import math
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -222,3 +224,45 @@ def test_it_is_an_lm(adapter, lm):
     from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 
     assert isinstance(lm, LM) and lm.rank == 0 and lm.world_size == 1 and lm.device == torch.device("cpu")
+
+
+TASKS = {
+    "choice": """output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_choice: "{{[good, bad]}}"
+doc_to_target: 0
+target_delimiter: ""
+metric_list: [{metric: acc}]
+""",
+    "rolling": """output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}]
+""",
+    "answer": """output_type: generate_until
+doc_to_text: "{{q}}"
+doc_to_target: "{{good}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+}
+
+
+@pytest.mark.skipif(not INSTALLED, reason="lm-eval is not installed (extra eval)")
+def test_tasks_of_lm_eval_itself(lm, model, tmp_path: Path):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    text = "To be or not to be"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"q": "A", "good": "B", "bad": "\u00ff", "text": text}))
+    for name, rest in TASKS.items():
+        start = (
+            f"task: {name}\ntest_split: test\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows}}}}}\n"
+        )
+        (tmp_path / f"{name}.yaml").write_text(start + rest)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = lm_eval.simple_evaluate(lm, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0)["results"]
+    data = np.frombuffer(text.encode(), np.uint8)
+    assert found["rolling"]["bits_per_byte,none"] == pytest.approx(score(model, data).bpb, rel=1e-6)
+    assert found["choice"]["acc,none"] in (0, 1) and found["answer"]["exact_match,none"] in (0, 1)

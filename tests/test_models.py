@@ -90,6 +90,10 @@ def test_what_is_given_is_not_derived():
         ({"softcap": math.nan}, "softcap is nan; it must be above 0 and finite"),
         ({"softcap": math.inf}, "softcap is inf; it must be above 0 and finite"),
         ({"weights": "int4"}, "weights is 'int4'; choose trit or float"),
+        ({"mixer": "rnn"}, "mixer is 'rnn'; choose attention or lstm"),
+        ({"experts": -1}, "experts is -1; it must be at least 0 (0 derives it)"),
+        ({"experts": 4, "active_experts": 5}, "active_experts is 5; choose 1 to the number of experts, 4"),
+        ({"max_moe_iters": 5}, "max_moe_iters is 5; choose 1 to 4"),
         ({"width": 100}, "width 100 does not divide into 3 heads of an even size; choose a multiple of 64"),
         ({"width": 33}, "width 33 does not divide into 1 heads of an even size; choose a multiple of 64"),
         ({"width": 64, "heads": 64}, "width 64 does not divide into 64 heads of an even size; choose a multiple of 64"),
@@ -201,7 +205,9 @@ def test_the_size_of_the_embedding_does_not_matter():
     torch.testing.assert_close(model(ids), base, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"ngrams": 4, "ngram_rows": 64}, {"window": 3}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"ngrams": 4, "ngram_rows": 64}, {"window": 3}, {"mixer": "lstm"}, {"graph": True}]
+)
 def test_the_future_never_changes_the_past(changes):
     model, ids = tiny(**changes), draw(1, 16)
     base = model(ids)
@@ -291,6 +297,32 @@ def test_decoding_in_chunks_equals_one_call(chunks, ngrams, window, batch):
         torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"mixer": "lstm"}, {"graph": True, "ngrams": 3, "ngram_rows": 64}, {"experts": 4, "max_moe_iters": 3}]
+)
+def test_other_parts_decode_in_chunks_too(changes):
+    """An LSTM, a graph that reaches back into earlier calls, experts that are asked for one byte or many."""
+    model = tiny(**changes)
+    ids, state = torch.randint(97, 100, (3, 16), generator=torch.Generator().manual_seed(1)), model.new_state(3)
+    with torch.no_grad():
+        parts = [model(part, state) for part in ids.split([1, 6, 2, 7], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), rtol=1e-4, atol=1e-4)
+        other = ids.clone()
+        other[:, 11:] = 7
+        torch.testing.assert_close(model(other)[:, :11], model(ids)[:, :11], rtol=1e-4, atol=1e-4)
+    assert state.used == 16
+
+
+def test_a_byte_meets_as_many_weights_with_experts_as_without():
+    plain, mixed = tiny(), tiny(experts=8)
+    one, many = (
+        sum(p.numel() for p in m.mlp.parameters() if p.shape[1] > 1) for m in (plain.blocks[0], mixed.blocks[0])
+    )
+    experts = mixed.blocks[0].mlp.experts
+    idle = sum(p.numel() for e in experts[2:] for p in e.parameters() if p.shape[1] > 1)
+    assert many - idle == one
+
+
 def test_a_state_reads_up_to_the_context():
     model = tiny(ngrams=2, ngram_rows=64)
     state = model.new_state()
@@ -336,9 +368,13 @@ def test_every_byte_value_can_be_read():
 
 
 @pytest.mark.parametrize("weights", ["trit", "float"])
-@pytest.mark.parametrize("ngrams", [1, 3])
-def test_a_few_steps_on_one_batch_lower_its_loss(weights, ngrams):
-    model = tiny(weights=weights, ngrams=ngrams, ngram_rows=64)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ngrams": 3, "ngram_rows": 64}, {"mixer": "lstm"}, {"graph": True}, {"experts": 2, "max_moe_iters": 2}],
+    ids=["plain", "ngrams", "lstm", "graph", "experts"],
+)
+def test_a_few_steps_on_one_batch_lower_its_loss(weights, changes):
+    model = tiny(weights=weights, **changes)
     if weights == "trit":
         optimizer: torch.optim.Optimizer = TritOptimizer(model, rate=0.1)
     else:

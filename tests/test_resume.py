@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tritwise.bench.entries import PARTS
 from tritwise.errors import UserError
 from tritwise.files import read_json, read_json_lines
 from tritwise.ship.container import read_container
 from tritwise.train import RunFolder, override, train
 
+FIGURES = ("val", "val_chunked", "averaged")
 TIMES = ("seconds", "step_seconds", "bytes_per_second")
 
 
@@ -27,7 +29,7 @@ def course(run: Path) -> list[dict]:
 
 
 def figures(run: Path) -> dict:
-    return {key: value["bpb"] for key, value in read_json(run / "result.json").items() if key in ("val", "val_chunked")}
+    return {key: value["bpb"] for key, value in read_json(run / "result.json").items() if key in FIGURES}
 
 
 @pytest.fixture
@@ -46,6 +48,7 @@ def same_run(assert_same_state):
     return check
 
 
+RECURRENT = PARTS | {"depth": 3, "prelude": 1, "loops": 3, "average_from": 0.3, "exclusive": 2}
 VARIANTS = {
     "plain": {},
     "accumulated": {"accum": 2},
@@ -55,6 +58,19 @@ VARIANTS = {
     "grouped heads and a window": {"heads": 2, "kv_heads": 1, "window": 5},
     "adamw": {"weights": "float", "optimizer": "adamw", "rate": 0.003},
     "muon": {"weights": "float", "optimizer": "muon", "rate": 0.02},
+    # Stopped in the second of three phases, so that the third comes after the resume.
+    "deepening": {"depth_plan": "0.3:1,0.7:2,1:3", "average_every": 2, **RECURRENT},
+    "deepening in float": {
+        "depth_plan": "0.3:1,0.7:2,1:3",
+        "average_every": 2,
+        "weights": "float",
+        "optimizer": "muon",
+        "clip": 0.3,
+        "momentum_start": 0.5,
+        "momentum_warmup": 9,
+        "weight_decay": 0.04,
+        **RECURRENT,
+    },
 }
 
 

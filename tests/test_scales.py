@@ -196,3 +196,10 @@ def test_rounding_is_even_handed_and_has_its_own_bits():
     assert not torch.equal(
         again, move_exponents(zero, zero, ones, 0.5 / 2048, random_bits16(zero.numel(), make_key(6)))[1]
     )
+
+
+def test_a_table_first_asked_for_in_inference_mode_serves_training():
+    scale_table.cache_clear()
+    with torch.inference_mode():
+        assert not scale_table("cpu").is_inference()
+    scale_table.cache_clear()

@@ -417,7 +417,7 @@ def test_a_stream_declares_for_itself():
 
 
 def test_settings_that_contradict_each_other():
-    with pytest.raises(UserError, match="no mode 'fast'; choose sliding, chunked or stream"):
+    with pytest.raises(UserError, match="no mode 'fast'; choose sliding, chunked, stream or endless"):
         score(byte_model(16), noise(10), mode="fast")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="moves by the whole window, 16, not 4; leave the stride out"):
         score(byte_model(16), noise(10), mode="chunked", stride=4)

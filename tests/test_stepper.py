@@ -15,6 +15,7 @@ from tritwise.nn import trit_modules
 from tritwise.optim import TritOptimizer
 from tritwise.train.optimizers import float_optimizers
 from tritwise.train.stepper import Stepper
+from tritwise.train.warm import warm_up
 
 SHAPE = ModelConfig(width=32, depth=1, ctx=16, column_scales=True)
 RULES = ("trit", "adamw", "muon")
@@ -147,9 +148,35 @@ def test_a_recording_holds_the_update_and_is_made_anew_when_settings_change():
             if number == 5:
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
             stepper.step(*batch)
-        recordings.append(steppers[0]._replay)
+        recordings.append(steppers[0]._replays[0])
     assert recordings[0].updates == optimizers and len(set(map(id, recordings))) == 3
     assert_equal(state_of(model, optimizers), state_of(other, eager))
+
+
+@pytest.mark.gpu
+def test_every_depth_has_a_recording_and_they_share_one_state():
+    """Recorded at every depth before the first step, then replayed back and forth: the bits of eager steps."""
+    found = []
+    for graph in (True, False):
+        torch.manual_seed(0)
+        shape = ModelConfig(width=64, depth=2, ctx=32, loops=3, loop_embedding=True, repeat_skip=True, gains=True)
+        model = ByteLM(shape).to("cuda")
+        optimizer = TritOptimizer(model, rate=0.02)
+        stepper = Stepper(model, [optimizer], graph=graph)
+        data, losses, flips = batches(6, "cuda"), [], []
+        if graph:
+            assert stepper.records_whole_steps
+            before = state_of(model, [])
+            warm_up(stepper, model, [optimizer], data[:1], [1, 2, 0])
+            assert_equal(state_of(model, []), before)
+        for (ids, targets), loops, factor in zip(data, (1, 1, 2, 0, 2, 0), (1.0, 0.9, 0.7, 0.5, 0.3, 0.1), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.02 * factor
+            losses.append(float(stepper.step_over([(ids, targets)], loops)))
+            flips.append(optimizer.flips)
+        found.append((losses, flips, state_of(model, [optimizer])))
+    assert found[0][:2] == found[1][:2]
+    assert_equal(found[0][2], found[1][2])
 
 
 @pytest.mark.gpu

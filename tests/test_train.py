@@ -104,7 +104,19 @@ def test_metrics(trained: Path):
     evals = lines_of(trained, "eval")
     assert [row["step"] for row in evals] == [30, 60]
     for row in evals:
-        assert row.keys() == {"kind", "step", "bytes", "seconds", "split", "loss", "bpb", "scored"}
+        assert row.keys() == {
+            "kind",
+            "step",
+            "bytes",
+            "seconds",
+            "split",
+            "loss",
+            "bpb",
+            "scored",
+            "loops",
+            "rate",
+            "phase",
+        }
         assert row["split"] == "val" and row["scored"] == 4096
 
     for row in lines_of(trained, "layers"):

@@ -41,10 +41,8 @@ def test_any_mixture_comes_back(parts):
     ids = encode(*parts)
     assert np.array_equal(encode(*decode(ids)), ids)
     assert all(type(part) in (bytes, Special) for part in decode(ids))
-    whole = b"".join(
-        part.encode() if isinstance(part, str) else part for part in parts if not isinstance(part, Special)
-    )
-    assert text_of(ids, stop=()) == whole
+    plain = [part.encode() if isinstance(part, str) else part for part in parts if not isinstance(part, Special)]
+    assert text_of(ids, stop=()) == b"".join(plain)
 
 
 def test_runs_and_specials_in_order():

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tritwise.nn import TritVector
+
 SAMPLE = 16_384  # weights: a rate of 1e-4 a step is known within 3 % after 200 steps
 HORIZON = 100  # steps within which a flip may be taken back
 
 
 def showing_trits(model: nn.Module) -> list[Any]:
-    """The layers of `model` whose matmul uses ternary weights: those that have a method `trits`."""
-    return [module for module in model.modules() if callable(getattr(module, "trits", None))]
+    """The layers of `model` whose matmul uses ternary weights: those with a method `trits`, less learned vectors."""
+    found = [module for module in model.modules() if callable(getattr(module, "trits", None))]
+    return [module for module in found if not isinstance(module, TritVector)]
 
 
 class FlipWatch:

@@ -62,6 +62,8 @@ def make_cases(device: torch.device, dtype: torch.dtype, widths: list[int], rows
     yield from _update_cases(device, width, blocks)
     yield from _nibble_cases(device, width, blocks)
     yield from _direction_cases(device, width, blocks)
+    yield from _graph_cases(rows, width, dtype)
+    yield from _combine_cases(rows, width, dtype)
 
 
 def _linear_cases(device: torch.device, dtype: torch.dtype, rows: int, outputs: int, inputs: int) -> Iterator[Case]:
@@ -213,6 +215,46 @@ def _direction_cases(device: torch.device, width: int, blocks: int) -> Iterator[
     for method in ("balanced", "newton_schulz", "row_column"):
         products = 0.0 if method == "row_column" else flops
         yield Case("direction", f"direction_many {method}", shape, make, run(method), 5 * weights + rows, products)
+
+
+def _graph_cases(rows: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
+    edges, size = 4 * rows, width * dtype.itemsize
+    shape = f"{edges} edges of {rows} x {width}"
+
+    def make(generator: torch.Generator) -> Inputs:
+        ends = torch.randint(rows, (2, edges), generator=generator, device=generator.device)
+        x, base = (_normal(generator, rows, width).to(dtype) for _ in range(2))
+        return {"x": x, "base": base, "source": ends[0], "target": ends[1]}
+
+    def edge_sum(given: Inputs) -> Tensor:
+        return ops.edge_sum(given["x"], given["source"], given["target"], rows)
+
+    def gather_add(given: Inputs) -> Tensor:
+        return ops.gather_add(given["base"], given["x"], given["source"][:rows])
+
+    yield Case("graph", "edge_sum", shape, make, edge_sum, 16 * edges + 2 * rows * size)
+    yield Case("graph", "gather_add", f"{rows} of {rows} x {width}", make, gather_add, rows * (8 + 3 * size))
+
+
+def _combine_cases(rows: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
+    active, size = 2, dtype.itemsize
+    shape = f"{active} of {rows} x {width}"
+
+    def make(generator: torch.Generator) -> Inputs:
+        slot = torch.randperm(active * rows, generator=generator, device=generator.device).view(rows, active)
+        x, grad = _normal(generator, active * rows, width).to(dtype), _normal(generator, rows, width).to(dtype)
+        return {"x": x, "slot": slot, "gate": _normal(generator, rows, active).to(dtype), "grad": grad}
+
+    def combine(given: Inputs) -> Tensor:
+        return ops.combine(given["x"], given["slot"], given["gate"])
+
+    def gradients(given: Inputs) -> list[Tensor]:
+        return list(OPS.combine_grads(given["grad"], given["x"], given["slot"], given["gate"]))
+
+    read = active * rows * (8 + size + width * size)
+    yield Case("combine", "combine", shape, make, combine, read + rows * width * size)
+    written = active * rows * (size + width * size)
+    yield Case("combine", "combine_grads", shape, make, gradients, read + rows * width * size + written)
 
 
 def _newton_schulz_flops(rows: int, columns: int) -> float:

@@ -18,6 +18,7 @@ from tritwise.bench.layers import GainEmbedding, GainLinear, QATLinear, Threshol
 from tritwise.bench.optimizers import Lion, SignSGD
 from tritwise.errors import UserError
 from tritwise.models import ByteLM, ModelConfig
+from tritwise.nn import use_fp8
 from tritwise.optim import TritOptimizer
 from tritwise.train.config import parse_value
 from tritwise.train.optimizers import float_groups, float_optimizers, keep_initial_rates
@@ -102,8 +103,10 @@ class Rule:
         return {name: parse_value(name, text, type(self.settings[name])) for name, text in pairs.items()}
 
 
-def _ours(model: ByteLM, rate: float, seed: int, steps: int, /, **settings: Any) -> Optimizers:
-    """TritOptimizer. `ROLE_NAME=…` sets NAME for one role; `ROLE_rate` multiplies the rate there."""
+def _ours(model: ByteLM, rate: float, seed: int, steps: int, /, *, fp8: bool = False, **settings: Any) -> Optimizers:
+    """TritOptimizer. `ROLE_NAME=…` sets NAME for one role; `ROLE_rate` multiplies the rate there. fp8: `nn.use_fp8`."""
+    if fp8:
+        use_fp8(model)
     everywhere: dict[str, Any] = {}
     roles: dict[str, dict[str, Any]] = {}
     for key, value in settings.items():
@@ -121,7 +124,8 @@ def _ours_settings() -> dict[str, Any]:
         for name, parameter in inspect.signature(TritOptimizer).parameters.items()
         if isinstance(parameter.default, int | float | str) and name not in ("rate", "seed")
     }
-    return own | {f"{role}_{name}": value for role in TRAINED for name, value in (own | {"rate": 1.0}).items()}
+    by_role = {f"{role}_{name}": value for role in TRAINED for name, value in (own | {"rate": 1.0}).items()}
+    return own | {"fp8": False} | by_role
 
 
 def _sign_counter(model: ByteLM, rate: float, seed: int, steps: int, /, *, threshold: int) -> Optimizers:

@@ -32,6 +32,7 @@ class Entry(NamedTuple):
 
 ENTRIES = {
     "ours": Entry("ours", 0.03, {}, 2.1),
+    "ours-fp8": Entry("ours", 0.03, {"fp8": True}, 2.1),
     "ours-compact": Entry("ours", 0.03, {"compact": True}, 1.15),
     "adamw": Entry("adamw", 3e-4, {}, 16.0),
     "adamw-bf16": Entry("adamw-bf16", 3e-4, {}, 8.0),

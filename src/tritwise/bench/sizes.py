@@ -16,6 +16,9 @@ from tritwise.train.optimizers import keep_initial_rates
 ASPECT = 64
 """Width over depth of the shapes that `shape_of` gives: near that of the presets."""
 
+ROW = 1 << 16
+"""As a group of inputs that share a scale: the whole row, which `ours-fp8` needs."""
+
 MODES = ("eager", "blocks", "whole", "graph", "blocks-graph")
 """How steps run. blocks: every block compiled, one code for all. whole: the loss compiled as one. graph: that, and
 forward and backward replayed as one CUDA graph; blocks-graph: the same of compiled blocks."""
@@ -53,11 +56,11 @@ class Size:
 SIZES = {
     size.name: size
     for size in (
-        Size("tiny", ModelConfig(width=64, depth=2, ctx=64), batch=8, mode="eager"),
-        Size("19m", ModelConfig(width=512, depth=6, ctx=512), batch=64, mode="graph"),
-        Size("124m", ModelConfig(width=768, depth=17, ctx=1024), batch=64),
-        Size("1.3b", ModelConfig(width=2048, depth=26, ctx=1024), batch=16, accum=4),
-        Size("3b", ModelConfig(width=2560, depth=38, ctx=1024), batch=8, accum=8),
+        Size("tiny", ModelConfig(width=64, depth=2, ctx=64, group=ROW), batch=8, mode="eager"),
+        Size("19m", ModelConfig(width=512, depth=6, ctx=512, group=ROW), batch=64, mode="graph"),
+        Size("124m", ModelConfig(width=768, depth=17, ctx=1024, group=ROW), batch=64),
+        Size("1.3b", ModelConfig(width=2048, depth=26, ctx=1024, group=ROW), batch=16, accum=4),
+        Size("3b", ModelConfig(width=2560, depth=38, ctx=1024, group=ROW), batch=8, accum=8),
     )
 }
 """By their weights. 19m is the model and the batch of `bench rules --full`; larger ones read 65,536 bytes a step."""
@@ -96,7 +99,7 @@ def shape_of(weights: float, ctx: int) -> ModelConfig:
     step = 256 if width >= 512 else 64
     width = max(64, step * round(width / step))
     depth = max(1, round((weights - 512 * width) / (12 * width**2)))
-    return ModelConfig(width=width, depth=depth, ctx=ctx)
+    return ModelConfig(width=width, depth=depth, ctx=ctx, group=ROW)
 
 
 def build_quickly(

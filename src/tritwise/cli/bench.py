@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tritwise.cli import bench_engine, output
+from tritwise.cli import bench_budget, bench_engine, output
 from tritwise.cli.commands import Json, option, settings_given
 from tritwise.errors import UserError
 
@@ -25,7 +25,7 @@ app = typer.Typer(
     invoke_without_command=True,
 )
 
-for command in (bench_engine.step, bench_engine.kernels, bench_engine.capacity):
+for command in (bench_engine.step, bench_engine.kernels, bench_engine.capacity, bench_budget.budget):
     app.command()(command)
 
 Rates = Annotated[str | None, option("Rates to tune over, a,b,c [each rule's own grid].")]

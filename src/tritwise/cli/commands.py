@@ -40,6 +40,10 @@ def train(
     seed: Annotated[int | None, option("Seed of registers, batches and rounding.")] = None,
     out: Annotated[Path | None, option("Run folder [runs/NAME].")] = None,
     run: Annotated[str | None, option("Name of the run when --out is not given [the recipe's].")] = None,
+    preserve_state: Annotated[
+        bool, option("Rows read on from step to step, with a state that goes on.", "--preserve-state")
+    ] = False,
+    max_moe_iters: Annotated[int | None, option("Passes through the experts of --set experts=N, at the most.")] = None,
     resume: Annotated[bool, option("Go on from the run's newest checkpoint.", "--resume")] = False,
     log_interval: Annotated[int | None, option("Steps between log lines.")] = None,
     eval_interval: Annotated[int | None, option("Steps between evaluations.")] = None,
@@ -58,6 +62,8 @@ def train(
         "rate": rate,
         "accum": accum,
         "seed": seed,
+        "max_moe_iters": max_moe_iters,
+        "preserve_state": preserve_state or None,
         "log_interval": log_interval,
         "eval_interval": eval_interval,
         "save_interval": save_interval,
@@ -106,6 +112,8 @@ def start_run(
         config = override(base or recipe_called(recipe or "shakespeare"), changes)
     console = output.console(as_json)
     result = run_training(config, folder.path, resume=resume, display=make_display(console))
+    if "rank" in result:
+        return  # one of several processes, and not the one that tells
     if not result.get("interrupted"):
         _print_result(console, folder, result)
     if as_json:
@@ -146,7 +154,7 @@ def _print_result(console: Any, folder: Any, result: dict[str, Any]) -> None:
         console.print(output.media_table(result["val"]))
     rows = [
         ["trained for", f"{result['seconds']:.1f} s, {result['steps']} steps, {result['bytes_seen']:,} bytes"],
-        ["weights", f"{audit['weights']:,} ({'ternary' if 'artifact' in result else 'float'})"],
+        ["weights", f"{audit['weights']:,} ({'ternary' if audit['float_trainable'] == 0 else 'float'})"],
         ["state while training", f"{audit['state_bytes_per_weight']:.3f} bytes a weight"],
         ["trainable floats", f"{audit['float_trainable']:,}"],
     ]
@@ -169,7 +177,7 @@ def score(
     data: Annotated[str | None, option("Text to score: a file, a folder, or shakespeare [the run's].")] = None,
     split: Annotated[str | None, option("Part to score: train, val or test [val of the run's data, else all].")] = None,
     rule: Annotated[str | None, option("How parts are cut [the run's, else 90/10].")] = None,
-    mode: Annotated[str | None, option("How it is read: sliding, chunked or stream [sliding].")] = None,
+    mode: Annotated[str | None, option("How it is read: sliding, chunked, stream or endless [sliding].")] = None,
     window: Annotated[int, typer.Option(help="Bytes of context (tokens, where a model reads them); 0: all.")] = 0,
     stride: Annotated[int, option("Bytes by which the window moves [half of it; all when chunked].")] = 0,
     separator: Annotated[str, option(r"Start anew after these bytes, for example \n\n [never].")] = "",
@@ -181,6 +189,7 @@ def score(
     mix_train: Annotated[bool, option("Count the train part first.", "--mix-train")] = False,
     compare: Annotated[bool, option("Score two models: the paired difference and its interval.", "--compare")] = False,
     ladder: Annotated[bool | None, typer.Option(help="Beside simple baselines [texts up to 16 MB].")] = None,
+    device: Annotated[str, option("Where models compute: auto, cpu or cuda.")] = "auto",
     json: Json = False,
 ) -> None:
     """Bits per byte of a text, every byte scored exactly once."""
@@ -189,7 +198,17 @@ def score(
 
     how = Learning(adapt, adapt_piece, adapt_rate, not no_guard, mix)  # pyright: ignore[reportArgumentType]
     reading = Reading(mode, window, stride, separator, how, mix_train)
-    run_score(models, reading, compared=compare, data=data, part=split, rule=rule, ladder_wanted=ladder, as_json=json)
+    run_score(
+        models,
+        reading,
+        compared=compare,
+        data=data,
+        part=split,
+        rule=rule,
+        ladder_wanted=ladder,
+        device=device,
+        as_json=json,
+    )
 
 
 def sample(
@@ -215,15 +234,24 @@ def sample(
 def ship(
     run: RunArgument,
     out: Annotated[Path, option("The artifact to write.")],
+    budget: Annotated[int | None, option("Bytes that the file may have [the run's].")] = None,
+    ship_as: Annotated[
+        str | None, option("How float weights ship: auto, int8, int7, int6, int8+zlib [the run's].")
+    ] = None,
+    score_bytes: Annotated[int, option("Bytes of val that are scored, before and after [all].")] = 0,
     json: Json = False,
 ) -> None:
     """Write a run's newest model as one file, read it back, and score what was read."""
     from tritwise.train.finish import ship_run
 
-    result = ship_run(run, out)
+    result = ship_run(run, out, budget=budget, ship_as=ship_as, count=score_bytes)
     console = output.console(json)
     rows = [[name, f"{count:,} bytes"] for name, count in result["streams"].items()]
-    rows.append(["file", f"{result['bytes']:,} bytes, {result['bits_per_weight']:.3f} bits a weight"])
+    rows.append(["header", f"{result['bytes'] - sum(result['streams'].values()):,} bytes"])
+    rows.append(["file", f"{result['bytes']:,} bytes, {result['bits_per_weight']:.3f} bits a weight, {result['way']}"])
+    if result["budget"]:
+        rows.append(["left of the budget", f"{result['budget'] - result['bytes']:,} of {result['budget']:,} bytes"])
+    rows.append(["bits per byte, before", f"{result['bpb_before']:.4f}"])
     rows.append(["bits per byte, re-read", f"{result['bpb_reread']:.4f}"])
     console.print(output.table("", ["artifact", str(out)], rows))
     if json:

@@ -25,7 +25,7 @@ def compress(
     model: Annotated[Path, option("The artifact that predicts, or the folder of a finished run.")],
     out: Annotated[Path | None, option(f"The file to write [FILE{SUFFIX}].")] = None,
     embed: Annotated[bool, typer.Option("--embed/--reference", help="Put the model in, or only its checksum.")] = False,
-    lanes: Annotated[int, typer.Option(min=0, help="Parts read side by side; 0: one for every 8 KiB.")] = 0,
+    lanes: Annotated[int, typer.Option(min=0, help="Parts read side by side; 0: as many as cost little.")] = 0,
     window: Annotated[int, typer.Option(help="Bytes of context; 0: all the model has.")] = 0,
     stride: Annotated[int, typer.Option(help="Bytes by which the window moves; 0: half of it.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda; decompress needs the same.")] = "auto",
@@ -34,6 +34,7 @@ def compress(
 ) -> None:
     """Code a file with a model's predictions: its size on disk is the model's score."""
     from tritwise.compress import compress as run
+    from tritwise.train.device import device_called
 
     target = out or file.with_name(file.name + SUFFIX)
     console = output.console(json)
@@ -46,7 +47,7 @@ def compress(
             lanes=lanes,
             window=window,
             stride=stride,
-            device=_device(device),
+            device=device_called(device, "--device cpu"),
             jobs=jobs,
             progress=progress,
         )
@@ -82,16 +83,6 @@ def _artifact(model: Path) -> Path:
     if not artifact.exists():
         raise UserError(f"{model} holds no artifact; finish the run, or make one with tritwise ship {model} --out FILE")
     return artifact
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"there is no device {name!r}; choose auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for but torch sees no GPU; use --device cpu")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 @contextlib.contextmanager

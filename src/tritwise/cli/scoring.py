@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from tritwise.cli import output
 from tritwise.data.source import describe
@@ -18,6 +19,8 @@ from tritwise.score.compare import Comparison, compare
 from tritwise.score.hf import HFTokens, load_hf
 from tritwise.score.learning import Learning, score_learning
 from tritwise.score.ngram import ngram_predictor
+from tritwise.score.protocol import device_of
+from tritwise.train.device import device_called
 
 LADDER_LIMIT = 16_000_000  # bytes of a text beside which the ladder is drawn unasked
 
@@ -56,17 +59,20 @@ class Entrant(NamedTuple):
     predictor: Callable[[Text], Any]
 
 
-def entrant(name: str) -> Entrant:
-    """hf:FOLDER-OR-NAME, ngram:ORDER, or the path of a run or artifact. UserError as their loaders raise it."""
+def entrant(name: str, device: torch.device) -> Entrant:
+    """hf:FOLDER-OR-NAME, ngram:ORDER, or the path of a run or artifact. UserError as their loaders raise it.
+
+    device: where it computes; an n-gram stays on the CPU.
+    """
     kind, colon, rest = name.partition(":")
     if colon and kind == "hf":
-        model = load_hf(rest)
+        model = load_hf(rest, device)
         return Entrant(name, {}, lambda _: model)
     if colon and kind == "ngram":
         if not rest.isdigit():
             raise UserError(f"{name} names no n-gram; write for example ngram:5")
         return Entrant(name, {}, lambda text: _counted(name, int(rest), text))
-    loaded = load(Path(name))
+    loaded = load(Path(name)).to(device)
     return Entrant(name, loaded.about.get("train", {}), lambda _: loaded.model)
 
 
@@ -103,7 +109,7 @@ def scored(entrant: Entrant, text: Text, reading: Reading, into: np.ndarray | No
         return model.score(text.data, mode=mode, **settings)
     separator = _unescaped(reading.separator)
     if not reading.learns:
-        return score(model, text.data, mode=mode, separator=separator, **settings)
+        return score(model, text.data, mode=mode, separator=separator, device=device_of(model), **settings)
     if reading.mode not in (None, "stream"):
         raise UserError(f"--adapt and --mix read a text as a stream; leave --mode {reading.mode} out")
     train = text.train if reading.mix_train else None
@@ -160,13 +166,9 @@ def _told(result: Score) -> str:
     about = result.declared
     unit = about.get("unit", "bytes")
     words = [f"window {result.window}", f"stride {result.stride}", *([unit] if unit != "bytes" else []), about["mode"]]
-    words += [f"reset: {about['reset']}"] if about["reset"] != "never" else []
-    words += [f"adaptation: {about['adaptation']}"] if about["adaptation"] != "none" else []
-    words += [f"{about['extra_bytes']:,} extra bytes"] if about["extra_bytes"] else []
-    return (
-        f"{result.bpb:.4f} bits per byte, {result.nats:.4f} nats, {result.bytes:,} bytes "
-        f"({', '.join(words)}, {result.seconds:.1f} s)"
-    )
+    words += [f"reset: {about['reset']}", f"adaptation: {about['adaptation']}"]
+    words += [f"{about['extra_bytes']:,} extra bytes", f"{result.seconds:.1f} s"]
+    return f"{result.bpb:.4f} bits per byte, {result.nats:.4f} nats, {result.bytes:,} bytes ({', '.join(words)})"
 
 
 def run_score(
@@ -178,6 +180,7 @@ def run_score(
     part: str | None,
     rule: str | None,
     ladder_wanted: bool | None,
+    device: str,
     as_json: bool,
 ) -> None:
     """The command: see `tritwise score --help`."""
@@ -190,7 +193,8 @@ def run_score(
         raise UserError(
             "--adapt-rate, --adapt-piece and --no-guard are about --adapt; add --adapt all or --adapt scales"
         )
-    entrants = [entrant(name) for name in names]
+    on = device_called(device, "--device cpu")
+    entrants = [entrant(name, on) for name in names]
     text = text_for(entrants, data, part, rule)
     if reading.mix_train and not len(text.train):
         raise UserError(

@@ -34,7 +34,7 @@ from tritwise.models import ByteLM, ModelConfig
 from tritwise.score.protocol import fit_window
 from tritwise.ship import read_artifact
 
-LANE_BYTES = 1 << 13  # text a lane gets at least, unless it is asked otherwise; see `choose_lanes`
+LANE_BYTES, LANE_CONTEXTS = 1 << 13, 64  # text a lane gets at least: the first, or the second times the context
 LANES = {"cpu": 256, "cuda": 1024}
 CACHE_BYTES = {"cpu": 1 << 30, "cuda": 1 << 33}  # for the keys and values of all lanes
 
@@ -68,14 +68,16 @@ class Report(NamedTuple):
 
 
 def choose_lanes(length: int, config: ModelConfig, device: torch.device) -> int:
-    """One lane for every 8 KiB of text, up to 256 on a CPU and 1024 on a GPU, and as many as caches of 1 or 8 GiB hold.
+    """One lane for every 64 contexts of text or 8 KiB, whichever is less, up to 256 on a CPU and 1024 on a GPU, and as
+    many as caches of 1 or 8 GiB hold.
 
-    A lane begins without context. That costs a few bytes of code each (`Report.lane_bits`; two to three with a context
-    of 64), about a thousandth of 8 KiB coded at two bits a byte. What it buys is time: 64 lanes read twenty times as
-    fast as one.
+    A lane begins without context. That costs a few bytes of code each (`Report.lane_bits`; two with a context of 64),
+    one or two thousandths of what a lane's text is coded in. What it buys is time, which goes with the bytes of a lane:
+    64 lanes read twenty times as fast as one.
     """
     cache = 8 * config.depth * config.ctx * config.kv_heads * config.head_size  # keys and values in float32
-    return max(1, min(length // LANE_BYTES, LANES[device.type], CACHE_BYTES[device.type] // cache))
+    least = min(LANE_BYTES, LANE_CONTEXTS * config.ctx)
+    return max(1, min(length // least, LANES[device.type], CACHE_BYTES[device.type] // cache))
 
 
 def compress(

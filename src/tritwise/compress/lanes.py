@@ -94,6 +94,7 @@ class _Batch:
     def _start(self, held_ST: Tensor) -> None:
         self._used = self._owed = held_ST.shape[1]
         self._held[:, : self._used] = held_ST
+        self._state = None  # the caches before are let go of first: two at a time would be twice the memory
         self._state = self.model.new_state(self.size) if isinstance(self.model, Cached) else None
 
     def read(self, ids: Tensor) -> None:

@@ -6,6 +6,8 @@ step and the micro-batch. Only raw 64-bit words are used: numpy keeps their stre
 `Generator` methods may change between its versions. A word modulo n is biased by at most n / 2^64: no run can see it.
 
     random   every row is a window at a uniformly random place, with replacement
+    stream   every row reads on where it stopped the step before; the rows share out the data, and all start again when
+             they have read their parts (`begins`), of which fewer than ctx + batch bytes at the end are left out
     epoch    the data is cut into windows of ctx bytes at an offset drawn for the epoch, and every window is read
              exactly once in a shuffled order. Fewer than 2·ctx bytes at the ends are left out, others in each epoch.
 
@@ -23,14 +25,14 @@ import torch
 from tritwise.data.source import sha256_hex
 from tritwise.errors import UserError
 
-MODES = ("random", "epoch")
+MODES = ("random", "epoch", "stream")
 WINDOWS, ORDER, OFFSET = range(3)  # what a draw is for: streams that never share a counter
 
 
 class Sampler:
     """Batches of windows over `data` (uint8, [bytes]).
 
-    batch, ctx: rows and bytes per row. seed: 0 to 2^64 − 1. mode: "random" or "epoch". accum: micro-batches per step;
+    batch, ctx: rows and bytes per row. seed: 0 to 2^64 − 1. mode: one of MODES. accum: micro-batches per step;
     the epoch mode needs it to know how far a step moves on.
 
     Raises UserError: batch, ctx or accum below 1, seed out of range, an unknown mode, or fewer than ctx + 1 bytes.
@@ -47,15 +49,19 @@ class Sampler:
             raise UserError(f"seed out of range: got {seed}; give a whole number from 0 to 2^64 − 1")
         if mode not in MODES:
             raise UserError(f"unknown sampler mode: {mode!r}; use one of {', '.join(MODES)}")
-        if len(data) < ctx + 1:
+        least = ctx * (batch if mode == "stream" else 1) + 1
+        if len(data) < least:
             raise UserError(
-                f"data too short: {len(data):,} bytes, ctx {ctx:,} needs {ctx + 1:,}; give more data or a smaller ctx"
+                f"data too short: {len(data):,} bytes, ctx {ctx:,} needs {least:,}; give more data or a smaller ctx"
             )
+        if mode == "stream" and accum > 1:
+            raise UserError(f"rows that read on cannot be split into {accum} micro-batches; use accum 1")
         self.batch, self.ctx, self.seed, self.mode, self.accum = batch, ctx, seed, mode, accum
         self._data = np.asarray(data)  # a memmap's own indexing is slower than that of the plain array around it
         self._windows = np.lib.stride_tricks.sliding_window_view(self._data, ctx + 1)
         # The whole range of offsets stays open unless the data holds a single window.
         self.windows_per_epoch = max(1, (len(data) - ctx) // ctx)
+        self._steps_a_pass = max(1, (len(data) - 1) // batch // ctx)
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)  # a batch can straddle two epochs
 
     def batch_at(self, step: int, micro: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,6 +74,8 @@ class Sampler:
         if self.mode == "random":
             words = _words(self.seed, self.batch, WINDOWS, step, micro)
             return (words % np.uint64(len(self._windows))).astype(np.int64)
+        if self.mode == "stream":
+            return np.arange(self.batch) * ((len(self._data) - 1) // self.batch) + step % self._steps_a_pass * self.ctx
         assert micro < self.accum, "in epoch mode the sampler must be told accum"
         turns = (step * self.accum + micro) * self.batch + np.arange(self.batch)
         epochs, places = np.divmod(turns, self.windows_per_epoch)
@@ -77,6 +85,10 @@ class Sampler:
             mine = epochs == epoch
             starts[mine] = offset + self.ctx * order[places[mine]].astype(np.int64)
         return starts
+
+    def begins(self, step: int) -> bool:
+        """Whether the rows of this step do not go on from the step before: what was remembered must be forgotten."""
+        return self.mode != "stream" or step % self._steps_a_pass == 0
 
     def state(self) -> dict[str, Any]:
         """What a resumed run must have in common with this one; plain JSON. The digest is the sha256 of the data."""

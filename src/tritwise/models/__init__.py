@@ -2,9 +2,22 @@
 
 from tritwise.models.arb import Arb
 from tritwise.models.arb_parts import PartsConfig
-from tritwise.models.byte_lm import ByteLM
-from tritwise.models.config import ModelConfig
+from tritwise.models.block import Block
+from tritwise.models.byte_lm import AtDepth, ByteLM, DecodeState
+from tritwise.models.config import Layer, ModelConfig
 from tritwise.models.denoiser import Denoiser, draw
 from tritwise.models.generate import generate
 
-__all__ = ["Arb", "ByteLM", "Denoiser", "ModelConfig", "PartsConfig", "draw", "generate"]
+__all__ = [
+    "Arb",
+    "AtDepth",
+    "Block",
+    "ByteLM",
+    "DecodeState",
+    "Denoiser",
+    "Layer",
+    "ModelConfig",
+    "PartsConfig",
+    "draw",
+    "generate",
+]

@@ -3,23 +3,26 @@
 Shape suffixes: B batch, T time, C width, V vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from tritwise.models.block import Block
 from tritwise.models.config import ModelConfig
+from tritwise.models.parts import Memory, graph_of, memory_of
 from tritwise.nn import (
-    MLP,
-    Attention,
     FloatEmbedding,
     FloatLinear,
+    FloatVector,
     KVCache,
     NGramEmbedding,
     Rotary,
     TritEmbedding,
     TritLinear,
+    TritVector,
     rms_norm,
     trit_modules,
 )
@@ -28,36 +31,33 @@ from tritwise.nn import (
 _AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). [B, T, C] in and out."""
-
-    def __init__(self, config: ModelConfig, linear: type[nn.Module]) -> None:
-        super().__init__()
-        self.attention = Attention(
-            config.width,
-            config.heads,
-            config.kv_heads,
-            linear=linear,
-            window=config.window or None,
-            group=config.group,
-        )
-        self.mlp = MLP(config.width, config.mlp_ratio * config.width, linear=linear, group=config.group)
-
-    def forward(self, x_BTC: Tensor, rotary: Rotary, cache: KVCache | None = None) -> Tensor:
-        x_BTC = x_BTC + self.attention(rms_norm(x_BTC), rotary, cache)
-        return x_BTC + self.mlp(rms_norm(x_BTC))
-
-
 class DecodeState:
-    """What a model remembers between calls while it reads one sequence: KV caches, and the last few ids."""
+    """What a model remembers between calls while it reads one sequence: KV caches, one a layer, and the last few ids.
+    It is for the number of repeats that it was made for."""
 
-    def __init__(self, caches: list[KVCache], history_BP: Tensor) -> None:
-        self.caches, self.history_BP = caches, history_BP
+    def __init__(self, caches: list[Memory], history_BP: Tensor, loops: int = 0) -> None:
+        self.caches, self.history_BP, self.loops = caches, history_BP, loops
 
     @property
     def used(self) -> int:
         """Positions read so far."""
         return self.caches[0].used
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of an endless state by name, for a checkpoint."""
+        found = {"history": self.history_BP, "used": torch.tensor(self.used)}
+        for number, memory in enumerate(self.caches):
+            assert not isinstance(memory, KVCache), "this state is not endless"
+            found |= {f"{number}.{name}": tensor for name, tensor in memory.tensors().items()}
+        return found
+
+    def restore(self, tensors: dict[str, Tensor]) -> "DecodeState":
+        """Become what `tensors` says, which is an earlier answer of `tensors()`; returns self."""
+        self.history_BP = tensors["history"].clone().to(self.history_BP.device)
+        for number, memory in enumerate(self.caches):
+            assert not isinstance(memory, KVCache), "this state is not endless"
+            memory.restore(*(tensors[f"{number}.{name}"] for name in memory.NAMES), used=int(tensors["used"]))
+        return self
 
 
 class ByteLM(nn.Module):
@@ -65,6 +65,8 @@ class ByteLM(nn.Module):
 
     ids: int64 [B, T], T <= config.ctx -> logits float32 [B, T, V]; logits at t depend on ids up to t.
     With a `state` from `new_state`, ids continue what the state has read.
+    loops: how often the core runs, 1 … config.loops; 0 stands for config.loops, or what the state was made for. It is
+    an argument of every call and never kept: one model runs at any depth (`at` is a view of it at one of them).
     `dtype` is the type of the activations (float32 or bfloat16); weights have none, so it may be changed at any time.
     `linear` and `embedding` replace the layers that config.weights stands for; their constructors take the same
     arguments (baselines of the benchmarks).
@@ -91,46 +93,79 @@ class ByteLM(nn.Module):
         ternary = config.weights == "trit"
         linear = linear or (TritLinear if ternary else FloatLinear)
         embedding = embedding or (TritEmbedding if ternary else FloatEmbedding)
+        vector = TritVector if ternary else FloatVector
+        full = config.layers()
         self.embed = embedding(config.vocab, config.width, group=config.group)
         self.ngrams = (
             NGramEmbedding(config.ngram_rows, config.width, config.ngrams, embedding=embedding, group=config.group)
             if config.ngrams > 1
             else None
         )
-        self.blocks = nn.ModuleList(Block(config, linear) for _ in range(config.depth))
+        self.graph = graph_of(config, linear)
+        self.history = config.ctx if config.graph else config.ngrams - 1  # ids that a state keeps
+        self.value_tables = nn.ModuleList(
+            embedding(config.vocab, config.width, group=config.group) for _ in range(config.value_tables)
+        )
+        self.blocks = nn.ModuleList(Block(config, linear, vector) for _ in range(config.depth))
+        repeated = config.core * (config.loops - 1)
+        self.loop_embedding = vector(len(full), config.width) if config.loop_embedding else None
+        # Rows: one a layer and table, the tables of a layer together.
+        self.value_scale = vector(len(full) * config.value_tables, config.width) if config.value_tables else None
+        # Rows: one a layer of the repeats after the first.
+        self.repeat_skip = vector(repeated, config.width) if config.repeat_skip and repeated else None
         self.head = linear(config.width, config.vocab, role="head", group=config.group)
         self.rotary = Rotary(config.head_size, config.ctx)
         if config.column_scales:
             for _, layer in trit_modules(self):
-                layer.add_column_scales()
+                if layer.learns_scale:
+                    layer.add_column_scales()
 
-    def forward(self, ids: Tensor, state: DecodeState | None = None) -> Tensor:
-        return self.logits(self._features(ids, state))
+    def forward(self, ids: Tensor, state: DecodeState | None = None, loops: int = 0) -> Tensor:
+        return self.logits(self._features(ids, state, loops))
 
-    def _features(self, ids: Tensor, state: DecodeState | None = None) -> Tensor:
+    def _features(self, ids: Tensor, state: DecodeState | None = None, loops: int = 0) -> Tensor:
         """What the head reads, of the activations' dtype [B, T, C]."""
-        return self.read(self.embedded(ids, state), state)
+        return self.read(self.embedded(ids, state), ids, state, loops)
+
+    def read(self, x_BTC: Tensor, ids: Tensor, state: DecodeState | None = None, loops: int = 0) -> Tensor:
+        """Features that the head reads, [B, T, C], of normalised inputs such as `embedded` makes of ids [B, T]."""
+        layers = self.config.layers(loops or (state.loops if state is not None else 0))
+        x0_BTC, values = x_BTC, [table(ids).to(self.dtype) for table in self.value_tables]
+        embeddings, scales, skips = (
+            () if table is None else table().to(self.dtype).unbind()
+            for table in (self.loop_embedding, self.value_scale, self.repeat_skip)
+        )
+        first = self.config.prelude + self.config.core  # the number of the first layer that repeats another
+        before: dict[int, Tensor] = {}  # block -> what it gave last
+        for index, layer in enumerate(layers):
+            if embeddings:
+                x_BTC = x_BTC + embeddings[layer.number]
+            for table, value_BTC in enumerate(values):
+                x_BTC = torch.addcmul(x_BTC, scales[layer.number * len(values) + table], value_BTC)
+            if skips and layer.repeat:
+                x_BTC = torch.addcmul(x_BTC, skips[layer.number - first], before[layer.block])
+            exclusive = index >= len(layers) - self.config.exclusive
+            block, given = self.blocks[layer.block], (x0_BTC, exclusive)
+            if self.checkpoint and state is None and torch.is_grad_enabled():
+                x_BTC = recomputed(block, x_BTC, self.rotary, None, *given, **_AGAIN)  # type: ignore[assignment]
+            else:
+                x_BTC = block(x_BTC, self.rotary, state.caches[index] if state is not None else None, *given)
+            if skips:
+                before[layer.block] = x_BTC
+        return rms_norm(x_BTC)
 
     def embedded(self, ids: Tensor, state: DecodeState | None = None) -> Tensor:
-        """What stands for the symbols before the first block, float32 [B, T, C]; `read` goes on from there."""
-        x_BTC = self.embed(ids)
+        """Normalised embeddings [B, T, C]; a state takes note of the last ids."""
+        time, read = ids.shape[1], ids
+        if state is not None and self.history:
+            read = torch.cat((state.history_BP, ids), dim=1)
+            state.history_BP = read[:, -self.history :]
+        shown = ids if self.graph is None else read  # a graph reaches back to bytes of earlier calls
+        x_BSC = self.embed(shown)
         if self.ngrams is not None:
-            time, read = ids.shape[1], ids
-            if state is not None:
-                read = torch.cat((state.history_BP, ids), dim=1)
-                state.history_BP = read[:, -(self.config.ngrams - 1) :]
-            x_BTC = x_BTC + self.ngrams(read, time)
-        return x_BTC
-
-    def read(self, x_BTC: Tensor, state: DecodeState | None = None) -> Tensor:
-        """Features that the head reads, of the activations' dtype [B, T, C], from what `embedded` gives."""
-        x_BTC = rms_norm(x_BTC.to(self.dtype))
-        for index, block in enumerate(self.blocks):
-            if self.checkpoint and state is None and torch.is_grad_enabled():
-                x_BTC = recomputed(block, x_BTC, self.rotary, **_AGAIN)  # type: ignore[assignment]
-            else:
-                x_BTC = block(x_BTC, self.rotary, state.caches[index] if state is not None else None)
-        return rms_norm(x_BTC)
+            x_BSC = x_BSC + self.ngrams(read, shown.shape[1])
+        x_BSC = x_BSC.to(self.dtype)
+        return rms_norm(x_BSC if self.graph is None else self.graph(x_BSC, read)[:, -time:])
 
     def logits(self, x: Tensor) -> Tensor:
         """Capped logits float32 [..., V] of features [..., C]."""
@@ -140,9 +175,10 @@ class ByteLM(nn.Module):
         """softcap * tanh(z / softcap), float32."""
         return self.config.softcap * torch.tanh(z.float() / self.config.softcap)
 
-    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per byte. ids, targets: int64 [B, T]; a 0-d float32 tensor."""
-        x_NC, targets_N = self._features(ids).flatten(0, 1), targets.reshape(-1)
+    def loss(self, ids: Tensor, targets: Tensor, loops: int = 0, state: DecodeState | None = None) -> Tensor:
+        """Mean cross-entropy in nats per byte. ids, targets: int64 [B, T]; a 0-d float32 tensor. With a state, ids
+        continue what it has read."""
+        x_NC, targets_N = self._features(ids, state, loops).flatten(0, 1), targets.reshape(-1)
         count = len(x_NC)
         if not 0 < self.loss_chunk < count:
             return nn.functional.cross_entropy(self.logits(x_NC), targets_N)
@@ -161,12 +197,56 @@ class ByteLM(nn.Module):
         """Bytes that one call can read: the scorer's window."""
         return self.config.ctx
 
+    def log_probs(self, ids: Tensor, loops: int = 0) -> Tensor:
+        """Natural logs of the probabilities of the next byte, float32 [B, T, V]."""
+        return torch.log_softmax(self(ids, loops=loops), dim=-1)
+
+    def new_state(self, batch: int = 1, loops: int = 0, *, endless: bool = False) -> DecodeState:
+        """An empty state for up to config.ctx positions, with a cache for every layer of `loops` repeats.
+
+        endless: for any number of positions, read at most config.ctx at a time. Such a state holds what sliding windows
+        can still see, and an LSTM's; no gradient goes back into it. Raises UserError for attention without a window.
+        """
+        c, device = self.config, next(self.parameters()).device
+        caches = [memory_of(c, batch, device, self.dtype, endless=endless) for _ in c.layers(loops)]
+        return DecodeState(caches, torch.empty(batch, 0, dtype=torch.int64, device=device), loops)
+
+    def at(self, loops: int) -> "AtDepth":
+        """This model with `loops` repeats, for whoever scores it or samples from it."""
+        return AtDepth(self, loops)
+
+
+class AtDepth:
+    """A view of a model at one depth. It is a `Predictor`, and `Cached`, in the scorer's words.
+
+    Raises UserError for a depth that the model does not have.
+    """
+
+    def __init__(self, model: ByteLM, loops: int) -> None:
+        model.config.layers(loops)
+        self.model, self.loops = model, loops
+
+    def __call__(self, ids: Tensor, state: DecodeState | None = None) -> Tensor:
+        return self.model(ids, state, self.loops)
+
     def log_probs(self, ids: Tensor) -> Tensor:
         """Natural logs of the probabilities of the next byte, float32 [B, T, V]."""
-        return torch.log_softmax(self(ids), dim=-1)
+        return self.model.log_probs(ids, self.loops)
 
-    def new_state(self, batch: int = 1) -> DecodeState:
-        """An empty state for up to config.ctx positions."""
-        c, device = self.config, next(self.parameters()).device
-        caches = [KVCache(batch, c.kv_heads, c.ctx, c.head_size, device, self.dtype) for _ in self.blocks]
-        return DecodeState(caches, torch.empty(batch, 0, dtype=torch.int64, device=device))
+    def new_state(self, batch: int = 1, *, endless: bool = False) -> DecodeState:
+        """An empty state with a cache for every layer of this depth."""
+        return self.model.new_state(batch, self.loops, endless=endless)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's."""
+        return self.model.config
+
+    @property
+    def context(self) -> int:
+        """Bytes that one call can read: the scorer's window."""
+        return self.model.context
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The model's."""
+        return self.model.parameters()

@@ -1,8 +1,14 @@
-"""The shape of a byte language model: one dial, `width` and `depth`, and everything else derived from it."""
+"""The shape of a byte language model: one dial, `width` and `depth`, and everything else derived from it.
+
+Depth recurrence: of `depth` blocks the first `prelude` and the last `coda` run once, and those between them, the core,
+`loops` times, so depth costs no bytes. With prelude = coda = 0 everything repeats; with loops = 1 nothing does.
+"""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tritwise.errors import UserError
+from tritwise.nn.moe import MOST_ITERS
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,21 @@ class ModelConfig:
     column_scales  inputs of every ternary matrix have scales of their own, which learn; float matrices need none
     ngrams     longest n-gram of bytes with a hashed embedding table of its own, 2 … ngrams; 1: none
     ngram_rows entries of each such table
+    mixer      what carries from position to position in a block: attention, or lstm, which has no heads and no window
+    experts    experts of a mixture in the place of the MLP; 0: none
+    active_experts  of them that a byte meets, which hold with the router as many weights as the MLP
+    max_moe_iters   passes through the experts, as many of them as a byte learns to need, 1 … 4
+    graph      whether bytes get messages from their neighbours and from what followed the same trigram before
     weights    "trit", or "float" for the baseline with the same shape
+    prelude    blocks at the start that run once; coda: at the end
+    loops      times that the blocks between them run
+    loop_embedding  a learned vector is added before every layer, one for each repeat of a block
+    value_tables    embeddings of the byte that every layer adds, each channel as strongly as it learned to; 0: none
+    repeat_skip     a repeat also adds what its block gave in the repeat before, as strongly as it learned to
+    input_mix       a block starts from a learned mix of the stream and the model's input
+    gains           a block learns a gain for each channel of its attention and of its MLP
+    exclusive       layers at the end whose attention leaves out what lies along a position's own value
+    leak            slope below zero of the MLP's relu, before it is squared
     Raises UserError for a shape that cannot be built.
     """
 
@@ -39,17 +59,50 @@ class ModelConfig:
     column_scales: bool = False
     ngrams: int = 1
     ngram_rows: int = 4096
+    mixer: str = "attention"
+    experts: int = 0
+    active_experts: int = 2
+    max_moe_iters: int = 1
+    graph: bool = False
     weights: str = "trit"
+    prelude: int = 0
+    coda: int = 0
+    loops: int = 1
+    loop_embedding: bool = False
+    value_tables: int = 0
+    repeat_skip: bool = False
+    input_mix: bool = False
+    gains: bool = False
+    exclusive: int = 0
+    leak: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "ctx", "mlp_ratio", "vocab", "group", "ngrams", "ngram_rows"):
+        for name in ("width", "depth", "ctx", "mlp_ratio", "vocab", "group", "ngrams", "ngram_rows", "loops"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("heads", "kv_heads", "window"):
+        for name in ("heads", "kv_heads", "window", "experts"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 (0 derives it)")
+        for name in ("prelude", "coda", "value_tables", "exclusive"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.core < 1:
+            raise UserError(
+                f"prelude {self.prelude} and coda {self.coda} leave none of {self.depth} blocks to repeat; "
+                "make depth larger than their sum"
+            )
+        if not 0 <= self.leak <= 1:
+            raise UserError(f"leak is {self.leak}; it is a slope between 0 and 1")
         if not 0 < self.softcap < float("inf"):
             raise UserError(f"softcap is {self.softcap}; it must be above 0 and finite")
+        if not 1 <= self.max_moe_iters <= MOST_ITERS:
+            raise UserError(f"max_moe_iters is {self.max_moe_iters}; choose 1 to {MOST_ITERS}")
+        if self.experts and not 1 <= self.active_experts <= self.experts:
+            raise UserError(
+                f"active_experts is {self.active_experts}; choose 1 to the number of experts, {self.experts}"
+            )
+        if self.mixer not in ("attention", "lstm"):
+            raise UserError(f"mixer is {self.mixer!r}; choose attention or lstm")
         if self.weights not in ("trit", "float"):
             raise UserError(f"weights is {self.weights!r}; choose trit or float")
         heads = self.heads or max(1, self.width // (32 if self.width < 128 else 64))
@@ -67,3 +120,33 @@ class ModelConfig:
     def head_size(self) -> int:
         """Channels of one attention head."""
         return self.width // self.heads
+
+    @property
+    def core(self) -> int:
+        """Blocks that repeat."""
+        return self.depth - self.prelude - self.coda
+
+    def layers(self, loops: int = 0) -> list["Layer"]:
+        """The layers that a pass with `loops` repeats runs, in order; 0: the config's. UserError beyond 1 … loops."""
+        loops = loops or self.loops
+        if not 1 <= loops <= self.loops:
+            raise UserError(f"the model repeats its core 1 to {self.loops} times, not {loops}; set loops={loops}")
+        before, after = self.prelude, self.prelude + self.core * self.loops
+        found = [Layer(block, block, 0) for block in range(before)]
+        found += [
+            Layer(before + block, before + repeat * self.core + block, repeat)
+            for repeat in range(loops)
+            for block in range(self.core)
+        ]
+        return found + [Layer(before + self.core + block, after + block, 0) for block in range(self.coda)]
+
+
+class Layer(NamedTuple):
+    """One run of a block: which block, which number of the layer at full depth, and which repeat it is, from 0.
+
+    A layer has the same number at every depth, so that what was learned for it is found again when depth grows.
+    """
+
+    block: int
+    number: int
+    repeat: int

@@ -9,12 +9,18 @@ from tritwise.errors import UserError
 
 if TYPE_CHECKING:
     from tritwise.models.arb import Arb
-    from tritwise.models.byte_lm import ByteLM
+    from tritwise.models.byte_lm import AtDepth, ByteLM
 
 
 @torch.inference_mode()
 def generate(
-    model: "ByteLM | Arb", prompt: bytes, count: int, *, seed: int = 0, temperature: float = 0.8, top_k: int = 0
+    model: "ByteLM | AtDepth | Arb",
+    prompt: bytes,
+    count: int,
+    *,
+    seed: int = 0,
+    temperature: float = 0.8,
+    top_k: int = 0,
 ) -> Iterator[int]:
     """Yield `count` bytes that continue `prompt` (an empty prompt continues a newline).
 

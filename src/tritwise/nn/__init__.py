@@ -2,11 +2,17 @@
 
 from tritwise.nn.attention import Attention, KVCache, Rotary
 from tritwise.nn.embedding import FloatEmbedding, TritEmbedding
-from tritwise.nn.linear import FloatLinear, TritLinear
+from tritwise.nn.graph import TritGraph
+from tritwise.nn.ledger import KVLedger
+from tritwise.nn.linear import FloatLinear, TritLinear, use_fp8
+from tritwise.nn.lstm import TritLSTM, TritLSTMCell
 from tritwise.nn.mlp import MLP
+from tritwise.nn.moe import TritMoE
 from tritwise.nn.ngram import NGramEmbedding
 from tritwise.nn.norm import relu_squared_norm, rms_norm
 from tritwise.nn.trit import ROLES, TritModule, tensor_roles, trit_modules
+from tritwise.nn.vector import FloatVector, TritVector
+from tritwise.nn.vq import TritVQ
 
 __all__ = [
     "MLP",
@@ -14,14 +20,23 @@ __all__ = [
     "Attention",
     "FloatEmbedding",
     "FloatLinear",
+    "FloatVector",
     "KVCache",
+    "KVLedger",
     "NGramEmbedding",
     "Rotary",
     "TritEmbedding",
+    "TritGraph",
+    "TritLSTM",
+    "TritLSTMCell",
     "TritLinear",
+    "TritMoE",
     "TritModule",
+    "TritVQ",
+    "TritVector",
     "relu_squared_norm",
     "rms_norm",
     "tensor_roles",
     "trit_modules",
+    "use_fp8",
 ]

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from tritwise.nn.norm import rms_norm
+from tritwise.nn.ledger import KVLedger
+from tritwise.nn.norm import EPS, rms_norm
 
 
 class Rotary(nn.Module):
     """Rotary position embedding (Su et al. 2021) for positions 0 … length-1 and heads of size `size`.
 
-    The second half of a head is paired with its first half. Tables are constants (role "table"), not saved.
+    The second half of a head is paired with its first half. Tables are constants (role "table"), not saved. Positions
+    beyond them are turned only in an endless stream, whose angles are computed when they are needed.
     """
 
     cos: Tensor
@@ -27,16 +29,23 @@ class Rotary(nn.Module):
         self.roles = {"cos": "table", "sin": "table"}
         frequency = base ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
         angle_TD = torch.arange(length, dtype=torch.float32)[:, None] * frequency
+        self.frequency = frequency
         self.register_buffer("cos", angle_TD.cos(), persistent=False)
         self.register_buffer("sin", angle_TD.sin(), persistent=False)
 
-    def forward(self, x_BTHD: Tensor, start: int = 0) -> Tensor:
-        """Rotate positions start … start+T-1; the same shape and dtype. ValueError beyond the length of the tables."""
+    def forward(self, x_BTHD: Tensor, start: int = 0, *, endless: bool = False) -> Tensor:
+        """Rotate positions start … start+T-1; the same shape and dtype. ValueError beyond the length of the tables,
+        unless endless."""
         stop = start + x_BTHD.shape[1]
-        if stop > self.cos.shape[0]:
+        if stop <= self.cos.shape[0]:
+            cos, sin = self.cos[start:stop], self.sin[start:stop]
+        elif endless:
+            # float64: in float32 a position of a million would be off by a tenth of a turn.
+            angle_TD = torch.arange(start, stop, dtype=torch.float64)[:, None] * self.frequency.double()
+            cos, sin = angle_TD.cos().to(self.cos), angle_TD.sin().to(self.sin)
+        else:
             raise ValueError(f"{stop} positions do not fit a context of {self.cos.shape[0]}; read them in windows")
-        cos = self.cos[start:stop, None].to(x_BTHD.dtype)
-        sin = self.sin[start:stop, None].to(x_BTHD.dtype)
+        cos, sin = cos[:, None].to(x_BTHD.dtype), sin[:, None].to(x_BTHD.dtype)
         return _Rotate.apply(x_BTHD, cos, sin)  # type: ignore[no-any-return]
 
 
@@ -63,6 +72,8 @@ class _Rotate(torch.autograd.Function):
 
 class KVCache:
     """Keys and values of one attention layer for up to `length` positions: two tensors [B, K, length, D]."""
+
+    endless = False
 
     def __init__(self, batch: int, kv_heads: int, length: int, size: int, device: torch.device, dtype: torch.dtype):
         self.keys = torch.zeros(batch, kv_heads, length, size, device=device, dtype=dtype)
@@ -105,13 +116,18 @@ class Attention(nn.Module):
         self.qkv = linear(width, rows, group=group, blocks=3 if heads == kv_heads else 1)
         self.out = linear(width, width, group=group)
 
-    def forward(self, x_BTC: Tensor, rotary: Rotary, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x_BTC: Tensor, rotary: Rotary, cache: KVCache | KVLedger | None = None, *, exclusive: bool = False
+    ) -> Tensor:
+        """exclusive: what a head found loses its part along the position's own value, which the residual stream has
+        already (`without_own`)."""
         batch, time, width = x_BTC.shape
         parts = self.qkv(x_BTC).view(batch, time, self.heads + 2 * self.kv_heads, self.size)
         start = cache.used if cache is not None else 0
-        turned = rotary(rms_norm(parts[:, :, : self.heads + self.kv_heads]), start).transpose(1, 2)
+        endless = cache is not None and cache.endless
+        turned = rotary(rms_norm(parts[:, :, : self.heads + self.kv_heads]), start, endless=endless).transpose(1, 2)
         q_BHTD, k_BKSD = turned[:, : self.heads], turned[:, self.heads :]
-        v_BKSD = parts[:, :, self.heads + self.kv_heads :].transpose(1, 2)
+        own_BKTD = v_BKSD = parts[:, :, self.heads + self.kv_heads :].transpose(1, 2)
         if cache is not None:
             k_BKSD, v_BKSD = cache.append(k_BKSD, v_BKSD)
         mask = self._mask(time, k_BKSD.shape[2], x_BTC.device) if self.causal else None
@@ -123,6 +139,8 @@ class Attention(nn.Module):
             is_causal=self.causal and mask is None and time > 1,
             enable_gqa=self.heads != self.kv_heads,
         )
+        if exclusive:
+            y_BHTD = without_own(y_BHTD, own_BKTD)
         return self.out(rms_norm(y_BHTD.transpose(1, 2).reshape(batch, time, width)))
 
     def _mask(self, time: int, total: int, device: torch.device) -> Tensor | None:
@@ -134,3 +152,14 @@ class Attention(nn.Module):
         key = torch.arange(total, device=device)[None, :]
         mask = key <= query
         return mask & (key > query - self.window) if windowed and self.window is not None else mask
+
+
+def without_own(y_BHTD: Tensor, v_BKTD: Tensor) -> Tensor:
+    """y - (y·u)u for each head, u being the unit vector along its own value at the same position; same shape.
+
+    K divides H; H / K neighbouring heads share a value. A value of zero takes nothing away.
+    """
+    batch, heads, time, size = y_BHTD.shape
+    y, v = y_BHTD.view(batch, v_BKTD.shape[1], -1, time, size), v_BKTD[:, :, None]
+    along = (y * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True).clamp_min(EPS)
+    return (y - along * v).view(batch, heads, time, size)

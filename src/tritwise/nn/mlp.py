@@ -8,13 +8,16 @@ from tritwise.nn.norm import relu_squared_norm
 class MLP(nn.Module):
     """down(norm(relu(up(x))^2)), the activation of So et al. 2021 ("Primer"). x: [..., width], same shape out.
 
-    `linear` makes the layers: TritLinear or FloatLinear.
+    `linear` makes the layers: TritLinear or FloatLinear. leak: slope of the relu below zero.
     """
 
-    def __init__(self, width: int, hidden: int, *, linear: type[nn.Module], group: int = 256) -> None:
+    def __init__(
+        self, width: int, hidden: int, *, linear: type[nn.Module], group: int = 256, leak: float = 0.0
+    ) -> None:
         super().__init__()
+        self.leak = leak
         self.up = linear(width, hidden, group=group)
         self.down = linear(hidden, width, group=group)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(relu_squared_norm(self.up(x)))
+        return self.down(relu_squared_norm(self.up(x), self.leak))

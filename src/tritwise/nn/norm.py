@@ -44,21 +44,24 @@ class _RMSNorm(torch.autograd.Function):
 
 class _ReLUSquaredNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
-        positive = torch.relu(h)
+    def forward(ctx: Any, h: Tensor, leak: float) -> Tensor:
+        positive = torch.relu(h) if leak == 0 else torch.nn.functional.leaky_relu(h, leak)
         y = positive * positive
         inverse = _inverse_rms(y).to(h.dtype)
         y = y * inverse if torch.compiler.is_compiling() else y.mul_(inverse)
         ctx.save_for_backward(positive, y, inverse)
+        ctx.leak = leak
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         positive, y, inverse = ctx.saved_tensors
+        if ctx.leak:  # the slope below zero once more
+            positive = torch.where(positive < 0, positive * ctx.leak, positive)
         if torch.compiler.is_compiling():
-            return _norm_grad(grad, y) * positive * (2 * inverse)
-        return _norm_grad(grad, y).mul_(positive).mul_(2 * inverse)
+            return _norm_grad(grad, y) * positive * (2 * inverse), None
+        return _norm_grad(grad, y).mul_(positive).mul_(2 * inverse), None
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -66,6 +69,9 @@ def rms_norm(x: Tensor) -> Tensor:
     return _RMSNorm.apply(x)  # type: ignore[no-any-return]
 
 
-def relu_squared_norm(h: Tensor) -> Tensor:
-    """rms_norm(relu(h)^2): the square has a heavy tail; normalised, the next linear sees inputs of unit RMS."""
-    return _ReLUSquaredNorm.apply(h)  # type: ignore[no-any-return]
+def relu_squared_norm(h: Tensor, leak: float = 0.0) -> Tensor:
+    """rms_norm(relu(h)^2): the square has a heavy tail; normalised, the next linear sees inputs of unit RMS.
+
+    leak: slope below zero, of leaky_relu(h, leak)^2; 0 is relu.
+    """
+    return _ReLUSquaredNorm.apply(h, leak)  # type: ignore[no-any-return]

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from tritwise.registers import exponent_for, init_registers, leading_trit, make_key, scale_table, zero_fraction
 
-ROLES = ("matrix", "embedding", "head", "vector", "scale", "table")
-"""matrix, embedding, head, vector: weights by what they do. scale: scale exponents. table: constants, not trained."""
+ROLES = ("matrix", "embedding", "head", "vector", "scale", "table", "count")
+"""matrix, embedding, head, vector: weights by what they do. scale: scale exponents. table: constants, not trained.
+count: integers that a layer counts with while it is trained."""
 
 Consumer = Callable[["TritModule", Tensor], None]
 
@@ -34,6 +35,8 @@ class TritModule(nn.Module):
     blocks: how many matrices lie one above the other in the rows (3 for query, key and value in one).
     Initial registers come from torch's default generator, so `torch.manual_seed` fixes them.
     """
+
+    learns_scale = True  # whether an optimizer may move the exponents
 
     def __init__(
         self,
@@ -61,7 +64,7 @@ class TritModule(nn.Module):
         self.register = nn.Parameter(torch.empty(rows, columns, dtype=torch.int8), requires_grad=False)
         self.exponent = nn.Parameter(torch.empty(rows, groups, dtype=torch.int8), requires_grad=False)
         self.column_exponent: nn.Parameter | None = None
-        self._scales: Tensor | None = None  # the table of all scales, where the registers are
+        self._scales = scale_table(self.exponent.device)  # the table of all scales, where the registers are
         self.port: Tensor | None = None
         self.consumer: Consumer | None = None
         self.reset_parameters()
@@ -82,7 +85,6 @@ class TritModule(nn.Module):
         zeros = torch.zeros(columns, dtype=torch.int8, device=device)
         self.column_exponent = nn.Parameter(zeros, requires_grad=False)
         self.roles = self.roles | {"column_exponent": "scale"}
-        self._scales = scale_table(device)
 
     def exponents(self) -> list[Tensor]:
         """Every tensor of scale exponents: those of rows, then those of columns where there are any."""
@@ -92,8 +94,11 @@ class TritModule(nn.Module):
         """x [..., columns], each column times its scale: what W's columns meet. Without column scales x itself."""
         if self.column_exponent is None:
             return x
-        assert self._scales is not None
         return x * self._scales[self.column_exponent.int() + 128].to(x.dtype)
+
+    def row_scales(self) -> Tensor:
+        """The scale of each row, float32 [rows]. Only where a row has one."""
+        return self._scales[self.exponent[:, 0].int() + 128]
 
     @torch.no_grad()
     def reset_parameters(self, span: float = 0.9) -> None:
@@ -137,8 +142,7 @@ class TritModule(nn.Module):
             raise ValueError("ternary layers hold int8 registers; move them with .to(device), not .to(dtype)")
         if self.port is not None and self.port.device != self.register.device:
             self.trainable(True)
-        if self._scales is not None:
-            self._scales = scale_table(self.register.device)
+        self._scales = scale_table(self.register.device)
         return self
 
     def extra_repr(self) -> str:

@@ -3,19 +3,25 @@
 Every operation is registered in the `tritwise` namespace of torch.library with a schema and a fake implementation, so
 torch.compile sees one opaque node, and which backend runs is decided when it runs (`backends.py`).
 
-    linear      y = x W^T, its input gradient, weight gradient and scale gradient; W = trit * scale
+    linear      y = x W^T, its input gradient, weight gradient and gradients of scales; W = trit * scale. linear_fp8:
+                the same with x and dL/dy rounded to float8 for the products
     embedding   rows of W, and the weight gradient
     update      momentum (int8, stochastic rounding) and the move of registers and scale exponents
     nibble      the update for registers that hold their momentum in the same byte
     direction   momentum -> a step of unit RMS: Newton-Schulz, row/column, sign, rms
+    graph       rows that travel along edges and are added up where they arrive
+    combine     what the experts of a mixture made, weighed and added up
 
 update, nibble and direction have `_many` forms for a list of tensors: a whole model in a few launches on a GPU.
 """
 
 from tritwise.ops.backends import backend, backend_table, backends_of
+from tritwise.ops.combine import combine
 from tritwise.ops.direction import direction, direction_many
 from tritwise.ops.embedding import embedding
+from tritwise.ops.graph import edge_sum, gather_add
 from tritwise.ops.linear import linear, linear_column_grad, linear_scale_grad
+from tritwise.ops.linear.fp8 import linear_fp8, refuses_fp8
 from tritwise.ops.nibble import (
     accumulate_nibble,
     accumulate_nibble_many,
@@ -39,11 +45,15 @@ __all__ = [
     "backend",
     "backend_table",
     "backends_of",
+    "combine",
     "direction",
     "direction_many",
+    "edge_sum",
     "embedding",
+    "gather_add",
     "linear",
     "linear_column_grad",
+    "linear_fp8",
     "linear_scale_grad",
     "momentum_of",
     "momentum_of_many",
@@ -51,4 +61,5 @@ __all__ = [
     "move_nibbles_many",
     "move_registers",
     "move_registers_many",
+    "refuses_fp8",
 ]

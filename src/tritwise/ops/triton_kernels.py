@@ -340,3 +340,19 @@ def column_grad(
         e = tl.load(exponent + row[:, None] * groups + (column // group)[None, :], mask=mask, other=0).to(tl.int32)
         total += trit * tl.load(scales + (e + 128)) * tl.load(weight_grad + where, mask=mask, other=0.0)
     tl.store(out + strip * columns + column, tl.sum(total, axis=0), mask=column < columns)
+
+
+@triton.jit
+def trits_float8(register, out, rows, columns, TURNED: tl.constexpr, BLOCK: tl.constexpr):
+    """out = the leading trits of register [rows, columns] as bytes of float8 e4m3; [columns, rows] if TURNED."""
+    across = tl.cdiv(columns, BLOCK)
+    row = (tl.program_id(0) // across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    r = tl.load(register + row[:, None] * columns + column[None, :], mask=mask, other=0)
+    byte = tl.where(r > 40, 0x38, 0) | tl.where(r < -40, 0xB8, 0)  # 1 and -1
+    if TURNED:
+        to = out + column[:, None] * rows + row[None, :]
+        tl.store(to, tl.trans(byte).to(tl.uint8), mask=tl.trans(mask))
+    else:
+        tl.store(out + row[:, None] * columns + column[None, :], byte.to(tl.uint8), mask=mask)

@@ -44,6 +44,8 @@ _TOGETHER = 1 << 25
 ROLE_DEFAULTS: dict[str, dict[str, Any]] = {
     "embedding": {"direction": "row_column"},
     "head": {"direction": "row_column"},
+    # A vector's register is its number: it moves a little at every step, and has neither a scale nor spare bits.
+    "vector": {"direction": "rms", "interval": 1, "scale_rate": 0.0, "compact": False},
 }
 ROLE_RATES = {"embedding": 2.0, "head": 2.0}
 """Rates of roles over that of matrices, unless given: docs/RULE.md."""
@@ -223,14 +225,15 @@ class TritOptimizer(torch.optim.Optimizer):
         """Inside, `consume` and `step` take what changes from step to step from the device, and count no steps: so they
         can be recorded in a CUDA graph. Before each replay call `before_replay`. Yields every tensor that they change,
         for whoever tries a step first and wants to take it back. Only for optimizers that are `recordable`."""
-        self._live = Live(next(iter(self._layers)).device, len(self.param_groups))
+        if self._live is None:  # several recordings read the same numbers
+            self._live = Live(next(iter(self._layers)).device, len(self.param_groups))
         self._live.write(self.step_count, [group["lr"] for group in self.param_groups])
         if self._uncounted is None:
             self._uncounted = torch.zeros(1, dtype=torch.int64, device=self._live.device)
         changed = [self._uncounted]
         for group in self.param_groups:
             for layer in (self._layers[register] for register in group["params"]):
-                state = self._state_of(layer, group["scale_rate"] > 0)
+                state = self._state_of(layer, group["scale_rate"] > 0 and layer.learns_scale)
                 changed += [layer.register, *layer.exponents(), *state.values()]
         self._records = True
         try:
@@ -278,7 +281,8 @@ class TritOptimizer(torch.optim.Optimizer):
             register = layer.register
             group, micro = self._settings_of(register), self._received.get(register, 0)
             self._received[register] = micro + 1
-            decay, scales = group["momentum"] if micro == 0 else 1.0, group["scale_rate"] > 0
+            decay = group["momentum"] if micro == 0 else 1.0
+            scales = group["scale_rate"] > 0 and layer.learns_scale
             state, stream = self._state_of(layer, scales), _ACCUMULATE + 3 * micro
             where = (group["seed"], group["step"], self._number[register])
             if layer.sparse:
@@ -409,7 +413,7 @@ class TritOptimizer(torch.optim.Optimizer):
         if rows is not None:
             layers[0].register[rows] = registers[0]
         self.flips_by_layer.update(zip(layers, flips, strict=True))
-        if group["scale_rate"] > 0:
+        if group["scale_rate"] > 0 and layers[0].learns_scale:  # a group has one role, and vectors have their own
             # Scales follow the schedule of the rate; at a rate of 0 they stay.
             initial = group.get("initial_lr", group["lr"])
             octaves = group["scale_rate"] * rate / initial if initial else 0.0

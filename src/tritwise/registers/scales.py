@@ -19,7 +19,8 @@ def scale_table(device: torch.device | str = "cpu") -> Tensor:
     """All 256 scales as float32 [256]; entry E + 128 is bf16(2**(E/8)). Kept per device; do not change it."""
     # 2.0 ** (E / 8) is computed by Python in double precision: no device's own exp2 takes part.
     values = [2.0 ** (e / EXPONENTS_PER_OCTAVE) for e in range(-128, 128)]
-    return torch.tensor(values, dtype=torch.float64).to(torch.bfloat16).to(torch.float32).to(device)
+    with torch.inference_mode(False):  # kept for whoever comes next, who may want it in autograd
+        return torch.tensor(values, dtype=torch.float64).to(torch.bfloat16).to(torch.float32).to(device)
 
 
 def scale_values(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

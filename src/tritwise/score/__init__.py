@@ -2,7 +2,17 @@
 
 from tritwise.score.guards import NoNumberError
 from tritwise.score.ladder import ladder
-from tritwise.score.protocol import Predictor, Stream, stream_of
+from tritwise.score.protocol import EndlessStream, Predictor, Stream, stream_of
 from tritwise.score.scorer import Score, score, score_stream
 
-__all__ = ["NoNumberError", "Predictor", "Score", "Stream", "ladder", "score", "score_stream", "stream_of"]
+__all__ = [
+    "EndlessStream",
+    "NoNumberError",
+    "Predictor",
+    "Score",
+    "Stream",
+    "ladder",
+    "score",
+    "score_stream",
+    "stream_of",
+]

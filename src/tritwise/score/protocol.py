@@ -3,6 +3,7 @@
     Predictor   a function: a batch of windows of bytes in, log-probabilities of each next byte out
     Stream      one sequence, read from left to right; may carry state, and may learn from what it has read
     stream_of   any Predictor as a Stream, with a KV cache where the model has one
+    EndlessStream  a model whose state is bounded, read without ever starting again
 
 `score` takes a Predictor, `score_stream` a Stream. Both own the loss: a model only says what it expects.
 
@@ -79,6 +80,57 @@ def fit_window(model: Predictor, window: int = 0, stride: int = 0) -> tuple[int,
     return window, stride
 
 
+class _OneAhead:
+    """A stream that has its say on the next byte ready as soon as it is asked, and `_extend`, which reads on."""
+
+    device: torch.device
+    _next: Tensor | None
+
+    @torch.no_grad()
+    def log_probs(self) -> Tensor:
+        """Natural logs [V] of the next byte."""
+        if self._next is None:
+            self._next = self._extend(torch.tensor([START], device=self.device))[0]
+        return self._next
+
+    def _extend(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class EndlessStream(_OneAhead):
+    """A model that reads on without an end, its state bounded: attention with a sliding window, or an LSTM.
+
+    Nothing is ever read twice, and nothing is forgotten but what the model itself no longer sees; window and stride are
+    0 for that reason. Any cut of the bytes gives the same probabilities up to rounding. UserError for a model that
+    would have to remember everything.
+    """
+
+    window = stride = 0
+
+    def __init__(self, model: Any, device: torch.device | str | None = None) -> None:
+        if not isinstance(model, Cached):
+            raise UserError("this model has no state that could go on; leave --mode endless out")
+        self.model: Any = model
+        self.device = torch.device(device or device_of(model))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all that was read."""
+        self._state, self._next = self.model.new_state(endless=True), None
+
+    @torch.no_grad()
+    def read(self, ids: Tensor) -> Tensor:
+        """int64 [T] -> [T, V]: what stood before each byte; then moves on."""
+        told = [self.log_probs()[None]]
+        told += [self._extend(part) for part in ids.to(self.device).split(self.model.context) if len(part)]
+        rows = torch.cat(told)
+        self._next = rows[-1].clone()
+        return rows[:-1]
+
+    def _extend(self, ids: Tensor) -> Tensor:
+        return torch.log_softmax(self.model(ids[None], self._state), dim=-1)[0]
+
+
 def stream_of(
     model: Predictor, *, window: int = 0, stride: int = 0, device: torch.device | str | None = None
 ) -> Stream:
@@ -91,7 +143,7 @@ def stream_of(
     return WindowStream(model, *fit_window(model, window, stride), torch.device(device or device_of(model)))
 
 
-class WindowStream:
+class WindowStream(_OneAhead):
     """What `stream_of` returns: see there. What a read computes depends on the bytes and on how they were cut only."""
 
     def __init__(self, model: Predictor, window: int, stride: int, device: torch.device) -> None:
@@ -101,14 +153,7 @@ class WindowStream:
     def reset(self) -> None:
         """Forget all that was read."""
         self._begin(torch.empty(0, dtype=torch.int64, device=self.device))
-        self._next: Tensor | None = None
-
-    @torch.no_grad()
-    def log_probs(self) -> Tensor:
-        """Natural logs [V] of the next byte."""
-        if self._next is None:
-            self._next = self._extend(torch.tensor([START], device=self.device))[0]
-        return self._next
+        self._next = None
 
     @torch.no_grad()
     def read(self, ids: Tensor) -> Tensor:

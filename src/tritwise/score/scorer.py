@@ -15,7 +15,7 @@ With documents, each is scored like a text of its own. The guards (guards.py) ru
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -23,20 +23,20 @@ from torch import Tensor
 
 from tritwise.errors import UserError
 from tritwise.score.guards import Tally, check_again, check_predictor, check_stream, check_sums, check_told
-from tritwise.score.protocol import Predictor, Stream, fit_window, stream_of
+from tritwise.score.protocol import EndlessStream, Predictor, Stream, fit_window, stream_of
 from tritwise.score.windows import documents_of, rows_of, windows_of
 
 BATCH_BYTES = 16384  # read at a time: their float32 log-probabilities take 16 MB
 PIECE = 4096  # bytes that a stream reads at a time
 
-Mode = Literal["sliding", "chunked", "stream"]
+Mode = Literal["sliding", "chunked", "stream", "endless"]
 
 
 class Score(NamedTuple):
     """The result. nats and bpb are means per byte; `bytes` counts every byte of the text, each scored once.
 
     declared: what the figure rests on, plain JSON.
-        mode           sliding, chunked or stream
+        mode           sliding, chunked or stream; of an endless stream, stream with a window of 0
         window, stride in bytes; 0: the stream does not say
         reset          when everything is forgotten: "never", or how many documents and how they were told apart
         adaptation     what was learned from scored bytes: "none", or in words
@@ -67,6 +67,7 @@ def score(
 ) -> Score:
     """Score `data` (uint8 [N], N >= 1).
 
+    mode: endless reads the text once, in a state that goes on (`EndlessStream`); there is no window and no stride then.
     window: 0 takes the model's context. stride: 0 takes half the window, or all of it when chunked.
     documents, separator: where the model starts anew, by offsets or after these bytes; see `documents_of`.
     into: float array [N] that takes the nats of each byte.
@@ -74,8 +75,13 @@ def score(
     out of place, a model that breaks a condition of the guards, or one that finds some byte impossible.
     """
     began = time.perf_counter()
-    if mode not in ("sliding", "chunked", "stream"):
-        raise UserError(f"there is no mode {mode!r}; choose sliding, chunked or stream")
+    if mode not in get_args(Mode):
+        raise UserError(f"there is no mode {mode!r}; choose sliding, chunked, stream or endless")
+    if mode == "endless":
+        if window or stride:
+            raise UserError("an endless score reads in no windows; leave window and stride out")
+        stream = EndlessStream(model, device)
+        return score_stream(stream, data, documents=documents, separator=separator, into=into)
     window, stride = fit_window(model, window, stride or (window or model.context if mode == "chunked" else 0))
     if mode == "chunked" and stride != window:
         raise UserError(f"a chunked score moves by the whole window, {window}, not {stride}; leave the stride out")

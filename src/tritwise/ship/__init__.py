@@ -1,5 +1,15 @@
 """Everything that turns a model into a file."""
 
-from tritwise.ship.artifact import ArtifactInfo, read_artifact, write_artifact
+from tritwise.ship.artifact import ArtifactInfo, read_artifact, shipped_bytes, write_artifact
+from tritwise.ship.budget import WAYS, estimate, require_room, ship_within
 
-__all__ = ["ArtifactInfo", "read_artifact", "write_artifact"]
+__all__ = [
+    "WAYS",
+    "ArtifactInfo",
+    "estimate",
+    "read_artifact",
+    "require_room",
+    "ship_within",
+    "shipped_bytes",
+    "write_artifact",
+]

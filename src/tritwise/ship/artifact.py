@@ -1,9 +1,10 @@
 """The artifact: a trained byte model as one file. Leading trits five to a byte, scale exponents as their own stream.
 
 Streams, in the order of the model's layers: `trits`, all leading trits packed base3 in one run; `scales`, all int8
-scale exponents; of an ARB model also `tables`, the measured constants of its bridges. The header holds the shape, the
-layers with their sizes, and what the trainer wants to say. Evidence and momentum stay behind: they do not change a
-logit.
+scale exponents; `vectors`, in models that have learned vectors, their int8 fixed-point numbers; `tables`, in ARB
+models, the measured constants of their bridges, float32. The header holds the shape, the layers with their sizes, and
+what the trainer wants to say. Evidence and momentum stay behind: they do not change a logit. Models with float weights
+ship with a loss, in one of the ways of floats.py.
 """
 
 import dataclasses
@@ -15,11 +16,17 @@ import torch
 
 from tritwise.errors import UserError
 from tritwise.models import Arb, ByteLM, ModelConfig, PartsConfig
-from tritwise.nn import trit_modules
+from tritwise.nn import TritModule, TritVector, trit_modules
 from tritwise.registers import LEAD, leading_trit, pack_base3, packed_bytes, unpack_base3
-from tritwise.ship.container import read_container, write_container
+from tritwise.ship.container import container_bytes, read_container, write_container
+from tritwise.ship.floats import METHODS, fill_floats, float_streams
+from tritwise.ship.quantise import SMALL
 
 KIND, ARB = "byte_lm", "arb"
+
+
+class OverBudgetError(UserError):
+    """A file that has more bytes than it may."""
 
 
 class ArtifactInfo(NamedTuple):
@@ -31,34 +38,79 @@ class ArtifactInfo(NamedTuple):
     streams: dict[str, int]
 
 
-def write_artifact(model: ByteLM | Arb, path: Path, about: dict[str, Any] | None = None) -> ArtifactInfo:
+def write_artifact(
+    model: ByteLM | Arb,
+    path: Path,
+    about: dict[str, Any] | None = None,
+    *,
+    method: str | None = None,
+    small: int = SMALL,
+    budget: int = 0,
+) -> ArtifactInfo:
     """Write `model` to `path`, atomically. `about`: plain JSON kept in the header. Frozen encoders stay outside: the
     file names them, without the folder they lay in, and knows the checksum of their weights.
 
-    Raises UserError for a model with float weights (it has no lossless artifact) and if the file cannot be written.
+    method: for float weights, one of `ship.floats.METHODS`; small: tensors of up to so many numbers stay float16.
+    budget: bytes that the file may have; 0: any number.
+    Raises UserError for a model with float weights and no method (it has no lossless artifact), for a file over the
+    budget, of which nothing is left then, and if the file cannot be written.
     """
+    header, streams, weights = _described(model, about or {}, method, small)
+    info = write_container(path, header, streams)
+    size = Path(path).stat().st_size  # of the file, not of what was meant to be in it
+    if budget and size > budget:
+        Path(path).unlink()
+        raise OverBudgetError(
+            f"{path} has {size:,} bytes, {size - budget:,} over the budget of {budget:,}; "
+            "make the model smaller, or the budget larger"
+        )
+    return ArtifactInfo(Path(path), size, weights, {s.name: s.stored for s in info.streams})
+
+
+def shipped_bytes(model: ByteLM | Arb, method: str | None = None, small: int = SMALL, level: int = 3) -> int:
+    """How many bytes `model` would take now, but for what the trainer says of it, without writing a file.
+
+    level: of zstd; 22 is what ships, and takes as long as it takes."""
+    header, streams, _ = _described(model, {}, method, small)
+    return container_bytes(header, streams, level)
+
+
+def _described(
+    model: ByteLM | Arb, about: dict[str, Any], method: str | None, small: int
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Header, streams and number of weights."""
+    header: dict[str, Any] = {"kind": KIND, "config": dataclasses.asdict(model.config), "about": about}
+    if isinstance(model, Arb):
+        header |= {"kind": ARB, "parts": _public(model.parts)}
     if model.config.weights != "trit":
-        raise UserError("only ternary models can be shipped; train with --set weights=trit")
-    layers = list(trit_modules(model))
-    trits = torch.cat([leading_trit(layer.register).reshape(-1).cpu() for _, layer in layers])
-    scales = torch.cat([e.detach().reshape(-1).cpu() for _, layer in layers for e in layer.exponents()])
-    header = {
-        "kind": ARB if isinstance(model, Arb) else KIND,
-        "config": dataclasses.asdict(model.config),
+        if method is None:
+            raise UserError(
+                "only ternary models can be shipped; train with --set weights=trit, or choose how float weights lose "
+                "precision with --ship-as or --set ship_as=auto"
+            )
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        header |= {"weights": weights, "packing": method, "small": small}
+        return header, float_streams(model, method, small), weights
+    layers, (matrices, vectors) = list(trit_modules(model)), _sorted(model)
+    trits = torch.cat([leading_trit(layer.register).reshape(-1).cpu() for layer in matrices])
+    scales = torch.cat([e.detach().reshape(-1).cpu() for layer in matrices for e in layer.exponents()])
+    weights = sum(layer.register.numel() for _, layer in layers)
+    header |= {
         "layers": [
             {"name": name, "role": layer.role, "shape": list(layer.register.shape), "groups": layer.exponent.shape[1]}
             for name, layer in layers
         ],
-        "weights": trits.numel(),
+        "weights": weights,
         "packing": "base3",
-        "about": about or {},
-    } | ({"parts": _public(model.parts)} if isinstance(model, Arb) else {})
+    }
     streams = {"trits": pack_base3(trits).numpy(), "scales": scales.view(torch.uint8).numpy()}
+    if vectors:
+        numbers = torch.cat([layer.register.detach().reshape(-1).cpu() for layer in vectors])
+        streams["vectors"] = numbers.view(torch.uint8).numpy()
     if isinstance(model, Arb):
         tables = [table.detach().float().cpu() for table in _tables(model)]
         streams["tables"] = torch.cat([torch.empty(0), *tables]).view(torch.uint8).numpy()
-    info = write_container(path, header, streams)
-    return ArtifactInfo(Path(path), info.bytes, trits.numel(), {s.name: s.stored for s in info.streams})
+    return header, streams, weights
 
 
 def _tables(model: Arb) -> list[torch.Tensor]:
@@ -72,27 +124,48 @@ def _public(parts: PartsConfig) -> dict[str, Any]:
     return told | {key: Path(told[key]).name for key in ("vision_encoder", "audio_encoder")}
 
 
+def _sorted(model: ByteLM | Arb) -> tuple[list[TritModule], list[TritVector]]:
+    """The ternary layers that ship as trits and scales, and those that ship as whole registers."""
+    layers = [layer for _, layer in trit_modules(model)]
+    vectors = [layer for layer in layers if isinstance(layer, TritVector)]
+    return [layer for layer in layers if not isinstance(layer, TritVector)], vectors
+
+
 def read_artifact(path: Path) -> tuple[ByteLM | Arb, dict[str, Any]]:
-    """The model in `path`, frozen and in eval mode, and the header. Its logits equal the trained model's bit for bit.
+    """The model in `path`, frozen and in eval mode, and the header. The logits of a ternary model equal the trained
+    one's bit for bit.
 
     Raises UserError if the file is missing, damaged, cut off, newer than this version, or holds something else.
     """
     header, streams = read_container(path)
     try:
-        if header["kind"] not in (KIND, ARB) or header["packing"] != "base3":
-            raise UserError(f"{path} holds a {header['kind']!r} in {header['packing']!r}; upgrade tritwise to read it")
+        packing = header["packing"]
+        if header["kind"] not in (KIND, ARB) or packing not in ("base3", *METHODS):
+            raise UserError(f"{path} holds a {header['kind']!r} in {packing!r}; upgrade tritwise to read it")
         config = ModelConfig(**header["config"])
+        if (config.weights == "trit") != (packing == "base3"):
+            raise UserError(f"{path} does not fit the shape it names; ship it again from its run")
         model = Arb(config, PartsConfig(**header["parts"])) if header["kind"] == ARB else ByteLM(config)
+        if packing != "base3":
+            fill_floats(model, streams, packing, header["small"])
+            return model.eval().requires_grad_(False), header
         layers = list(trit_modules(model))
         expected = [[name, list(layer.register.shape)] for name, layer in layers]
         if [[entry["name"], entry["shape"]] for entry in header["layers"]] != expected:
             raise UserError(f"{path} does not fit the shape it names; ship it again from its run")
+        matrices, vectors = _sorted(model)
         trits, scales = streams["trits"], streams["scales"]
+        numbers = streams["vectors"] if vectors else b""
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is no byte model this version understands ({error}); upgrade tritwise") from None
-    count = sum(layer.register.numel() for _, layer in layers)
-    if len(trits) != packed_bytes(count) or len(scales) != sum(
-        e.numel() for _, layer in layers for e in layer.exponents()
+    except ValueError as error:  # of the float streams
+        raise UserError(f"{path} does not fit the shape it names ({error}); ship it again from its run") from error
+    count = sum(layer.register.numel() for layer in matrices)
+    shared = sum(e.numel() for layer in matrices for e in layer.exponents())
+    if (len(trits), len(scales), len(numbers)) != (
+        packed_bytes(count),
+        shared,
+        sum(v.register.numel() for v in vectors),
     ):
         raise UserError(f"{path} holds another number of weights than it names; ship it again from its run")
     try:
@@ -101,13 +174,18 @@ def read_artifact(path: Path) -> tuple[ByteLM | Arb, dict[str, Any]]:
         raise UserError(f"{path} holds bytes that are no trits; ship it again from its run") from error
     exponents = torch.from_numpy(np.frombuffer(scales, np.int8).copy())
     with torch.no_grad():
-        for _, layer in layers:
+        vector_N = torch.from_numpy(np.frombuffer(numbers, np.int8).copy())
+        for layer in vectors:
+            layer.register.copy_(vector_N[: layer.register.numel()].view_as(layer.register))
+            vector_N = vector_N[layer.register.numel() :]
+        for layer in matrices:
             size = layer.register.numel()
             layer.register.copy_(flat[:size].view_as(layer.register) * LEAD)
             flat = flat[size:]
             for kept in layer.exponents():
                 kept.copy_(exponents[: kept.numel()].view_as(kept))
                 exponents = exponents[kept.numel() :]
+        for _, layer in layers:
             layer.trainable(False)
     if isinstance(model, Arb):
         _read_tables(model, streams.get("tables", b""), path)

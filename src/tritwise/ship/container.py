@@ -66,21 +66,35 @@ def write_container(
     Raises:
         UserError: the disk is full or read-only, or the folder is missing. A previous file is intact.
     """
+    start, stored, infos = _assembled(header, streams, _LEVEL if compress else None)
+    atomic_write(path, [start, hashlib.sha256(start).digest(), *stored])
+    front = len(start) + _DIGEST
+    return ContainerInfo(Path(path), front + sum(info.stored for info in infos), front, tuple(infos))
+
+
+def container_bytes(header: dict[str, Any], streams: Mapping[str, bytes | np.ndarray], level: int = _LEVEL) -> int:
+    """How many bytes a container would have, compressed at a level of zstd; nothing is written."""
+    start, stored, _ = _assembled(header, streams, level)
+    return len(start) + _DIGEST + sum(map(len, stored))
+
+
+def _assembled(
+    header: dict[str, Any], streams: Mapping[str, bytes | np.ndarray], level: int | None
+) -> tuple[bytes, list[bytes], list[StreamInfo]]:
+    """What stands before the first SHA-256, the streams as they are stored, and what the header says of each."""
     assert parse_json(canonical_json(header), "header") == header, "header must be plain JSON: lists and string keys"
     stored, infos, offset, checksum = [], [], 0, hashlib.sha256()
     for name, stream in streams.items():
         assert isinstance(stream, bytes) or stream.dtype == np.uint8, f"stream {name} must be bytes or uint8"
         raw = stream if isinstance(stream, bytes) else stream.tobytes()
-        codec, data = _smaller(raw) if compress else ("raw", raw)
+        codec, data = ("raw", raw) if level is None else _smaller(raw, level)
         infos.append(StreamInfo(name, codec, offset, len(data), len(raw), zlib.crc32(data)))
         stored.append(data)
         offset += len(data)
         checksum.update(data)
     listed = [asdict(info) for info in infos]
     encoded = canonical_json({"header": header, "sha256": checksum.hexdigest(), "streams": listed})
-    start = _START.pack(MAGIC, VERSION, len(encoded)) + encoded
-    atomic_write(path, [start, hashlib.sha256(start).digest(), *stored])
-    return ContainerInfo(Path(path), len(start) + _DIGEST + offset, len(start) + _DIGEST, tuple(infos))
+    return _START.pack(MAGIC, VERSION, len(encoded)) + encoded, stored, infos
 
 
 def read_container(path: str | Path) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -189,8 +203,8 @@ def _decoded(stream: StreamInfo, part: memoryview) -> bytes:
         raise broken from error
 
 
-def _smaller(raw: bytes) -> tuple[str, bytes]:
-    packed = zstandard.ZstdCompressor(level=_LEVEL).compress(raw)
+def _smaller(raw: bytes, level: int) -> tuple[str, bytes]:
+    packed = zstandard.ZstdCompressor(level=level).compress(raw)
     return ("zstd", packed) if len(packed) < len(raw) <= _most_raw(len(packed)) else ("raw", raw)
 
 

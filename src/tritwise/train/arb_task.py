@@ -10,6 +10,7 @@ from tritwise.encoders import Features
 from tritwise.errors import UserError
 from tritwise.models import Arb
 from tritwise.train.arb_finish import finish_arb
+from tritwise.train.average import Average
 from tritwise.train.config import Config
 from tritwise.train.judge import Judge
 from tritwise.train.restore import take_over
@@ -77,6 +78,9 @@ class ArbTask:
                     f"the run learned {name} from other data or in other batches; resume it with what it had"
                 )
 
+    def begins(self, step: int) -> bool:
+        return self.text is not None and self.text.begins(step)
+
     def kind(self, step: int, micro: int) -> str:
         if len(self.kinds) == 1:
             return self.kinds[0]
@@ -104,10 +108,11 @@ class ArbTask:
         done: dict[str, Any],
         device: torch.device,
         memory: dict[str, int | None],
+        average: Average,
     ) -> dict[str, Any]:
         if self.kinds == ("text",):
             assert self.text is not None
-            return self.text.finish(folder, model, optimizers, done, device, memory)
+            return self.text.finish(folder, model, optimizers, done, device, memory, average)
         return finish_arb(self.config, folder, model, optimizers, self.judge, done, device, memory)
 
 

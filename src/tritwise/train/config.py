@@ -11,6 +11,8 @@ from tritwise.data.vocabulary import VOCABULARY
 from tritwise.errors import UserError
 from tritwise.models import ModelConfig, PartsConfig
 from tritwise.ops.direction import METHODS
+from tritwise.ship import WAYS
+from tritwise.train.course import plan_of_depth
 from tritwise.train.media_config import MediaConfig
 
 OPTIMIZERS = ("trit", "adamw", "muon")
@@ -23,10 +25,17 @@ class TrainConfig:
     data           text to learn: a file or folder (plain, .gz, .zst, .xz, .zip), or "shakespeare", the bundled text
     split          how train, val and test are cut from it, e.g. 90/10 or 90/5/5
     steps          optimizer steps; batch: sequences a step and micro-batch; accum: micro-batches a step
+    preserve_state rows read on from step to step, and what a model remembers (an LSTM's state, the ledger of a sliding
+                   window) goes on with them; false: random windows, each read from nothing
+    seconds        training also ends after so many seconds, those of scores and checkpoints not counted; then the rate
+                   and the depth go by time and not by steps; 0: no limit
+    depth_plan     how often the core repeats up to which share of the run, as in 0.4:2,0.65:3,1:4; empty: at all times
+                   as often as it can
     seed           of the initial registers, the batches and the rounding
     optimizer      trit (ternary weights), adamw or muon (float weights)
     rate           step of a register in leading-trit units (learning rate of a float optimizer)
     momentum       decay of the momentum (beta1 of AdamW)
+    momentum_start, momentum_warmup   momentum at the first step, and steps until it has risen to `momentum`; 0: at once
     direction      balanced, newton_schulz, row_column, rms or sign, for matrices
     interval       a matrix moves at every interval-th step, by interval times as much, and matrices take turns;
                    0: as often as keeps the directions near a seventh of the time of a step, 8 at the most
@@ -35,8 +44,16 @@ class TrainConfig:
     compact        register and momentum of a weight share one byte (optimizer trit, without n-gram tables)
     warmup         steps of linear rise; decay: share of the steps, at the end, of linear fall
     weight_decay   of the float optimizers
+    clip           largest norm of all float gradients together; 0: none
+    average_every, average_from   every so many steps, from that share of the run, at full depth, the weights are added
+                   to a mean, which is scored beside the last ones; 0: never
     eval_bytes     bytes of val scored at an evaluation during training; 0: all
     stride         of the final score's window; 0: half the context
+    budget         bytes that the shipped file may have; 0: any number
+    ship_as        how float weights ship: int8, int7, int6, int8+zlib, auto: the first of the first three that fits the
+                   budget; none: not at all. Ternary weights ship as they are
+    ship_small     float tensors of up to so many numbers ship as float16
+    ship_average   whether the mean weights ship, and not the last ones
     log_interval, eval_interval, save_interval   in steps; eval and save 0: only at the end
     keep           checkpoints that stay; 0: all
     save           False: no checkpoint is ever written
@@ -52,12 +69,17 @@ class TrainConfig:
     data: str = "shakespeare"
     split: str = "90/10"
     steps: int = 1000
+    seconds: float = 0.0
+    depth_plan: str = ""
+    preserve_state: bool = False
     batch: int = 32
     accum: int = 1
     seed: int = 0
     optimizer: str = "trit"
     rate: float = 0.015
     momentum: float = 0.9
+    momentum_start: float = 0.0
+    momentum_warmup: int = 0
     direction: str = "newton_schulz"
     interval: int = 0
     scale_rate: float = 0.0
@@ -67,6 +89,13 @@ class TrainConfig:
     warmup: int = 20
     decay: float = 0.5
     weight_decay: float = 0.0
+    clip: float = 0.0
+    average_every: int = 0
+    average_from: float = 0.5
+    budget: int = 0
+    ship_as: str = "none"
+    ship_small: int = 65_536
+    ship_average: bool = False
     eval_bytes: int = 32768
     stride: int = 0
     log_interval: int = 20
@@ -97,17 +126,23 @@ class TrainConfig:
             ("keep", 0),
             ("sample_bytes", 0),
             ("loss_chunk", 0),
+            ("momentum_warmup", 0),
+            ("average_every", 0),
+            ("budget", 0),
+            ("ship_small", 0),
         ):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("rate", "scale_rate", "embedding_rate", "head_rate", "weight_decay"):
+        for name in ("rate", "scale_rate", "embedding_rate", "head_rate", "weight_decay", "seconds", "clip"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} is {value}; it must be a finite number, 0 or more")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"momentum is {self.momentum}; it must be at least 0 and below 1")
-        if not 0 <= self.decay <= 1:
-            raise UserError(f"decay is {self.decay}; it is a share of the steps, 0 to 1")
+        for name in ("momentum", "momentum_start"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        for name in ("decay", "average_from"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it is a share of the steps, 0 to 1")
         for name, known in (
             ("optimizer", OPTIMIZERS),
             ("direction", METHODS),
@@ -115,6 +150,7 @@ class TrainConfig:
             ("dtype", ("auto", "float32", "bfloat16")),
             ("compile", ("auto", "true", "false")),
             ("checkpoint", ("none", "block")),
+            ("ship_as", ("none", *WAYS)),
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
@@ -143,9 +179,31 @@ class Config:
             )
         if self.train.compact and (self.train.optimizer != "trit" or self.model.ngrams > 1):
             raise UserError("compact is for ternary layers without n-gram tables; use optimizer=trit and ngrams=1")
+        if self.train.preserve_state:
+            if self.model.mixer == "attention" and not self.model.window:
+                raise UserError(
+                    "attention without a window has no state to preserve; use --set window=64 or mixer=lstm"
+                )
+            once = self.train.accum > 1 or self.train.checkpoint != "none" or self.train.compile == "true"
+            if once or self.train.seconds or self.train.depth_plan:
+                raise UserError(
+                    "preserve_state carries state from step to step; use accum=1, checkpoint=none, compile=auto, "
+                    "and leave seconds and depth_plan out"
+                )
+        if self.train.clip and self.train.optimizer == "trit":
+            raise UserError(
+                "clip is for float gradients; the step of a ternary weight has a fixed size, so leave it out"
+            )
+        if self.train.ship_average and not self.train.average_every:
+            raise UserError("ship_average needs a mean; set average_every, for example to 50")
+        plan_of_depth(self.train.depth_plan, self.model.loops)  # says what is wrong with a plan before anything runs
         needed, of = (VOCABULARY, "an ARB model") if self.media.task else (256, "a model of bytes")
         if self.model.vocab != needed:
             raise UserError(f"vocab is {self.model.vocab}; {of} needs {needed}")
+        if self.media.task and (self.train.depth_plan or self.train.average_every):
+            raise UserError("an ARB model has one depth and no mean; leave depth_plan and average_every out")
+        if self.media.task not in ("", "text") and self.train.preserve_state:
+            raise UserError("preserve_state is for text alone; leave it out")
         if self.train.stride > self.model.ctx:
             raise UserError(f"stride is {self.train.stride}; the score's window moves by at most ctx, {self.model.ctx}")
 

@@ -16,12 +16,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SMALL = 0.01  # share of a GPU's memory that all weight gradients of a small model may take at once
 
 
-def device_called(name: str) -> torch.device:
-    """auto, cpu or cuda as a device. Raises UserError for cuda where there is none."""
+def device_called(name: str, option: str = "--set device=cpu") -> torch.device:
+    """auto, cpu or cuda as a device. Raises UserError for another word, and for cuda where there is none, which names
+    `option` as the way out."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"there is no device {name!r}; choose auto, cpu or cuda")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for but torch sees no GPU; use --set device=cpu")
+        raise UserError(f"device cuda was asked for but torch sees no GPU; use {option}")
     return torch.device(name)
 
 
@@ -79,3 +82,19 @@ def wait_for(device: torch.device) -> None:
     """Let a GPU finish what it was given, so that a clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class Pace:
+    """Keeps a host from running far ahead of its GPU, so that a clock on the host tells the GPU's time to a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._before = device, None
+
+    def keep(self) -> None:
+        """Called after each step: waits until the step before it is done. On a CPU it always is."""
+        if self._device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record()
+            if self._before is not None:
+                self._before.synchronize()
+            self._before = done

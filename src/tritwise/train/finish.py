@@ -14,11 +14,14 @@ from tritwise.models import Arb, ByteLM
 from tritwise.nn import trit_modules
 from tritwise.registers import REGISTER_LIMIT
 from tritwise.score import Score, ladder, score
-from tritwise.ship import ArtifactInfo, read_artifact, write_artifact
+from tritwise.ship import ArtifactInfo, read_artifact, ship_within, shipped_bytes
 from tritwise.train.audit import audit
-from tritwise.train.config import Config
-from tritwise.train.restore import load_run
+from tritwise.train.average import Average, changed_trits
+from tritwise.train.config import Config, TrainConfig
+from tritwise.train.restore import averaged_of, load_run
 from tritwise.train.run import RunFolder
+
+LADDER_BYTES = 16_000_000  # the ladder of a longer text takes longer than its model's training may
 
 
 def finish(
@@ -30,25 +33,41 @@ def finish(
     done: dict[str, Any],
     device: torch.device,
     memory: dict[str, int | None],
+    average: Average | None = None,
 ) -> dict[str, Any]:
     """Write ladder, audit, histogram, artifact and result into the run folder; returns the result.
 
     `done` says what training did: steps, seconds, bytes_seen; `memory` what it took, by role. The score in the result
-    is of the artifact, read back from disk; a ternary model and its artifact must agree to the last bit or this raises
-    UserError.
+    is of the artifact, read back from disk. With an `average`, mean and last weights are both scored, whichever ship. A
+    ternary model and its artifact must agree to the last bit or this raises UserError.
     """
     began = time.perf_counter()
     val = parts["val"]
-    folder.write("ladder", {"split": "val", "bytes": len(val), "rows": ladder(parts["train"], val)})
+    short = len(parts["train"]) + len(val) <= LADDER_BYTES
+    rows = ladder(parts["train"], val) if short else []
+    folder.write("ladder", {"split": "val", "bytes": len(val), "rows": rows})
     folder.write("audit", audit(model, optimizers) | {"memory": memory})
     result: dict[str, Any] = {"recipe": config.recipe, "run": str(folder.path), **done}
-    if config.model.weights == "trit":
+    mean = average.of(model) if average is not None and average.count else None
+    going = mean if mean is not None and config.train.ship_average else model
+    ternary = config.model.weights == "trit"
+    if ternary:
         folder.write("histogram", {"step": done["steps"], "layers": register_histogram(model)})
-        info, final = ship_and_reread(model, folder.artifact, config, val, done, device)
-        result["artifact"] = {"path": str(info.path), "bytes": info.bytes, "bpb_reread": final.bpb}
+
+    def scored(whose: ByteLM | Arb, stride: int = config.train.stride) -> Score:
+        return score(whose, val, stride=stride, device=device)
+
+    before = None if ternary else scored(going)  # ternary weights lose nothing: their file has the same logits
+    if ternary or config.train.ship_as != "none":
+        info, way, final = ship_and_reread(going, folder.artifact, config, val, done, device)
+        result["artifact"] = {"path": str(info.path), "bytes": info.bytes, "bpb_reread": final.bpb, "way": way}
+        result["artifact"]["streams"] = info.streams
         result["weights"] = info.weights
+        if before is not None:
+            result["before"] = {"nats": before.nats, "bpb": before.bpb}
     else:
-        final = score(model, val, stride=config.train.stride, device=device)
+        assert before is not None
+        final = before
     result["val"] = {
         "nats": final.nats,
         "bpb": final.bpb,
@@ -56,8 +75,17 @@ def finish(
         "window": final.window,
         "stride": final.stride,
     }
-    chunked = score(model, val, stride=model.context, device=device)
+    chunked = scored(going, model.context)
     result["val_chunked"] = {"nats": chunked.nats, "bpb": chunked.bpb, "bytes": chunked.bytes}
+    if mean is not None and average is not None:
+        known = before or final  # of what was shipped, before it was
+        told = {
+            "bpb": (known if going is mean else scored(mean)).bpb,
+            "bpb_unaveraged": (known if going is model else scored(model)).bpb,
+        }
+        result["averaged"] = {"count": average.count, "shipped": going is mean, **told}
+        if ternary:
+            result["averaged"]["changed_trits"] = changed_trits(model, mean)
     result["seconds_after"] = round(time.perf_counter() - began, 3)
     folder.write("result", result)
     return result
@@ -70,17 +98,38 @@ def ship_and_reread(
     val: np.ndarray,
     about: dict[str, Any],
     device: torch.device,
-) -> tuple[ArtifactInfo, Score]:
-    """Write the artifact, read it back, hold its logits against the model's, and score what was read."""
+    *,
+    budget: int | None = None,
+    ship_as: str | None = None,
+) -> tuple[ArtifactInfo, str, Score]:
+    """Write the artifact, read it back, hold its logits against the model's if it is ternary, and score what was read.
+
+    budget, ship_as: other than the config's. Returns what was written, the way it was, and the score.
+    """
+    settings = config.train
     # Where a private text lies is nobody's business; the bundled one can be named.
-    trained = {"split": config.train.split}
-    if config.train.data in BUNDLED_NAMES:
-        trained["data"] = config.train.data
-    info = write_artifact(model, path, {"recipe": config.recipe, "train": trained, **about})
+    trained = {"split": settings.split}
+    if settings.data in BUNDLED_NAMES:
+        trained["data"] = settings.data
+    told = {"recipe": config.recipe, "train": trained, **about}
+    limit, way = settings.budget if budget is None else budget, ship_as or settings.ship_as
+    info, way = ship_within(model, path, told, limit, way, settings.ship_small)
     reread, _ = read_artifact(path)
     reread.to(device).dtype = model.dtype
-    require_same_logits(model, reread, val, device)
-    return info, score(reread, val, stride=config.train.stride, device=device)
+    if config.model.weights == "trit":
+        require_same_logits(model, reread, val, device)
+    return info, way, score(reread, val, stride=settings.stride, device=device)
+
+
+def size_now(model: ByteLM | Arb, settings: TrainConfig) -> int:
+    """Bytes that the model would ship in now, quickly compressed: a little more than it will be."""
+    way = {"none": "int6", "auto": "int6"}.get(settings.ship_as, settings.ship_as)
+    return shipped_bytes(model, None if model.config.weights == "trit" else way, settings.ship_small)
+
+
+def told_sizes(sizes: dict[str, int]) -> str:
+    """Bytes by stream, for people."""
+    return ", ".join(f"{name} {size:,}" for name, size in sizes.items() if name != "total")
 
 
 @torch.inference_mode()
@@ -102,21 +151,33 @@ def register_histogram(model: ByteLM | Arb) -> dict[str, list[int]]:
     }
 
 
-def ship_run(run: Path | str, out: Path) -> dict[str, Any]:
-    """Ship the newest checkpoint of `run` to `out`: bytes, streams and the score of the file read back, plain JSON.
+def ship_run(
+    run: Path | str, out: Path, *, budget: int | None = None, ship_as: str | None = None, count: int = 0
+) -> dict[str, Any]:
+    """Ship the newest checkpoint of `run` to `out`: bytes, streams, and the scores before and after, as plain JSON.
 
-    Raises UserError if the run or its text cannot be read, or `out` cannot be written.
+    budget, ship_as: other than the run's; count: bytes of val that are scored, 0: all.
+    Raises UserError if the run or its text cannot be read, `out` cannot be written, or it does not fit the budget.
     """
     config, model, _, checkpoint = load_run(run)
-    val = split(describe(config.train.data).data, config.train.split)["val"]
+    if config.train.ship_average:
+        mean = averaged_of(checkpoint, model)
+        model = mean if mean is not None else model
+    val = split(describe(config.train.data).data, config.train.split)["val"][: count or None]
     about = {"steps": checkpoint.step, "seconds": checkpoint.meta["seconds"]}
-    info, final = ship_and_reread(model, Path(out), config, val, about, torch.device("cpu"))
+    before = score(model, val, stride=config.train.stride)
+    info, way, final = ship_and_reread(
+        model, Path(out), config, val, about, torch.device("cpu"), budget=budget, ship_as=ship_as
+    )
     return {
         "path": str(info.path),
         "bytes": info.bytes,
+        "budget": config.train.budget if budget is None else budget,
+        "way": way,
         "weights": info.weights,
         "bits_per_weight": 8 * info.bytes / info.weights,
         "streams": info.streams,
+        "bpb_before": before.bpb,
         "bpb_reread": final.bpb,
         "nats_reread": final.nats,
         "scored": final.bytes,

@@ -8,20 +8,31 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tritwise.errors import UserError
 from tritwise.files import JsonLines
-from tritwise.optim import TritOptimizer, rate_factor
+from tritwise.models import Arb
+from tritwise.optim import TritOptimizer
+from tritwise.ship import estimate, require_room
+from tritwise.train.average import Average
 from tritwise.train.config import Config
-from tritwise.train.device import build_model, device_called, speed_of, wait_for
+from tritwise.train.course import Course
+from tritwise.train.crew import Crew
+from tritwise.train.device import Pace, Speed, build_model, device_called, speed_of, wait_for
+from tritwise.train.finish import size_now, told_sizes
 from tritwise.train.memory import activation_bytes, memory_by_role
 from tritwise.train.meter import Meter
-from tritwise.train.optimizers import build_optimizers, set_rates
+from tritwise.train.optimizers import build_optimizers, set_momentum, set_rates
 from tritwise.train.progress import Display, Quiet
 from tritwise.train.restore import pack_state, unpack_state
 from tritwise.train.run import RunFolder
 from tritwise.train.stepper import Stepper
 from tritwise.train.tasks import open_task
+from tritwise.train.warm import graphs_compiled, warm_up
+
+STATE = "stream."
+"""Before the names of tensors of a checkpoint that hold what a stream had read: see `DecodeState.tensors`."""
 
 
 def train(config: Config, out: Path | str, *, resume: bool = False, display: Display | None = None) -> dict[str, Any]:
@@ -29,39 +40,62 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
 
     resume: go on from the newest checkpoint in `out`; the registers end bit-equal to an uninterrupted run on the same
     machine and thread count. Ctrl-C finishes the step, saves, and returns {"interrupted": True, "steps": …}.
+    Under torchrun every process calls this: they share the micro-batches of a step, and the first of them writes the
+    folder and returns the result; the others return {"rank": …}.
     Raises UserError for data, folders and checkpoints that cannot be used; the previous checkpoint stays intact.
     """
-    settings, folder, display = config.train, RunFolder(out), display or Quiet()
-    device = device_called(settings.device)
+    if Crew.size_asked() > 1 and config.train.device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(Crew.local_rank())
+    device = device_called(config.train.device)
+    crew = Crew.join(device)
+    result = _train(config, RunFolder(out), crew, device, resume, (display if crew.first else None) or Quiet())
+    crew.leave()
+    return result
+
+
+def _train(
+    config: Config, folder: RunFolder, crew: Crew, device: torch.device, resume: bool, display: Display
+) -> dict[str, Any]:
     task = open_task(config, display.say)
-    config = task.config
+    config, settings = task.config, task.config.train
+    micros, course = crew.micros(settings.accum), course_of(config)
 
     torch.manual_seed(settings.seed)
     model = build_model(config, device)
     optimizers = build_optimizers(model, settings)
-    store = folder.store(settings.keep)
-    step, saved, seconds = 0, 0, 0.0
-    folder.begin(resume=resume)
+    require_room(model, settings.budget)
+    store, average = folder.store(settings.keep), Average()
+    step, saved, seconds, trained = 0, 0, 0.0, 0.0
+    remembered: dict[str, Tensor] = {}
+    if crew.first:
+        folder.begin(resume=resume)
     if resume and store.steps():
         checkpoint = store.load()
         task.check(checkpoint.meta["sampler"])
         if checkpoint.step > settings.steps:
             raise UserError(
-                f"{out} is at step {checkpoint.step} already; resume it with --steps {checkpoint.step} or more"
+                f"{folder.path} is at step {checkpoint.step} already; resume it with --steps {checkpoint.step} or more"
             )
-        unpack_state(checkpoint, model, optimizers)
+        unpack_state(checkpoint, model, optimizers, average)
         step, saved, seconds = checkpoint.step, checkpoint.step, checkpoint.meta["seconds"]
+        trained = checkpoint.meta.get("trained", seconds)
+        remembered = {n.removeprefix(STATE): t for n, t in checkpoint.tensors.items() if n.startswith(STATE)}
         del checkpoint
     else:
         task.begin(model)
-    # A resumed run may have been given more steps, and the next resume must know: they are part of the schedule.
-    folder.write("config", config.as_dict())
-    folder.write_manifest(config, device)
+    if crew.first:
+        # A resumed run may have been given more steps, and the next resume must know: they are part of the schedule.
+        folder.write("config", config.as_dict())
+        folder.write_manifest(config, device)
 
     def save() -> None:
         nonlocal saved
-        tensors, meta = pack_state(model, optimizers)
-        store.save(step, tensors, meta | {"seconds": seconds, "sampler": task.state()})
+        crew.require_same(list(model.parameters()))
+        if crew.first:
+            tensors, meta = pack_state(model, optimizers, average)
+            if stepper.state is not None:
+                tensors |= {f"{STATE}{name}": tensor for name, tensor in stepper.state.tensors().items()}
+            store.save(step, tensors, meta | {"seconds": seconds, "trained": trained, "sampler": task.state()})
         saved = step
 
     def where() -> dict[str, Any]:
@@ -71,42 +105,89 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
         metrics.write(record)
         display.record(record)
 
+    def event(message: str, shown: str = "") -> None:
+        log({"kind": "event", **where(), "message": message})
+        display.say(shown or message)
+
+    def batches(at: int) -> list[tuple[Any, ...]]:
+        return [task.batch(device, at, micro) for micro in micros]
+
     bytes_a_step = task.bytes_a_step
-    meter, since, began, first = Meter(model), 0, time.perf_counter() - seconds, step
+    meter, since, first = Meter(model), 0, step
     # What is compiled and recorded is one kind of batch of one shape: rows of captions and sounds differ in length.
-    settled = task.kinds in (("text",), ("diffusion",))
-    speed = speed_of(settings.compile if settled else "false", model, settings.accum)
-    stepper = Stepper(model, optimizers, settings.accum, **speed._asdict(), guard=True)
+    settled = task.kinds in (("text",), ("diffusion",)) and not settings.preserve_state
+    speed = speed_of(settings.compile, model, len(micros)) if settled else Speed(False, False)
+    stepper = Stepper(
+        model,
+        optimizers,
+        settings.accum,
+        **speed._asdict(),
+        guard=True,
+        clip=settings.clip,
+        crew=crew,
+        steady=course.momentum(0) is None,
+    )
+    if remembered:
+        stepper.state = model.new_state(settings.batch, endless=True).restore(remembered)
     # On a GPU the measured peak tells; elsewhere it counts the whole process, Python and torch included.
     activations = None if device.type == "cuda" else activation_bytes(model, *task.batch(device, step, 0))
+    warmed = None
+    if (settings.seconds or len(course.depths) > 1) and not course.over(step, trained):
+        warmed = time.perf_counter()
+        warm_up(stepper, model, optimizers, batches(step), [loops % config.model.loops for loops in course.depths])
+        wait_for(device)
+        warmed = time.perf_counter() - warmed
+    compiled, pace = graphs_compiled(), Pace(device)
+    began = time.perf_counter() - seconds
 
     def memory() -> dict[str, int | None]:
         return memory_by_role(model, optimizers, activations=activations, together=speed.graph)
 
-    with JsonLines(folder.metrics) as metrics, StopSignal() as stop:
+    with JsonLines(folder.metrics) if crew.first else NoLines() as metrics, StopSignal() as stop:
         if resume:
             metrics.truncate_after(step)
-            log({"kind": "event", **where(), "message": f"resumed from step {step}"})
-            display.say(f"resumed from step {step}")
-        display.start(step, settings.steps)
+            event(f"resumed from step {step}")
+        if warmed is not None:
+            event(f"warmed {', '.join(map(str, course.depths))} repeats in {warmed:.1f} s, before the clock")
+        if settings.budget:
+            sizes = estimate(model, settings.ship_as if settings.ship_as != "none" else "auto", settings.ship_small)
+            event(f"about {sizes['total']:,} bytes when shipped, of {settings.budget:,}: {told_sizes(sizes)}")
+        display.start(step, settings.steps, settings.seconds)
+        depth = 0
         try:
-            while step < settings.steps and not stop.asked:
+            while not course.over(step, trained) and not crew.any(stop.asked):
                 step_began = time.perf_counter()
-                factor = rate_factor(step, settings.steps, settings.warmup, settings.decay)
+                factor, loops = course.factor(step, trained), course.loops(step, trained)
+                if depth and loops != depth:
+                    event(f"{loops} repeats from step {step}, share {course.share(step, trained):.3f}")
+                depth = loops
                 set_rates(optimizers, factor)
-                loss = stepper.step_over(task.batch(device, step, micro) for micro in range(settings.accum))
-                step, since = step + 1, since + 1
-                last = step == settings.steps
+                if (momentum := course.momentum(step)) is not None:
+                    set_momentum(optimizers, momentum)
+                if settings.preserve_state and task.begins(step):
+                    stepper.state = model.new_state(settings.batch, endless=True)
+                loss = stepper.step_over(batches(step), loops % config.model.loops)  # 0: full depth
+                if settings.seconds:
+                    pace.keep()
+                counts, step, since = course.full(step, trained), step + 1, since + 1
+                trained += time.perf_counter() - step_began
+                if settings.seconds:
+                    trained = crew.most(trained)
+                last = course.over(step, trained)
+                counts = counts and course.share(step, trained) >= settings.average_from
+                if settings.average_every and counts and (last or step % settings.average_every == 0):
+                    average.add(model)
                 logs = last or step % settings.log_interval == 0
                 if logs:
                     wait_for(device)
                 now = time.perf_counter()
                 seconds = now - began
-                meter.add(loss, bytes_a_step, now - step_began, optimizers[0])
-                if len(task.kinds) > 1:
-                    kinds = (task.kind(step - 1, micro) for micro in range(settings.accum))
-                    meter.add_by_kind(zip(kinds, stepper.shares, strict=True), settings.accum)
-                if logs:
+                if crew.first:
+                    meter.add(loss, bytes_a_step, now - step_began, optimizers[0])
+                    if len(task.kinds) > 1:
+                        kinds = (task.kind(step - 1, micro) for micro in micros)
+                        meter.add_by_kind(zip(kinds, stepper.shares, strict=True), settings.accum)
+                if logs and crew.first:
                     if last or step - first <= settings.log_interval:
                         display.record({"kind": "memory", **memory()})
                     for record in meter.records(since, where(), settings.rate * factor, _skipped(optimizers)):
@@ -115,8 +196,13 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
                         log(record)
                     since = 0
                 if last or (settings.eval_interval and step % settings.eval_interval == 0):
-                    for record in task.evaluate(model, folder, where(), device):
-                        log(record)
+                    if crew.first:
+                        at = {"loops": loops, "rate": settings.rate * factor, "phase": course.part(step - 1, trained)}
+                        shown = model if isinstance(model, Arb) or loops == config.model.loops else model.at(loops)
+                        for record in task.evaluate(shown, folder, where(), device):
+                            log(record | at if record["kind"] == "eval" else record)
+                        if settings.budget:
+                            log({"kind": "size", **where(), "bytes": size_now(model, settings)})
                     seconds = time.perf_counter() - began
                 if settings.save and settings.save_interval and step % settings.save_interval == 0:
                     save()
@@ -126,15 +212,29 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
                 save()
         finally:
             display.stop()
+        done = {
+            "steps": step,
+            "seconds": round(seconds, 3),
+            "trained_seconds": round(trained, 3),
+            "bytes_seen": step * bytes_a_step,
+        }
+        if not crew.first:
+            return {"rank": crew.rank, **done}
         held = memory()
         folder.write_manifest(config, device)  # again: now the backends that ran are known
-        if stop.asked and step < settings.steps:
+        if not course.over(step, trained):
             kept = "saved; go on with --resume" if settings.save else "not saved (--no-save)"
-            log({"kind": "event", **where(), "message": f"stopped at step {step}"})
-            display.say(f"stopped at step {step}, {kept}")
+            event(f"stopped at step {step}", f"stopped at step {step}, {kept}")
             return {"interrupted": True, "steps": step, "seconds": seconds, "run": str(folder.path)}
-    done = {"steps": step, "seconds": round(seconds, 3), "bytes_seen": step * bytes_a_step}
-    return task.finish(folder, model, optimizers, done, device, held)
+    if warmed is not None:
+        done |= {"warm_seconds": round(warmed, 3), "compiled_in_clock": graphs_compiled() - compiled}
+    return task.finish(folder, model, optimizers, done, device, held, average)
+
+
+def course_of(config: Config) -> Course:
+    """The course that a config asks for."""
+    names = ("steps", "seconds", "warmup", "decay", "momentum", "momentum_start", "momentum_warmup", "depth_plan")
+    return Course(**{name: getattr(config.train, name) for name in names}, loops=config.model.loops)
 
 
 def _skipped(optimizers: list[torch.optim.Optimizer]) -> int:
@@ -142,6 +242,19 @@ def _skipped(optimizers: list[torch.optim.Optimizer]) -> int:
         optimizer.skipped if isinstance(optimizer, TritOptimizer) else optimizer.param_groups[0].get("skipped", 0)
         for optimizer in optimizers
     )
+
+
+class NoLines:
+    """What `JsonLines` is to a process that writes no files."""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+
+    def truncate_after(self, step: int) -> None: ...
+
+    def __enter__(self) -> "NoLines":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 class StopSignal:

@@ -16,7 +16,8 @@ class Meter:
     """Gathers steps until `records` turns them into lines of metrics.jsonl and starts again."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = dict(trit_modules(model))
+        # Learned vectors have no trits that could flip.
+        self.layers = {name: layer for name, layer in trit_modules(model) if layer.role != "vector"}
         self._clear()
 
     def _clear(self) -> None:
@@ -64,7 +65,8 @@ class Meter:
             counts = dict.fromkeys(self.layers.values(), 0)
             for moved, flips in self.moved:
                 for layer, count in zip(moved, flips.tolist(), strict=True):
-                    counts[layer] += count
+                    if layer in counts:
+                        counts[layer] += count
             sizes = {name: layer.register.numel() for name, layer in self.layers.items()}
             layers = {
                 name: {

@@ -38,7 +38,7 @@ def build_optimizers(model: ByteLM | Arb, config: TrainConfig) -> list[torch.opt
             model,
             config.optimizer,
             config.rate,
-            beta1=config.momentum,
+            beta1=config.momentum if config.optimizer == "adamw" else 0.9,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             factors={role: factor or 1.0 for role, factor in factors.items()},
@@ -127,3 +127,11 @@ def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
+
+
+def set_momentum(optimizers: list[torch.optim.Optimizer], momentum: float) -> None:
+    """The momentum of ternary and Muon's groups becomes this one; Adam's betas stay."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if "momentum" in group:
+                group["momentum"] = momentum

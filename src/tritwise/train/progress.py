@@ -10,9 +10,13 @@ from rich.table import Table
 
 
 class Display(Protocol):
-    """Told by the loop what happens. `record` is a line of metrics.jsonl, or, of kind "memory", bytes by role."""
+    """Told by the loop what happens.
 
-    def start(self, done: int, total: int) -> None: ...
+    start: `done` of at most `total` steps, which end after `seconds` unless these are 0.
+    record: a line of metrics.jsonl, or, of kind "memory", bytes by role.
+    """
+
+    def start(self, done: int, total: int, seconds: float = 0.0) -> None: ...
 
     def record(self, record: dict[str, Any]) -> None: ...
 
@@ -24,7 +28,7 @@ class Display(Protocol):
 class Quiet:
     """Shows nothing."""
 
-    def start(self, done: int, total: int) -> None: ...
+    def start(self, done: int, total: int, seconds: float = 0.0) -> None: ...
 
     def record(self, record: dict[str, Any]) -> None: ...
 
@@ -77,18 +81,19 @@ class PlainLines:
     """One line for every record, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
-        self.console, self.total = console, 0
+        self.console, self.total, self.seconds = console, 0, 0.0
         self._per_step: float | None = None
 
-    def start(self, done: int, total: int) -> None:
-        self.total = total
+    def start(self, done: int, total: int, seconds: float = 0.0) -> None:
+        self.total, self.seconds = total, seconds
 
     def record(self, record: dict[str, Any]) -> None:
         if record["kind"] == "train":
             left = record["step_seconds"] * (self.total - record["step"])
-            line = f"step {record['step']:>6}/{self.total}  " + "  ".join(
-                f"{n} {v}" for n, v in _losses(record).items()
-            )
+            if self.seconds:
+                left = min(left, self.seconds - record["seconds"])
+            losses = "  ".join(f"{name} {value}" for name, value in _losses(record).items())
+            line = f"step {record['step']:>6}/{self.total}  {losses}"
             line += f"  {_amount(record['bytes_per_second'])} B/s"
             if record.get("flips") is not None:
                 line += f"  flips {record['flips']:.0f}  zeros {record['zero_fraction']:.1%}"
@@ -123,7 +128,7 @@ class LiveLine:
         self.best = math.inf
         self.memory: dict[str, str] = {}
 
-    def start(self, done: int, total: int) -> None:
+    def start(self, done: int, total: int, seconds: float = 0.0) -> None:
         self.bar.update(self.task, total=total, completed=done)
         self.live.start()
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from tritwise.errors import UserError
 from tritwise.models import Arb, ByteLM
 from tritwise.nn import trit_modules
+from tritwise.train.average import Average
 from tritwise.train.checkpoint import Checkpoint
 from tritwise.train.config import Config
 from tritwise.train.device import build_model
@@ -17,7 +18,7 @@ from tritwise.train.run import RunFolder
 
 
 def pack_state(
-    model: ByteLM | Arb, optimizers: Sequence[torch.optim.Optimizer]
+    model: ByteLM | Arb, optimizers: Sequence[torch.optim.Optimizer], average: Average | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors by name, plain JSON) that `unpack_state` needs to bring model and optimizers back bit for bit.
 
@@ -31,22 +32,26 @@ def pack_state(
             for key, value in values.items():
                 tensors[f"optimizer.{number}.{index}.{key}"] = value.detach()
         groups.append([_plain(group) for group in state["param_groups"]])
-    return tensors, {"groups": groups}
+    sums, count = average.state() if average is not None else ({}, 0)
+    return tensors | {f"average.{name}": total for name, total in sums.items()}, {"groups": groups, "averaged": count}
 
 
 def _plain(group: dict[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
 
 
-def unpack_state(checkpoint: Checkpoint, model: ByteLM | Arb, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
+def unpack_state(
+    checkpoint: Checkpoint,
+    model: ByteLM | Arb,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
+    average: Average | None = None,
+) -> None:
     """Put a checkpoint into a model and optimizers built from the same config. Raises UserError if it does not fit."""
     try:
-        weights = {
-            name.removeprefix("model."): tensor
-            for name, tensor in checkpoint.tensors.items()
-            if name.startswith("model.")
-        }
-        model.load_state_dict(weights)
+        model.load_state_dict(_named(checkpoint, "model."))
+        if average is not None:
+            sums = _named(checkpoint, "average.")
+            average.restore(sums, checkpoint.meta.get("averaged", 0), next(model.parameters()).device)
         on_cpu = next(model.parameters()).is_cpu
         for number, optimizer in enumerate(optimizers):
             state: dict[int, dict[str, Tensor]] = {}
@@ -60,6 +65,18 @@ def unpack_state(checkpoint: Checkpoint, model: ByteLM | Arb, optimizers: Sequen
     except (RuntimeError, KeyError, IndexError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"checkpoint {checkpoint.step} does not fit the run's config ({reason}); train again") from None
+
+
+def averaged_of(checkpoint: Checkpoint, model: ByteLM | Arb) -> ByteLM | Arb | None:
+    """A copy of `model` with the mean weights of the checkpoint; None if it has none."""
+    average = Average()
+    average.restore(_named(checkpoint, "average."), checkpoint.meta.get("averaged", 0), torch.device("cpu"))
+    return average.of(model) if average.count else None
+
+
+def _named(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+    found = checkpoint.tensors.items()
+    return {name.removeprefix(prefix): tensor for name, tensor in found if name.startswith(prefix)}
 
 
 def load_run(path: Any, *, with_optimizers: bool = False) -> tuple[Config, ByteLM | Arb, list[Any], Checkpoint]:
@@ -92,7 +109,7 @@ def take_over(model: Arb, path: Any) -> None:
             f"{path} is a byte model of 256 symbols; start from a run of train text, or from another ARB run"
         )
     checkpoint = folder.store().load()
-    found = {n.removeprefix("model."): tensor for n, tensor in checkpoint.tensors.items() if n.startswith("model.")}
+    found = _named(checkpoint, "model.")
     own = model.state_dict()
     other = [name for name in own if name in found and own[name].shape != found[name].shape]
     # A part is there as a whole or not at all; the trunk always is.

@@ -17,11 +17,16 @@ from tritwise.ops import backend_table
 from tritwise.train.checkpoint import CheckpointStore
 from tritwise.train.config import Config, flat, override
 
-# What a resumed run may change without becoming another run. Changing steps changes the schedule of the rate;
-# another device or loss_chunk, or compiling, rounds sums in another way.
+# What a resumed run may change without becoming another run. Changing steps or seconds changes the
+# schedule of the rate; another device or loss_chunk, or compiling, rounds sums in another way.
 RESUMABLE = frozenset(
     (
         "steps",
+        "seconds",
+        "budget",
+        "ship_as",
+        "ship_small",
+        "ship_average",
         "log_interval",
         "eval_interval",
         "save_interval",

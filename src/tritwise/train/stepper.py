@@ -11,15 +11,17 @@ Nothing here waits for the GPU: the loss comes back as a tensor that may not hav
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritwise.models import Arb, ByteLM
+from tritwise.models import Arb, ByteLM, DecodeState
 from tritwise.nn import TritModule, trit_modules
 from tritwise.ops import gpu
 from tritwise.optim import TritOptimizer
+from tritwise.train.crew import Crew
 
 WARM_UP = 3  # steps before a recording: libraries and the allocator settle, as torch.cuda.graph asks for
 
@@ -30,7 +32,9 @@ class Stepper:
     compile: torch.compile the loss, for batches of one shape. graph: record forward and backward as a CUDA graph at
     the first step; every later batch must have that shape. guard: a step whose gradients are no numbers moves nothing
     and counts as "skipped" in the optimizers' groups. Ternary optimizers see to that themselves, on the device; for
-    float ones the host waits for the device once a step. ValueError for a graph away from a GPU.
+    float ones the host waits for the device once a step. clip: largest norm of all float gradients together; 0: none.
+    crew: the processes that share a step's micro-batches; `accum` counts those of all. steady: nothing but rates will
+    change from step to step, so that a step may be recorded whole. ValueError for a graph away from a GPU.
     """
 
     def __init__(
@@ -42,38 +46,52 @@ class Stepper:
         compile: bool = False,
         graph: bool = False,
         guard: bool = False,
+        clip: float = 0.0,
+        crew: Crew | None = None,
+        steady: bool = True,
     ) -> None:
         self.model, self.optimizers, self.accum = model, list(optimizers), accum
+        self.clip, self.crew, self.steady = clip, crew or Crew(), steady
         self._loss = torch.compile(model.loss, dynamic=False) if compile else model.loss
         device = next(model.parameters()).device
         if graph and device.type != "cuda":
             raise ValueError(f"a CUDA graph cannot be recorded on {device}; leave out graph, or move the model to cuda")
+        self.state: DecodeState | None = None  # what the model has read, where rows read on from step to step
         self._record = graph
         self.shares: list[Tensor] = []
-        self._replay: _Recording | None = None
+        self._replays: dict[int, _Recording] = {}  # one for every number of repeats
         self._versions: list[int] = []
         floats = [optimizer for optimizer in self.optimizers if not isinstance(optimizer, TritOptimizer)]
         self._guarded = floats if guard else []
+        self._floats = [p for optimizer in floats for group in optimizer.param_groups for p in group["params"]]
+        if self.crew.size > 1:
+            for optimizer in self.optimizers:
+                if isinstance(optimizer, TritOptimizer):
+                    _exchange(optimizer, self.crew)
 
     def step(self, ids: Tensor, targets: Tensor) -> Tensor:
         """`step_over` a single batch of text."""
         return self.step_over([(ids, targets)])
 
-    def step_over(self, batches: Iterable[tuple[Any, ...]]) -> Tensor:
-        """Train on `accum` micro-batches, each the arguments of `model.loss` on its device: for a byte LM ids and
-        targets, int64 [B, T]. Returns their mean loss (of text in nats per byte), a 0-d float32 tensor on the device,
-        which may not have been computed yet; `shares` then has what each of them gave to it."""
-        if self._record and self.accum == 1 and self._updates_record():
+    def step_over(self, batches: Iterable[tuple[Any, ...]], loops: int = 0) -> Tensor:
+        """Train on this process's share of `accum` micro-batches, each the arguments of `model.loss` on its device (of
+        a byte LM ids and targets, int64 [B, T]), with `loops` repeats of the core; 0: all. Returns the mean loss of all
+        micro-batches, of text in nats per byte, a 0-d float32 tensor on the device, which may not have been computed
+        yet; `shares` then has what each of this process's micro-batches gave to it."""
+        if self.records_whole_steps:
             (batch,) = batches
-            self.shares = [self._replayed(batch)]
+            self.shares = [self._replayed(batch, loops)]
             return self.shares[0]
         total: Tensor | None = None
         self.shares = []
         for batch in batches:
-            loss = self._pass(batch)
+            loss = self._pass(batch, loops)
             self.shares.append(loss)
             total = loss if total is None else total + loss
         assert total is not None, "a step needs a batch"
+        self.crew.add_up([total, *(p.grad for p in self._floats if p.grad is not None)])
+        if self.clip and self._floats:
+            torch.nn.utils.clip_grad_norm_(self._floats, self.clip)
         sound = not self._guarded or self._is_sound(total)
         for optimizer in self.optimizers:
             if isinstance(optimizer, TritOptimizer):
@@ -88,39 +106,54 @@ class Stepper:
                 optimizer.zero_grad(set_to_none=True)
         return total
 
-    def _pass(self, batch: tuple[Any, ...]) -> Tensor:
-        """Forward and backward of one micro-batch; returns its share of the loss."""
-        if not self._record:
-            loss = self._share(*batch)
-            loss.backward()
-            return loss.detach()
-        if self._replay is None or self._replay.updates:
-            self._replay = _Recording(self.model, self._share, batch)
-        loss = self._replay(batch).detach().clone()  # the next replay writes over it
-        _deliver(self.optimizers, self._replay.port_grads)
-        return loss
+    def record(self, batch: tuple[Any, ...], loops: int = 0) -> None:
+        """Record a whole step of this shape and depth, unless it is; every number stays as it was. Only where
+        `records_whole_steps`."""
+        mine = [optimizer for optimizer in self.optimizers if isinstance(optimizer, TritOptimizer)]
+        versions = [optimizer.version for optimizer in mine]
+        if self._versions != versions:
+            self._replays.clear()  # made anew when an optimizer has changed since; its memory can serve the next one
+        if loops not in self._replays:
+            share = partial(self._share, loops=loops)
+            self._replays[loops] = _Recording(self.model, share, batch, mine)
+        self._versions = versions
 
-    def _updates_record(self) -> bool:
-        """Whether the update can be recorded too: every optimizer says so, and together they train every layer."""
+    @property
+    def records_whole_steps(self) -> bool:
+        """Whether the update is recorded too: one micro-batch, every optimizer can, together they train every layer."""
         mine = [o for o in self.optimizers if isinstance(o, TritOptimizer) and o.recordable]
-        if not mine or len(mine) < len(self.optimizers):
+        alone = self.accum == 1 and self.crew.size == 1
+        if not (self._record and self.steady and alone) or not mine or len(mine) < len(self.optimizers):
             return False
         trained = {layer for optimizer in mine for layer in optimizer.layers}
         return all(layer in trained for _, layer in trit_modules(self.model) if layer.port is not None)
 
-    def _replayed(self, batch: tuple[Any, ...]) -> Tensor:
-        """One whole step out of the recording, which is made anew when an optimizer has changed since."""
-        mine = [optimizer for optimizer in self.optimizers if isinstance(optimizer, TritOptimizer)]
-        versions = [optimizer.version for optimizer in mine]
-        if self._replay is None or self._replay.updates != mine or self._versions != versions:
-            self._replay = None  # its memory can serve the next one
-            self._replay, self._versions = _Recording(self.model, self._share, batch, mine), versions
-        for optimizer in mine:
+    def _replayed(self, batch: tuple[Any, ...], loops: int) -> Tensor:
+        """One whole step out of the recording."""
+        self.record(batch, loops)
+        for optimizer in self.optimizers:
+            assert isinstance(optimizer, TritOptimizer)
             optimizer.before_replay()
-        return self._replay(batch).detach().clone()  # the next replay writes over it
+        return self._replays[loops](batch).detach().clone()  # the next replay writes over it
 
-    def _share(self, *batch: Any) -> Tensor:
-        loss = self._loss(*batch)
+    def _pass(self, batch: tuple[Any, ...], loops: int) -> Tensor:
+        """Forward and backward of one micro-batch; returns its share of the loss."""
+        if not self._record:
+            loss = self._share(*batch, loops=loops)
+            loss.backward()
+            return loss.detach()
+        if loops not in self._replays or self._replays[loops].updates:
+            share = partial(self._share, loops=loops)
+            self._replays[loops] = _Recording(self.model, share, batch)
+        loss = self._replays[loops](batch).detach().clone()  # the next replay writes over it
+        _deliver(self.optimizers, self._replays[loops].port_grads, self.crew)
+        return loss
+
+    def _share(self, *batch: Any, loops: int) -> Tensor:
+        given: dict[str, Any] = {"loops": loops} if loops else {}
+        if self.state is not None:
+            given["state"] = self.state
+        loss = self._loss(*batch, **given)
         return loss / self.accum if self.accum > 1 else loss
 
     def _is_sound(self, loss: Tensor) -> bool:
@@ -173,6 +206,7 @@ class _Recording:
         for layer, consumer in zip(self._layers, consumers, strict=True):
             layer.consumer = consumer
         self._float_grads = [(p, p.grad) for p in self._floats]
+        self.flips = [dict(optimizer.flips_by_layer) for optimizer in self.updates]
 
     def _run(self) -> Tensor:
         """One pass, and what belongs to the recording after it."""
@@ -199,16 +233,36 @@ class _Recording:
         self._graph.replay()
         for p, grad in self._float_grads:
             p.grad = grad
+        for optimizer, flips in zip(self.updates, self.flips, strict=True):
+            optimizer.flips_by_layer = flips
         return self._loss
 
 
-def _deliver(optimizers: Sequence[torch.optim.Optimizer], port_grads: dict[TritModule, Tensor]) -> None:
+def _deliver(
+    optimizers: Sequence[torch.optim.Optimizer], port_grads: dict[TritModule, Tensor], crew: Crew | None = None
+) -> None:
     """Hand the gradients of ternary layers to whoever consumes them, a whole model in one call if it can."""
     waiting = dict(port_grads)
     for optimizer in optimizers:
         if isinstance(optimizer, TritOptimizer):
             mine = [layer for layer in optimizer.layers if layer in waiting]
-            optimizer.consume(mine, [waiting.pop(layer) for layer in mine])
+            _consume_all(optimizer, crew or Crew(), mine, [waiting.pop(layer) for layer in mine])
     for layer, grad in waiting.items():
         if layer.consumer is not None:
             layer.consumer(layer, grad)
+
+
+def _exchange(optimizer: TritOptimizer, crew: Crew) -> None:
+    """From now on every process's gradient of a layer goes into its momentum, those of lower ranks first."""
+
+    def consume(layer: TritModule, grad: Tensor) -> None:
+        _consume_all(optimizer, crew, [layer], [grad])
+
+    for layer in optimizer.layers:
+        layer.consumer = consume
+
+
+def _consume_all(optimizer: TritOptimizer, crew: Crew, layers: list[TritModule], grads: list[Tensor]) -> None:
+    told = [crew.gather(grad) for grad in grads]
+    for rank in range(crew.size):
+        optimizer.consume(layers, [of_all[rank] for of_all in told])

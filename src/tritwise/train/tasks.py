@@ -10,8 +10,9 @@ from tritwise.data.sampler import Sampler
 from tritwise.data.source import describe
 from tritwise.data.split import split
 from tritwise.errors import UserError
-from tritwise.models import Arb, ByteLM, generate
+from tritwise.models import Arb, AtDepth, ByteLM, generate
 from tritwise.score import score
+from tritwise.train.average import Average
 from tritwise.train.config import Config
 from tritwise.train.device import batch_on
 from tritwise.train.finish import finish
@@ -41,6 +42,10 @@ class Task(Protocol):
         """What a checkpoint keeps, as plain JSON."""
         ...
 
+    def begins(self, step: int) -> bool:
+        """Whether the rows of this step read on from nowhere: see `Sampler.begins`."""
+        ...
+
     def kind(self, step: int, micro: int) -> str:
         """The kind of a micro-batch."""
         ...
@@ -61,6 +66,7 @@ class Task(Protocol):
         done: dict[str, Any],
         device: torch.device,
         memory: dict[str, int | None],
+        average: Average,
     ) -> dict[str, Any]:
         """Write what the report needs and the artifact; returns result.json."""
         ...
@@ -77,8 +83,8 @@ class TextTask:
         self.parts = split(describe(settings.data).data, settings.split)
         if "train" not in self.parts:
             raise UserError(f"split {settings.split} leaves nothing to train on; use 90/10")
-        train = self.parts["train"]
-        self.sampler = Sampler(train, settings.batch, config.model.ctx, settings.seed, accum=settings.accum)
+        train, mode = self.parts["train"], "stream" if settings.preserve_state else "random"
+        self.sampler = Sampler(train, settings.batch, config.model.ctx, settings.seed, mode, accum=settings.accum)
         self.bytes_a_step = settings.batch * settings.accum * config.model.ctx
 
     def begin(self, model: ByteLM) -> None:
@@ -90,13 +96,18 @@ class TextTask:
     def state(self) -> dict[str, Any]:
         return self.sampler.state()
 
+    def begins(self, step: int) -> bool:
+        return self.sampler.begins(step)
+
     def kind(self, step: int, micro: int) -> str:
         return "text"
 
     def batch(self, device: torch.device, step: int, micro: int) -> tuple[Any, ...]:
         return batch_on(device, self.sampler, step, micro)
 
-    def evaluate(self, model: ByteLM | Arb, folder: RunFolder, where: dict[str, Any], device: torch.device) -> Records:
+    def evaluate(
+        self, model: ByteLM | AtDepth | Arb, folder: RunFolder, where: dict[str, Any], device: torch.device
+    ) -> Records:
         settings = self.config.train
         records = [evaluated(model, self.parts, settings.eval_bytes, where, device)]
         if settings.sample_bytes:
@@ -113,12 +124,13 @@ class TextTask:
         done: dict[str, Any],
         device: torch.device,
         memory: dict[str, int | None],
+        average: Average,
     ) -> dict[str, Any]:
-        return finish(self.config, folder, model, optimizers, self.parts, done, device, memory)
+        return finish(self.config, folder, model, optimizers, self.parts, done, device, memory, average)
 
 
 def evaluated(
-    model: ByteLM | Arb, parts: dict[str, np.ndarray], count: int, where: dict[str, Any], device: torch.device
+    model: ByteLM | AtDepth | Arb, parts: dict[str, np.ndarray], count: int, where: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
     """Chunked score (stride = window) of the first `count` bytes of val: quick, and the same bytes every time."""
     result = score(model, parts["val"][: count or None], stride=model.context, device=device)

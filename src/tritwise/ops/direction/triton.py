@@ -1,20 +1,33 @@
 """Directions on a GPU: all matrices of one shape at once, Newton-Schulz in float16 on the matrix units.
 
-Newton-Schulz multiplies small singular values by up to 41, and with them the rounding of its first products. bfloat16
-then is 1 to 7 % off the reference on matrices of low rank, which gradients resemble; float16 is three bits finer and as
-fast. Its narrower range is no matter here: everything is a multiple of a matrix of known norm. Sums are in float32.
-Away from a GPU everything is float32. There is no kernel of our own: torch's batched products do
-the work.
+Rows and columns are made equal by kernels that read int8 (`kernels.py`); Newton-Schulz is torch's batched products,
+three a step. A step multiplies small singular values by up to 3.4, and with them the rounding of what it is given.
+bfloat16 then is 1 to 7 % off the reference on matrices of low rank, which gradients resemble; float16 is three bits
+finer and as fast, and good for two steps: before the last two x stays in float32, or is read from int8 again. Its
+narrower range is no matter here: everything is a multiple of a matrix of known norm. Sums are in float32. Away from a
+GPU everything is float32.
 """
 
 import functools
+import importlib
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from tritwise.ops.direction.reference import TINY, A, B, C, row_column
+from tritwise.ops import gpu
+from tritwise.ops.direction.reference import TINY, A, B, C
 from tritwise.ops.update.reference import power_of_two
+
+STRIP = 128  # rows whose squares one program adds up for each column
+ROUGH = 2  # steps of Newton-Schulz that may round x to float16
+ROUNDS = 2  # how often rows and columns are divided by their RMS, as in the reference
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    return importlib.import_module("tritwise.ops.direction.kernels")
 
 
 def direction(momentum: Tensor, row_exponent: Tensor, method: str, steps: int, blocks: int) -> Tensor:
@@ -35,48 +48,106 @@ def direction_many(
     for (rows, columns), members in groups.items():
         counts = tuple(blocks[n] if split else 1 for n in members)
         momentum_MOI = torch.cat([momenta[n].reshape(-1, rows, columns) for n in members])
+        if momentum_MOI.numel() == 0:
+            continue
         exponent_MO1 = torch.cat([row_exponents[n].reshape(-1, rows, 1) for n in members])
-        turned_MOI = _unit_rms(_turned(momentum_MOI, exponent_MO1, method, steps), counts)
-        # An operation's results must not share memory, so they are copied out; one launch does all.
-        parts = [p.view(out[n].shape) for n, p in zip(members, turned_MOI.split(counts), strict=True)]
-        torch._foreach_copy_([out[n] for n in members], parts)  # pyright: ignore[reportPrivateImportUsage]
+        turned_MOI = _turned(momentum_MOI, exponent_MO1, method, steps)
+        _spread(turned_MOI, _per_rms(turned_MOI, counts), [out[n] for n in members], counts)
     return out
 
 
 def _turned(momentum_MOI: Tensor, exponent_MO1: Tensor, method: str, steps: int) -> Tensor:
-    """The directions before they are brought to unit RMS."""
+    """The directions before they are brought to unit RMS: float32, or float16 after Newton-Schulz on a GPU."""
     if method == "sign":
         return momentum_MOI.to(torch.float32).sign_()
     half = torch.float16 if momentum_MOI.is_cuda else torch.float32
-    if method in ("row_column", "balanced"):
-        equal_MOI = row_column(momentum_MOI.to(torch.float32))
-        return newton_schulz(equal_MOI, steps, half) if method == "balanced" else equal_MOI
+    if method == "row_column":
+        return _Balanced(momentum_MOI, 1.0).weighed(torch.float32)
+    if method == "balanced":
+        size = _size(momentum_MOI)
+        equal = _Balanced(momentum_MOI, size)
+        low = equal.weighed(half)
+        if steps == 0:
+            return low
+        kept = half if steps - 1 <= ROUGH else torch.float32
+        return _iterated(equal.weighed(kept, A, _product(*_factors(low, size))), steps - 1, size, half)
     relative_MO1 = exponent_MO1.to(torch.int32)
     relative_MO1 = (relative_MO1 - relative_MO1.amax(dim=1, keepdim=True)).clamp_(min=-126)
     value_MOI = momentum_MOI * power_of_two(relative_MO1)
-    if method == "rms":
-        return value_MOI
-    return newton_schulz(value_MOI, steps, half)
+    return value_MOI if method == "rms" else newton_schulz(value_MOI, steps, half)
+
+
+class _Balanced:
+    """int8 [M, O, I] with rows and columns brought to equal RMS as the reference's row_column does it, then each matrix
+    to the Frobenius norm `size`: the factors that do it. A matrix of zeros stays one."""
+
+    def __init__(self, momentum_MOI: Tensor, size: float) -> None:
+        matrices, rows, columns = momentum_MOI.shape
+        device, strips = momentum_MOI.device, -(-rows // STRIP)
+        self._momentum_MOI, self._shape = momentum_MOI, (rows, columns, strips)
+        self._row_MO = torch.empty(matrices, rows, dtype=torch.float32, device=device)
+        self._square_MSI: Tensor | None = None
+        across = min(gpu.power_of_two_above(columns), 256)
+        down = max(1, 2048 // across)
+        self._tile = {"STRIPS": gpu.power_of_two_above(strips), "BLOCK_R": down, "BLOCK_C": across}
+        self._tiles = -(-rows // down), -(-columns // across)
+        for _ in range(ROUNDS):
+            given = (momentum_MOI, self._square_MSI, self._row_MO, *self._shape)
+            gpu.launch(_kernels().row_factors, matrices * self._tiles[0], device, *given, SPAN=columns, **self._tile)
+            self._square_MSI = torch.empty(matrices, strips, columns, dtype=torch.float32, device=device)
+            given = (momentum_MOI, self._row_MO, self._square_MSI, *self._shape)
+            programs, tile = matrices * strips * self._tiles[1], {"BLOCK_R": min(down, STRIP), "BLOCK_C": across}
+            gpu.launch(_kernels().column_squares, programs, device, *given, STRIP=STRIP, **tile)
+        assert self._square_MSI is not None
+        # Every column that is not all zeros has an RMS of 1 now.
+        full_M = (self._square_MSI.sum(dim=1) > 0).sum(dim=1).clamp_(min=1)
+        self._scale_M = size / (full_M * rows).float().sqrt()
+
+    def weighed(self, dtype: torch.dtype, times: float = 1.0, plus: Tensor | None = None) -> Tensor:
+        """The balanced matrices times a number, plus float32 [M, O, I] or nothing, rounded once to `dtype`."""
+        momentum_MOI = self._momentum_MOI
+        out_MOI = torch.empty(momentum_MOI.shape, dtype=dtype, device=momentum_MOI.device)
+        gpu.launch(
+            _kernels().weigh,
+            len(momentum_MOI) * self._tiles[0] * self._tiles[1],
+            momentum_MOI.device,
+            *(momentum_MOI, self._row_MO, self._square_MSI, self._scale_M * times, plus, out_MOI, *self._shape),
+            **self._tile,
+        )
+        return out_MOI
+
+
+def _size(x: Tensor) -> int:
+    """The norm at which matrices [M, O, I] are iterated: near the square root of the shorter side, singular values are
+    near 1 and a Gram matrix has a diagonal near 1: where float16 is fine, and far below its largest number."""
+    return 1 << min(min(x.shape[1:]).bit_length() // 2, 6)
 
 
 def newton_schulz(x: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """The reference's iteration on float32 x [matrices, rows, columns], times a power of two. Changes x.
+    """The reference's iteration on float32 x [matrices, rows, columns], times a power of two, as `dtype`."""
+    size = _size(x)
+    norm_M = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+    return _iterated(x / ((norm_M + TINY) / size), steps, size, dtype)
 
-    Products are of matrices in `dtype`; x itself stays in float32. The term A x, which carries the small singular
-    values, is then never rounded: that alone brings the error from 1 % to a fifth of it or less. The Gram matrix is
-    that of the shorter side, so that no matrix is transposed.
+
+def _iterated(x: Tensor, steps: int, size: int, dtype: torch.dtype) -> Tensor:
+    """`steps` of x <- A x + B (x x^T) x + C (x x^T)^2 x on [M, O, I] of norm `size`, which stands for 1; `dtype` out.
+
+    Products are of matrices in `dtype`. The Gram matrix is that of the shorter side: no matrix is transposed.
     """
-    tall = x.shape[1] > x.shape[2]
-    # With norm `size` near the square root of the shorter side, singular values are near 1 and a Gram matrix has a
-    # diagonal near 1: where float16 is fine, and far below its largest number.
-    size = 1 << min(min(x.shape[1:]).bit_length() // 2, 6)
-    x = x.div_((torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + TINY) / size)
-    for _ in range(steps):
+    for left in range(steps, 0, -1):
         low = x.to(dtype)
-        factor = _quintic(_gram(low, tall), size)
-        more = _product(low, factor) if tall else _product(factor, low)
-        x.mul_(A).add_(more)  # only now: in float32 `low` is x
-    return x
+        pair = _factors(low, size)
+        x = torch.baddbmm(low, *pair, beta=A) if left <= ROUGH else _product(*pair).add_(x, alpha=A)
+    return x.to(dtype)
+
+
+def _factors(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Two matrices whose product is what a step adds to A x."""
+    tall = x.shape[1] > x.shape[2]
+    gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
+    factor = torch.baddbmm(gram, gram, gram, beta=B / size**2, alpha=C / size**4)
+    return (x, factor) if tall else (factor, x)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -86,22 +157,22 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b).float()
 
 
-def _gram(x: Tensor, tall: bool) -> Tensor:
-    return torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
-
-
-def _quintic(gram: Tensor, size: int) -> Tensor:
-    """B g + C g^2, what a step adds to A, where `gram` is size^2 g."""
-    return torch.baddbmm(gram, gram, gram, beta=B / size**2, alpha=C / size**4)
-
-
-def _unit_rms(x: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """x [matrices, O, I] as float32, over the RMS that counts[0] matrices have together, then the next counts[1], …"""
+def _per_rms(x: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """1 over the RMS that counts[0] matrices of x [M, O, I] have together, then the next counts[1], …: float32 [M]."""
     square_M = torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float32).square()
     if max(counts) > 1:
         square_M = (_together(counts, x.device) * square_M).sum(dim=1)
-    size_M = (square_M / (x.shape[1] * x.shape[2])).sqrt() + TINY
-    return x / size_M[:, None, None]
+    return 1.0 / ((square_M / (x.shape[1] * x.shape[2])).sqrt() + TINY)
+
+
+def _spread(x: Tensor, scale_M: Tensor, out: Sequence[Tensor], counts: Sequence[int]) -> None:
+    """x [M, O, I] times scale_M into float32 tensors, of which the first takes counts[0] matrices, and so on. An
+    operation's results must not share memory, so each has its own; one launch fills them all."""
+    size = x.shape[1] * x.shape[2]
+    addresses = [[o.data_ptr() + 4 * size * n for o, count in zip(out, counts, strict=True) for n in range(count)]]
+    table_M = gpu.upload(addresses, x.device)[0]
+    programs = len(addresses[0]) * -(-size // gpu.ELEMENTS)
+    gpu.launch(_kernels().spread, programs, x.device, x, scale_M, table_M, size, BLOCK=gpu.ELEMENTS)
 
 
 @functools.lru_cache(maxsize=64)

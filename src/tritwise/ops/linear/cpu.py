@@ -44,6 +44,7 @@ def input_grad(grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> 
 
 weight_grad = reference.weight_grad
 scale_grad = reference.scale_grad
+trits_float8 = reference.trits_float8
 
 
 def column_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from tritwise.registers import LEAD, leading_trit, scale_values
 
+FLOAT8 = torch.float8_e4m3fn
+
 
 def _spread(values_OG: Tensor, columns: int, group: int) -> Tensor:
     """Per-group values as something that broadcasts against [O, I]: [O, 1] for one group, else [O, I]."""
@@ -52,3 +54,9 @@ def scale_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: i
 def column_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
     """Sum of dL/dW * W over each column, float32 [I]."""
     return (decode(register, exponent, group, torch.float32) * weight_grad).sum(dim=0)
+
+
+def trits_float8(register: Tensor, turned: bool) -> Tensor:
+    """The leading trits as float8 e4m3, which holds them exactly: [O, I], or [I, O] if `turned`."""
+    trit = leading_trit(register)
+    return (trit.t().contiguous() if turned else trit).to(FLOAT8)

@@ -8,6 +8,7 @@ from tritwise.ops.linear import reference
 from tritwise.registers import scale_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TILE = 64  # rows and columns that one program turns
 STRIP = 128  # rows that one program sums up for the gradients of columns
 
 
@@ -80,3 +81,20 @@ def column_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: 
         BLOCK_C=block,
     )
     return part_SI.sum(dim=0)
+
+
+def trits_float8(register: Tensor, turned: bool) -> Tensor:
+    """The leading trits as float8 e4m3: [O, I], or [I, O] if `turned`."""
+    if register.dtype is not torch.int8 or register.numel() == 0:
+        return reference.trits_float8(register, turned)
+    rows, columns = register.shape
+    out = torch.empty((columns, rows) if turned else (rows, columns), dtype=reference.FLOAT8, device=register.device)
+    gpu.launch(
+        gpu.kernels().trits_float8,
+        -(-rows // TILE) * -(-columns // TILE),
+        register.device,
+        *(register.contiguous(), out.view(torch.uint8), rows, columns),
+        TURNED=turned,
+        BLOCK=TILE,
+    )
+    return out

@@ -1,0 +1,161 @@
+"""The best model that fits into a number of bytes: contestants train for one time or for as many steps, and ship.
+
+Every run leaves a record: its folder holds config, manifest (commit, versions, hardware), the log, the shipped file,
+and `record.json`, whose size is the file system's and whose scores are of the file, read back from the disk again.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tritwise.data.source import describe
+from tritwise.data.split import split
+from tritwise.errors import UserError
+from tritwise.files import atomic_write, canonical_json, read_json, sha256_of, write_json
+from tritwise.score import score
+from tritwise.ship import read_artifact
+from tritwise.train import Config, RunFolder, train
+from tritwise.train.device import device_called, dtype_called
+from tritwise.train.progress import Display
+
+
+def run_record(config: Config, folder: Path, display: Display | None = None) -> dict[str, Any]:
+    """Train `config` in `folder`, or go on where it stopped; its record, as plain JSON. A finished one is only read.
+
+    Raises UserError for a folder with another config, and for a model that does not fit its budget.
+    """
+    place, run = folder / "record.json", RunFolder(folder)
+    if (folder / "config.json").exists() and run.config() != config:
+        raise UserError(f"{folder} is a run with other settings; choose another --out, or give its settings")
+    if place.exists():
+        return read_json(place)
+    if not (folder / "result.json").exists():
+        begun = (folder / "config.json").exists()
+        result = train(config, folder, resume=begun, display=display)
+        if result.get("interrupted"):
+            raise UserError(f"stopped at step {result['steps']}; the same command goes on from its checkpoint")
+    record = recorded(config, run)
+    write_json(place, record)
+    return record
+
+
+def recorded(config: Config, run: RunFolder) -> dict[str, Any]:
+    """What can be said of a finished run, from its files."""
+    result, manifest = run.read("result"), run.read("manifest")
+    device = device_called(config.train.device)
+    model, _ = read_artifact(run.artifact)
+    model.to(device).dtype = dtype_called(config.train.dtype, device)
+    parts = split(describe(config.train.data).data, config.train.split)
+    scores = {}
+    for part in ("val", "test"):
+        if part in parts:
+            ways = (("sliding", config.train.stride), ("chunked", model.context))
+            for name, stride in ways if part == "val" else ways[:1]:
+                told = score(model, parts[part], stride=stride, device=device)
+                scores[f"{part}_{name}"] = {"bpb": told.bpb, "bytes": told.bytes, "stride": told.stride}
+    settings = config.as_dict()
+    settings["train"]["data"] = Path(settings["train"]["data"]).name  # where a text lies is nobody's business
+    before = result.get("before", result["val"])["bpb"]
+    return {
+        "recipe": config.recipe,
+        "config": settings,
+        "seed": config.train.seed,
+        "commit": manifest["git_commit"],
+        "torch": manifest["torch"],
+        "device": manifest["device"],
+        "cpu": manifest["cpu"],
+        "threads": manifest["threads"],
+        "log": run.metrics.name,
+        "file": run.artifact.name,
+        "sha256": sha256_of(run.artifact),
+        "bytes": run.artifact.stat().st_size,
+        "budget": config.train.budget,
+        "way": result["artifact"]["way"],
+        "streams": result["artifact"]["streams"],
+        "weights": result["weights"],
+        "steps": result["steps"],
+        "bytes_seen": result["bytes_seen"],
+        "seconds": result["trained_seconds"],
+        "warm_seconds": result.get("warm_seconds"),
+        "compiled_in_clock": result.get("compiled_in_clock"),
+        "rate": config.train.rate,
+        "bpb_before": before,
+        "ship_gap": scores["val_sliding"]["bpb"] - before,
+        "averaged": result.get("averaged"),
+        "scores": scores,
+    }
+
+
+HEAD = (
+    "recipe",
+    "rate",
+    "weights",
+    "steps",
+    "seconds",
+    "bytes",
+    "as",
+    "before",
+    "re-read",
+    "gap",
+    "chunked",
+    "n",
+    "sd",
+)
+
+
+def table_of(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """One row a recipe and setting, the best first: the columns of HEAD. Scores are means, bits per byte of val."""
+    groups: dict[bytes, list[dict[str, Any]]] = {}
+    for record in records:
+        config = record["config"]
+        alike = {**config, "train": {key: value for key, value in config["train"].items() if key != "seed"}}
+        groups.setdefault(canonical_json([record["recipe"], alike]), []).append(record)
+
+    def mean(group: list[dict[str, Any]], key: str, *inner: str) -> float:
+        values = [record[key] for record in group]
+        for name in inner:
+            values = [value[name] for value in values]
+        return statistics.fmean(values)
+
+    rows = []
+    for group in groups.values():
+        sliding = [record["scores"]["val_sliding"]["bpb"] for record in group]
+        first = group[0]
+        cells = [
+            first["recipe"],
+            f"{first['rate']:g}",
+            f"{first['weights']:,}",
+            f"{mean(group, 'steps'):,.0f}",
+            f"{mean(group, 'seconds'):.1f}",
+            f"{max(record['bytes'] for record in group):,}",
+            first["way"],
+            f"{mean(group, 'bpb_before'):.4f}",
+            f"{statistics.fmean(sliding):.4f}",
+            f"{mean(group, 'ship_gap'):.4f}",
+            f"{mean(group, 'scores', 'val_chunked', 'bpb'):.4f}",
+            str(len(group)),
+            f"{statistics.stdev(sliding):.4f}" if len(group) > 1 else "",
+        ]
+        rows.append((statistics.fmean(sliding), cells))
+    return [cells for _, cells in sorted(rows, key=lambda row: row[0])]
+
+
+def run_budget(configs: Sequence[Config], out: Path, display: Display | None = None) -> list[dict[str, Any]]:
+    """The record of every config, each in its own folder under out/records, and table.md beside them.
+
+    A record that is there already is kept. Raises UserError as `run_record` does; the records before it stay.
+    """
+    records = []
+    for config in configs:
+        records.append(run_record(config, out / "records" / folder_name(config), display))
+        lines = ["| " + " | ".join(cells) + " |" for cells in (HEAD, ["--"] * len(HEAD), *table_of(records))]
+        atomic_write(out / "table.md", ("\n".join(lines) + "\n").encode())
+    return records
+
+
+def folder_name(config: Config) -> str:
+    """Recipe, seed, and a few digits of everything else that shapes the run."""
+    settings = dataclasses.asdict(config.train) | {"model": dataclasses.asdict(config.model)}
+    return f"{config.recipe}-{config.train.seed}-{sha256_of(canonical_json(settings))[:8]}"

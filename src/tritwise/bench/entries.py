@@ -1,0 +1,157 @@
+"""The contestants of `bench budget`: what each trains and how it ships, made as wide as the budget allows.
+
+flat-float          the challenge's baseline recipe: one pass, Muon, int8 rows and zlib
+recurrent-float     prelude, core, coda; the core repeats more often by and by; Muon with decay and clipping, the mean
+                    of the last part ships as int8, int7 or int6 rows and zstd, whichever fits first
+flat-ternary        one pass, registers; what is trained is what ships
+recurrent-ternary   registers, and the core repeats more often by and by
+recurrent-ternary-constant   the same at full depth from the first step
+
+Float rates of recurrent models are about a third of a flat one's, as shared weights get the sum of all gradients;
+directions of ternary ones have a fixed size. Those here are starting points: tune them with --set NAME:rate=….
+"""
+
+import difflib
+from typing import Any
+
+from tritwise.errors import UserError
+from tritwise.models import ModelConfig
+from tritwise.registers import packed_bytes
+from tritwise.ship.budget import A_LAYER, HEADER
+from tritwise.ship.floats import METHODS, SEARCHED, code_bytes
+from tritwise.train import Config, TrainConfig, override
+
+_FLOAT = {
+    "weights": "float",
+    "optimizer": "muon",
+    "momentum": 0.95,
+    "momentum_start": 0.85,
+    "momentum_warmup": 500,
+    "decay": 0.5,
+}
+_TERNARY = {"direction": "balanced", "scale_rate": 0.005, "rate": 0.03, "decay": 1.0}
+PARTS: dict[str, Any] = {
+    "loop_embedding": True,
+    "value_tables": 2,
+    "repeat_skip": True,
+    "input_mix": True,
+    "gains": True,
+    "exclusive": 4,
+    "leak": 0.5,
+}
+"""Every part of the recurrent model, as it is switched on."""
+
+_RECURRENT = {
+    "depth": 6,
+    "prelude": 2,
+    "coda": 2,
+    "loops": 3,
+    "depth_plan": "0.4:1,0.65:2,1:3",
+    "softcap": 30.0,
+    **PARTS,
+}
+_AVERAGED = {"average_every": 50, "average_from": 0.8}
+ENTRIES: dict[str, dict[str, Any]] = {
+    "flat-float": {**_FLOAT, "depth": 8, "rate": 0.02, "ship_as": "int8+zlib"},
+    "recurrent-float": {
+        **_FLOAT,
+        **_RECURRENT,
+        **_AVERAGED,
+        "rate": 0.008,
+        "weight_decay": 0.04,
+        "clip": 0.3,
+        "ship_as": "auto",
+        "ship_average": True,
+    },
+    "flat-ternary": {**_TERNARY, "depth": 8},
+    "recurrent-ternary": {**_TERNARY, **_RECURRENT, **_AVERAGED},
+    "recurrent-ternary-constant": {**_TERNARY, **_RECURRENT, **_AVERAGED, "depth_plan": ""},
+}
+
+EXTRA = 4  # widths come in steps of 64; blocks beyond an entry's own fill what such a step leaves
+SPARE = 0.97  # share of the budget that the estimate may take: headers, and weights that compress badly
+
+
+def entry(name: str, base: Config, budget: int, changes: dict[str, Any]) -> Config:
+    """`base` as the contestant `name`, as wide as fits into `budget` bytes, and then as deep, up to EXTRA more blocks.
+
+    A width given in `changes` stays, with the entry's own depth.
+    changes: settings of models and training, over the entry's own. UserError for an unknown name, or if nothing fits.
+    """
+    if name not in ENTRIES:
+        near = difflib.get_close_matches(name, ENTRIES, n=1)
+        raise UserError(f"there is no recipe {name!r}; {f'did you mean {near[0]}' if near else ', '.join(ENTRIES)}?")
+    own = {**ENTRIES[name], **changes, "budget": budget}
+    if "width" not in changes:
+        own["width"] = _widest(override(base, own), budget)
+        depths = range(own["depth"], own["depth"] + EXTRA + 1)
+        own["depth"] = max(depth for depth in depths if _fits(override(base, own | {"depth": depth}), budget))
+    made = override(base, own)
+    return Config(name, made.model, made.train)
+
+
+def _fits(config: Config, budget: int) -> bool:
+    return shape_bytes(config) <= SPARE * budget
+
+
+def _widest(config: Config, budget: int) -> int:
+    """The largest width whose estimate fits: a multiple of 64, or of 32 below 128."""
+    fits = 0
+    for width in (32, 64, 96, *range(128, 8193, 64)):
+        if not _fits(override(config, {"width": width}), budget):
+            break
+        fits = width
+    if not fits:
+        raise UserError(f"not even 32 channels fit into {budget:,} bytes; give a larger --budget")
+    return fits
+
+
+def shape_bytes(config: Config) -> int:
+    """About how many bytes a model of this shape takes when shipped, told without building it."""
+    c, settings = config.model, config.train
+    shapes, vectors = shapes_of(c)
+    if c.weights == "trit":
+        numbers = sum(rows * columns for rows, columns in shapes)
+        scales = sum(rows * -(-columns // c.group) + columns * c.column_scales for rows, columns in shapes)
+        return packed_bytes(numbers) + scales + vectors + HEADER + A_LAYER * len(shapes)
+    # auto is sized for the smallest of its ways, and a float that does not ship for nothing.
+    bits = {"auto": METHODS[SEARCHED[-1]].bits, "none": 8}.get(settings.ship_as) or METHODS[settings.ship_as].bits
+    total = vectors * 2.0 + HEADER
+    for rows, columns in shapes:
+        large = rows * columns > settings.ship_small
+        total += rows * (columns * code_bytes(bits, columns) + 2) if large else 2 * rows * columns
+    return int(total)
+
+
+def shapes_of(c: ModelConfig) -> tuple[list[tuple[int, int]], int]:
+    """(rows, columns) of every matrix and table of a ByteLM of this shape, and how many numbers its vectors have."""
+    inside = c.mlp_ratio * c.width
+    block = [
+        ((c.heads + 2 * c.kv_heads) * c.head_size, c.width),
+        (c.width, c.width),
+        (inside, c.width),
+        (c.width, inside),
+    ]
+    tables = [(c.vocab, c.width)] * (2 + c.value_tables) + [(c.ngram_rows, c.width)] * (c.ngrams - 1)
+    layers = len(c.layers())
+    rows = layers * (c.loop_embedding + c.value_tables) + 2 * c.depth * (c.input_mix + c.gains)
+    rows += c.core * (c.loops - 1) * c.repeat_skip
+    return tables + block * c.depth, rows * c.width
+
+
+def base_config(data: str, split: str, *, ctx: int, batch: int, steps: int, seconds: float, seed: int) -> Config:
+    """What all contestants have in common."""
+    settings = TrainConfig(
+        data=data,
+        split=split,
+        batch=batch,
+        steps=steps,
+        seconds=seconds,
+        seed=seed,
+        warmup=min(100, steps // 10),
+        eval_interval=0,
+        save_interval=0,
+        sample_bytes=0,
+        log_interval=50,
+    )
+    return Config("budget", ModelConfig(ctx=ctx), settings)

@@ -1,0 +1,64 @@
+"""`tritwise bench budget`: the best model that fits into a number of bytes.
+
+Heavy imports stand inside the command, so that --help and errors in options are quick.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tritwise.cli import output
+from tritwise.cli.commands import Json, option, settings_given
+from tritwise.errors import UserError
+
+
+def budget(
+    budget: Annotated[int, typer.Option(min=1, help="Bytes that a shipped file may have.")] = 16_000_000,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds of training each; 0: by --steps.")] = 0.0,
+    steps: Annotated[int | None, option("Optimizer steps each [1000; any number with --seconds].")] = None,
+    recipes: Annotated[str, option("Contestants a,b,c [all].")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 1,
+    data: Annotated[str, typer.Option(help="Text to learn: a file, a folder, or shakespeare.")] = "shakespeare",
+    split: Annotated[str, typer.Option(help="How train, val and test are cut.")] = "90/10",
+    ctx: Annotated[int, typer.Option(help="Bytes of context.")] = 64,
+    batch: Annotated[int, typer.Option(help="Sequences a micro-batch.")] = 32,
+    set_: Annotated[
+        list[str] | None, option("Setting KEY=VALUE of all, or NAME:KEY=VALUE of one; may be repeated.", "--set")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of records and table; what it holds is not run again.")] = Path(
+        "runs/bench-budget"
+    ),
+    json: Json = False,
+) -> None:
+    """Contestants under one budget of bytes and one of time or steps: trained, shipped, read back, scored."""
+    from tritwise.bench.budget import HEAD, run_budget, table_of
+    from tritwise.bench.entries import ENTRIES, base_config, entry
+    from tritwise.data.source import BUNDLED_NAMES
+    from tritwise.train.progress import make_display
+
+    names = [name.strip() for name in recipes.split(",")] if recipes else list(ENTRIES)
+    own: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for text in set_ or []:
+        name, colon, rest = text.partition(":")
+        alone = "=" in name or not colon
+        if not alone and name not in own:
+            raise UserError(f"--set {text} names no contestant; choose one of {', '.join(names)}")
+        for chosen in names if alone else [name]:
+            own[chosen] |= settings_given([text if alone else rest])
+    if data not in BUNDLED_NAMES and Path(data).exists():
+        data = str(Path(data).resolve())
+    limit = steps or (10**9 if seconds else 1000)
+    configs = [
+        entry(
+            name, base_config(data, split, ctx=ctx, batch=batch, steps=limit, seconds=seconds, seed=seed), budget, more
+        )
+        for seed in range(seeds)
+        for name, more in own.items()
+    ]
+    console = output.console(json)
+    records = run_budget(configs, out, make_display(console))
+    console.print(output.table("", list(HEAD), table_of(records)))
+    console.print(f"{out / 'records'} and {out / 'table.md'}")
+    if json:
+        output.print_json({"records": records, "table": str(out / "table.md")})

@@ -1,0 +1,46 @@
+"""A block of a transformer: attention or an LSTM, then an MLP or experts, each on a normalised stream and added to it.
+
+Shape suffixes: B batch, T time, C width.
+"""
+
+from torch import Tensor, nn
+
+from tritwise.models.config import ModelConfig
+from tritwise.models.parts import Memory, feedforward_of, mixer_of
+from tritwise.nn import Rotary, TritVector, rms_norm
+from tritwise.nn.vector import FloatVector
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). [B, T, C] in and out.
+
+    With config.input_mix, x is first mixed with the model's input x0: a ⊙ x + b ⊙ x0, a = 1 and b = 0 at the start.
+    With config.gains, what attention and MLP add is multiplied by a learned gain a channel, 1 at the start.
+    """
+
+    def __init__(
+        self, config: ModelConfig, linear: type[nn.Module], vector: type[TritVector | FloatVector] = TritVector
+    ) -> None:
+        super().__init__()
+        self.attention = mixer_of(config, linear)
+        self.mlp = feedforward_of(config, linear)
+        self.mix = vector(2, config.width, (1.0, 0.0)) if config.input_mix else None
+        self.gain = vector(2, config.width, 1.0) if config.gains else None
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        rotary: Rotary,
+        cache: Memory | None = None,
+        x0_BTC: Tensor | None = None,
+        exclusive: bool = False,
+    ) -> Tensor:
+        """x0_BTC: the model's input, for the mix; None stands for x itself. exclusive: as in `Attention`."""
+        if self.mix is not None:
+            keep_C, input_C = self.mix().to(x_BTC.dtype).unbind()
+            x_BTC = keep_C * x_BTC + input_C * (x_BTC if x0_BTC is None else x0_BTC)
+        gains = (None, None) if self.gain is None else self.gain().to(x_BTC.dtype).unbind()
+        found_BTC = self.attention(rms_norm(x_BTC), rotary, cache, exclusive=exclusive)
+        x_BTC = x_BTC + (found_BTC if gains[0] is None else gains[0] * found_BTC)
+        found_BTC = self.mlp(rms_norm(x_BTC))
+        return x_BTC + (found_BTC if gains[1] is None else gains[1] * found_BTC)

@@ -1,0 +1,91 @@
+"""The ternary linear with 8-bit floats on the matrix units: forward and input gradient; the weight gradient is exact.
+
+Trits are exact in float8 (e4m3), and a scale for each row of W stands outside of the product, so that only x and dL/dy
+are rounded: to e4m3, with one float32 scale for each of their rows. Everything but the trits is composed of torch's own
+operations, which a compiler fuses with what made x. Source: row-wise scaled products, `torch._scaled_mm`.
+
+Shape suffixes: N rows of x, I inputs, O outputs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tritwise.ops.backends import choose
+from tritwise.ops.library import define
+from tritwise.ops.linear.reference import FLOAT8
+
+_scaled_mm = torch.ops.aten._scaled_mm.default
+LARGEST = 448.0  # of e4m3
+OLDEST = (8, 9)  # compute capability with matrix units for float8
+MULTIPLE = 16  # of rows and columns of W
+
+
+def _trits(register: Tensor, turned: bool) -> Tensor:
+    return choose("linear", register.device).trits_float8(register, turned)
+
+
+_trits_op = define(
+    "trits_float8(Tensor register, bool turned) -> Tensor",
+    _trits,
+    lambda register, turned: register.new_empty(register.shape[::-1] if turned else register.shape, dtype=FLOAT8),
+)
+
+
+def refuses_fp8(register: Tensor, exponent: Tensor) -> str | None:
+    """Why a layer cannot use `linear_fp8`, or None."""
+    if exponent.shape[1] != 1:
+        return "it needs one scale for each row; build the model with a group of its width or more"
+    if register.shape[0] % MULTIPLE or register.shape[1] % MULTIPLE:
+        return f"rows and columns must be multiples of {MULTIPLE}, not {tuple(register.shape)}"
+    if register.is_cuda and torch.cuda.get_device_capability(register.device) < OLDEST:  # pragma: no cover
+        return f"{torch.cuda.get_device_name(register.device)} has no matrix units for float8"
+    return None
+
+
+def rounded(x_NI: Tensor) -> tuple[Tensor, Tensor]:
+    """x as float8 [N, I] and the float32 scales [N, 1] that give x back to within 1/16 of each number's size."""
+    scale_N1 = x_NI.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
+    return (x_NI.float() / scale_N1).to(FLOAT8), scale_N1
+
+
+def _product(a: Tensor, turned_b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a [N, K] times the transpose of turned_b [M, K], with scales [N, 1] and [1, M]."""
+    # Row-wise scaled products come out in bfloat16.
+    return _scaled_mm(a, turned_b.t(), scale_a, scale_b, out_dtype=torch.bfloat16).to(dtype)
+
+
+class _LinearFp8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, register: Tensor, scale_O: Tensor, port: Tensor | None) -> Tensor:
+        x_NI = x.reshape(-1, x.shape[-1])
+        x8_NI, scale_N1 = rounded(x_NI)
+        y_NO = _product(x8_NI, _trits_op(register, False), scale_N1, scale_O.view(1, -1), x.dtype)
+        ctx.save_for_backward(x_NI if port is not None else None, register, scale_O)
+        return y_NO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, register, scale_O = ctx.saved_tensors
+        grad_NO = grad.reshape(-1, grad.shape[-1])
+        x_grad = port_grad = None
+        if ctx.needs_input_grad[0]:
+            grad8_NO, scale_N1 = rounded(grad_NO * scale_O.to(grad.dtype))
+            ones_1I = torch.ones(1, register.shape[1], dtype=torch.float32, device=grad.device)
+            x_grad = _product(grad8_NO, _trits_op(register, True), scale_N1, ones_1I, grad.dtype)
+            x_grad = x_grad.view(*grad.shape[:-1], -1)
+        if x_NI is not None:
+            port_grad = torch.ops.tritwise.linear_weight_grad(grad_NO, x_NI)
+        return x_grad, None, None, port_grad
+
+
+def linear_fp8(x: Tensor, register: Tensor, scale: Tensor, port: Tensor | None = None) -> Tensor:
+    """y = x W^T with W = trit * scale, x and dL/dy rounded to float8 for the products.
+
+    x: float [..., I]; register: int8 [O, I]; scale: float32 [O] -> x's dtype [..., O]. port: as in `linear`.
+    Only where `refuses_fp8` says None.
+    """
+    return _LinearFp8.apply(x, register, scale, port)  # type: ignore[no-any-return]

@@ -1,0 +1,118 @@
+"""The contest under a budget: contestants as wide as fits, records from the files, the table, going on, refusals."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tritwise.bench.budget import run_record, table_of
+from tritwise.bench.entries import ENTRIES, EXTRA, PARTS, SPARE, base_config, entry, shape_bytes, shapes_of
+from tritwise.errors import UserError
+from tritwise.files import read_json, sha256_of
+from tritwise.models import ByteLM
+from tritwise.nn import trit_modules
+from tritwise.ship import estimate
+
+BUDGET = 130_000
+QUICK = ["--budget", BUDGET, "--steps", 3, "--ctx", 16, "--batch", 2, "--set", "ship_small=500"]
+
+
+def base(**changes):
+    settings = {"ctx": 16, "batch": 2, "steps": 3, "seconds": 0.0, "seed": 0} | changes
+    return base_config("shakespeare", "90/10", **settings)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("budget", [BUDGET, 400_000])
+def test_a_contestant_is_as_wide_as_fits_and_its_count_is_the_models(name, budget):
+    config = entry(name, base(), budget, {"ship_small": 500})
+    assert config.recipe == name and config.train.budget == budget
+    assert shape_bytes(config) <= SPARE * budget
+    step = 32 if config.model.width < 128 else 64
+    least = ENTRIES[name]["depth"]
+    wide = replace(config.model, width=config.model.width + step, heads=0, kv_heads=0, depth=least)
+    assert shape_bytes(replace(config, model=wide)) > SPARE * budget
+    deep = replace(config.model, depth=config.model.depth + 1)
+    assert config.model.depth == least + EXTRA or shape_bytes(replace(config, model=deep)) > SPARE * budget
+    given = entry(name, base(), budget, {"ship_small": 500, "width": 64})
+    assert given.model.width == 64 and given.model.depth == least
+    torch.manual_seed(0)
+    model = ByteLM(config.model)
+    shapes, vectors = shapes_of(config.model)
+    if config.model.weights == "trit":
+        layers = [layer for _, layer in trit_modules(model)]
+        matrices = sorted(tuple(layer.register.shape) for layer in layers if layer.role != "vector")
+        assert vectors == sum(layer.register.numel() for layer in layers if layer.role == "vector")
+        assert shape_bytes(config) == pytest.approx(estimate(model)["total"], rel=0.02)
+    else:
+        tensors = [m for m in model.modules() if hasattr(m, "weight")]
+        matrices = sorted(tuple(m.weight.shape) for m in tensors if m.roles["weight"] != "vector")
+        assert vectors == sum(m.weight.numel() for m in tensors if m.roles["weight"] == "vector")
+    assert matrices == sorted(shapes)
+
+
+def test_the_recurrent_contestants_have_every_part():
+    for name in ("recurrent-float", "recurrent-ternary", "recurrent-ternary-constant"):
+        assert PARTS.items() <= ENTRIES[name].items()
+    with pytest.raises(UserError, match="did you mean flat-ternary"):
+        entry("flat-ternery", base(), BUDGET, {})
+    with pytest.raises(UserError, match="not even 32 channels"):
+        entry("flat-ternary", base(), 9_000, {})
+
+
+def test_records_come_from_the_files(tmp_path, cli, text):
+    names = "recurrent-float,recurrent-ternary"
+    words = ["bench", "budget", *QUICK, "--data", text, "--recipes", names, "--out", tmp_path / "out", "--json"]
+    done = cli(*words, "--set", "recurrent-ternary:rate=0.02", "--split", "90/5/5")
+    assert done.code == 0, done.err
+    folders = sorted((tmp_path / "out/records").iterdir())
+    assert [folder.name.rsplit("-", 2)[0] for folder in folders] == names.split(",")
+    for folder, record in zip(folders, done.json["records"], strict=True):
+        assert read_json(folder / "record.json") == record
+        assert record["bytes"] == (folder / record["file"]).stat().st_size <= BUDGET
+        assert record["sha256"] == sha256_of(folder / record["file"]) and (folder / record["log"]).exists()
+        assert record["steps"] == 3 and record["scores"].keys() == {"val_sliding", "val_chunked", "test_sliding"}
+        assert str(tmp_path) not in json.dumps(record)
+    floats, trits = done.json["records"]
+    assert trits["rate"] == 0.02 and floats["rate"] == ENTRIES["recurrent-float"]["rate"]
+    assert trits["ship_gap"] == 0 and trits["way"] == "base3"  # to the last bit
+    assert floats["ship_gap"] != 0 and floats["way"] in ("int8", "int7", "int6")
+    assert floats["averaged"]["shipped"] and not trits["averaged"]["shipped"]
+    rows = (tmp_path / "out/table.md").read_text().splitlines()
+    assert len(rows) == 4 and len(table_of(done.json["records"])) == 2
+    # What is there is not run again, and another run is not taken for it.
+    before = {path: path.stat().st_mtime_ns for path in folders[0].iterdir()}
+    assert cli(*words, "--set", "recurrent-ternary:rate=0.02", "--split", "90/5/5").json == done.json
+    assert {path: path.stat().st_mtime_ns for path in folders[0].iterdir()} == before
+    with pytest.raises(UserError, match="a run with other settings"):
+        run_record(entry("flat-ternary", base(), BUDGET, {}), folders[0])
+
+
+def test_seeds_make_a_mean_with_its_spread():
+    record = {
+        "recipe": "flat-ternary",
+        "config": {"model": {}, "train": {"seed": 0, "rate": 1}},
+        "rate": 0.03,
+        "weights": 10,
+        "steps": 5,
+        "seconds": 1.0,
+        "bytes": 7,
+        "way": "base3",
+        "bpb_before": 2.0,
+        "ship_gap": 0.0,
+        "scores": {"val_sliding": {"bpb": 2.0}, "val_chunked": {"bpb": 2.1}},
+    }
+    other = record | {"config": {"model": {}, "train": {"seed": 1, "rate": 1}}}
+    other |= {"scores": {"val_sliding": {"bpb": 2.2}, "val_chunked": {"bpb": 2.1}}}
+    third = record | {"config": {"model": {}, "train": {"seed": 0, "rate": 2}}, "recipe": "flat-float"}
+    rows = table_of([record, other, third])
+    assert [row[0] for row in rows] == ["flat-float", "flat-ternary"]
+    assert rows[1][8] == "2.1000" and rows[1][11:] == ["2", "0.1414"] and rows[0][11:] == ["1", ""]
+
+
+def test_settings_for_nobody_are_refused(cli, tmp_path):
+    told = cli("bench", "budget", *QUICK, "--recipes", "flat-ternary", "--set", "flat-float:rate=1", "--out", tmp_path)
+    assert told.code == 2 and "names no contestant" in told.err
+    told = cli("bench", "budget", *QUICK, "--recipes", "flat-ternary", "--set", "depth_plan=0.5:1", "--out", tmp_path)
+    assert told.code == 2 and "depth_plan" in told.err
