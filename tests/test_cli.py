@@ -19,7 +19,23 @@ from tritwise.files import read_json
 from tritwise.loading import load
 from tritwise.ship import read_artifact
 
-COMMANDS = ("train", "score", "sample", "ship", "compress", "decompress", "audit", "report", "doctor", "bench")
+COMMANDS = (
+    "train",
+    "pretrain",
+    "finetune",
+    "caption",
+    "transcribe",
+    "generate",
+    "score",
+    "sample",
+    "ship",
+    "compress",
+    "decompress",
+    "audit",
+    "report",
+    "doctor",
+    "bench",
+)
 
 
 def run(*arguments: object, **options) -> subprocess.CompletedProcess:

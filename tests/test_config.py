@@ -133,7 +133,7 @@ def test_a_value_of_another_type_is_refused(key: str, value: object, wanted: str
 def test_an_unknown_key_names_the_nearest():
     with pytest.raises(UserError, match=r"no setting 'widht'; did you mean width\?"):
         override(tiny(), {"widht": 1})
-    with pytest.raises(UserError, match="no setting 'qqqq'; known keys: accum, active_experts, average_every"):
+    with pytest.raises(UserError, match="no setting 'qqqq'; known keys: accum, active_experts, audio, audio_digest"):
         override(tiny(), {"qqqq": 1})
 
 

@@ -158,7 +158,7 @@ class TrainConfig:
 
 
 _PARTS: dict[str, Any] = {"model": ModelConfig, "train": TrainConfig, "parts": PartsConfig, "media": MediaConfig}
-_ARB = ("parts", "media")  # written down only for ARB runs
+_ARB = ("parts", "media")  # written down only where they say something
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class Config:
             "recipe": self.recipe,
             "model": dataclasses.asdict(self.model),
             "train": dataclasses.asdict(self.train),
-        } | ({name: dataclasses.asdict(getattr(self, name)) for name in _ARB} if self.media.task else {})
+        } | {name: dataclasses.asdict(own) for name in _ARB if (own := getattr(self, name)) != _PARTS[name]()}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Config":
@@ -222,7 +222,8 @@ class Config:
         try:
             if values["format"] != 1:
                 raise UserError(f"this run's config has format {values['format']}; upgrade tritwise to read it")
-            return Config(values["recipe"], **{name: cls(**values.get(name, {})) for name, cls in _PARTS.items()})
+            told = {name: {} for name in _ARB} | values
+            return Config(values["recipe"], **{name: cls(**told[name]) for name, cls in _PARTS.items()})
         except (KeyError, TypeError) as error:
             raise UserError(f"this run's config is damaged or from another version ({error}); train again") from None
 
