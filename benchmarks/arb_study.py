@@ -4,9 +4,10 @@
     python benchmarks/arb_study.py --out FOLDER [--seconds 270] [--only NAME,…]              # on the GPU: trains
 
 `--pack` writes features as int8 with a scale for each channel, and 20,000 of the pictures, so that all of it is below
-60 MiB. Every item is a process of its own that writes FOLDER/NAME.json; WORKERS of them run side by side, because small
-models keep a GPU waiting for Python. What an item has written is not done again. Each takes as many steps as its share
-of the seconds allows, measured at its start.
+60 MiB. Every item is a process of its own; WORKERS of them run side by side, because small models keep a GPU waiting
+for Python. Each takes as many steps as its share of the seconds allows, measured at its start. What has come of them is
+one file, FOLDER/study.json, written anew whenever an item ends; what is in it is not done again. Runs stay below
+FOLDER/runs.
 """
 
 import argparse
@@ -33,19 +34,20 @@ from tritwise.train.media_config import MediaConfig
 from tritwise.train.progress import Quiet
 
 CARRY = Path(".carry")
-WORKERS = 6
+WORKERS = 3
 TINY = {"width": 32, "depth": 1, "batch": 4, "draw_width": 32, "draw_depth": 1, "draw_steps": 2, "eval_examples": 8}
 PICTURES = 20_000
 FLOAT = {"weights": "float", "optimizer": "adamw"}
 
-TRUNK = {"width": 256, "depth": 4, "batch": 64}
+# Matrices move at every fourth step, by four times as much: on a GPU their directions are most of a step.
+TRUNK = {"width": 256, "depth": 4, "batch": 64, "interval": 4}
 EMOJI: dict[str, Any] = {"task": "vision", "images": "emoji", "ctx": 96, "bridge_depth": 1, **TRUNK}
 PROMPTS: dict[str, Any] = {"task": "audio", "sounds": "prompts", "ctx": 192, "ctc": True, "bridge_depth": 3, **TRUNK}
 PROMPTS |= {"depth": 2, "batch": 16}
 DRAWN: dict[str, Any] = {"task": "diffusion", "pictures": "fashion-mnist", "draw_width": 256, "draw_depth": 6}
-DRAWN |= {"batch": 256, "width": 64, "depth": 1, "judge_pictures": 1000}
+DRAWN |= {"batch": 256, "width": 64, "depth": 1, "judge_pictures": 1000, "interval": 4, "compile": "auto"}
 MIXED: dict[str, Any] = {"width": 256, "depth": 4, "batch": 32, "ctx": 192, "images": "emoji", "sounds": "prompts"}
-MIXED |= {"bridge_depth": 2, "ctc": True}
+MIXED |= {"bridge_depth": 2, "ctc": True, "interval": 4}
 
 # name -> (share of a worker's seconds, settings). A share of 1 is one of WORKERS processes for the whole time.
 ITEMS: dict[str, tuple[float, dict[str, Any]]] = {
@@ -119,7 +121,8 @@ def config_of(settings: dict[str, Any], data: Path, steps: int, seed: int) -> Co
         given["pictures"] = str(CARRY / given["pictures"])
     parts: dict[str, dict[str, Any]] = {}
     every = max(1, steps // 40)
-    given |= {"steps": steps, "seed": seed, "save": False, "compile": "false", "log_interval": every, "warmup": 50}
+    given = {"compile": "false", **given, "steps": steps, "seed": seed, "save": False, "log_interval": every}
+    given |= {"warmup": min(50, steps // 4)}
     given |= {"eval_interval": max(1, steps // 4), "eval_bytes": 65536, "sample_bytes": 0}
     for name, cls in (("model", ModelConfig), ("train", TrainConfig), ("parts", PartsConfig), ("media", MediaConfig)):
         fields = {field.name for field in dataclasses.fields(cls)}
@@ -145,18 +148,29 @@ class Clock(Quiet):
             self.seconds = record["step_seconds"]
 
 
+def measure(settings: dict[str, Any], out: Path, seed: int, clock: Clock) -> None:
+    """Let `clock` tell the pace of an item: its first lines hold the compilation of kernels, its last one does not."""
+    short = config_of({**settings, "judge_pictures": 0}, out / "data", 30, seed)
+    quick = dataclasses.replace(short.train, log_interval=10, eval_interval=0)
+    with tempfile.TemporaryDirectory() as folder:
+        train(dataclasses.replace(short, train=quick), Path(folder) / "pace", display=clock)
+
+
 def run_item(name: str, out: Path, seconds: float, seed: int, tiny: bool) -> None:
     """Train one item for about its share of `seconds`, and write down what came of it."""
     share, settings = ITEMS[name]
     if tiny:
         settings = {**settings, **TINY} | ({"judge_pictures": 20} if "judge_pictures" in settings else {})
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        clock = Clock()
-        short = config_of({**settings, "judge_pictures": 0}, out / "data", 30, seed)
-        # The first lines hold the compilation of kernels; the last one tells the pace.
-        quick = dataclasses.replace(short.train, log_interval=10, eval_interval=0)
-        train(dataclasses.replace(short, train=quick), Path(folder) / "pace", display=clock)
+    clock = Clock()
+    try:
+        measure(settings, out, seed, clock)
+    except Exception as error:  # torch.compile has many ways to fail; eager steps are only slower
+        if settings.get("compile", "false") == "false":
+            raise
+        print(f"not compiled: {error}")
+        settings = {**settings, "compile": "false"}
+        measure(settings, out, seed, clock)
     left = share * seconds - (time.perf_counter() - began) - 8
     steps = max(60, min(20_000, int(0.85 * left / clock.seconds)))
     run = out / "runs" / name
@@ -170,21 +184,25 @@ def run_item(name: str, out: Path, seconds: float, seed: int, tiny: bool) -> Non
         "float_trainable": read_json(run / "audit.json")["float_trainable"],
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
-        "train": [line for line in lines if line["kind"] == "train"],
+        "train": [
+            {key: line[key] for key in ("step", "loss", "losses") if key in line}
+            for line in lines
+            if line["kind"] == "train"
+        ],
         "eval": [line for line in lines if line["kind"] == "eval"],
         "examples": [line for line in lines if line["kind"] == "example" and line["step"] == steps],
         "seconds": round(time.perf_counter() - began, 1),
     }
-    for line in told["train"]:
-        line.pop("flips", None)
-    write_json(out / f"{name}.json", told)
+    write_json(run / "told.json", told)
 
 
 def run_all(names: list[str], out: Path, seconds: float, others: list[str]) -> int:
     """Every item in a process of its own, WORKERS at a time, the long ones first."""
     for name in ("emoji", "prompts"):
         unpack(name, make_folder(out / "data"))
-    waiting = [name for name in names if not (out / f"{name}.json").exists()]
+    summary = out / "study.json"
+    known: dict[str, Any] = read_json(summary) if summary.exists() else {}
+    waiting = [name for name in names if name not in known]
     waiting.sort(key=lambda name: -ITEMS[name][0])
     running: dict[str, subprocess.Popen[bytes]] = {}
     failed, began = [], time.perf_counter()
@@ -192,17 +210,19 @@ def run_all(names: list[str], out: Path, seconds: float, others: list[str]) -> i
         while waiting and len(running) < WORKERS:
             name = waiting.pop(0)
             command = [sys.executable, __file__, "--item", name, "--out", str(out), "--seconds", str(seconds)]
-            log = (out / f"{name}.log").open("wb")
+            log = (make_folder(out / "runs") / f"{name}.log").open("wb")
             running[name] = subprocess.Popen([*command, *others], stdout=log, stderr=log)
         for name, process in list(running.items()):
             if process.poll() is not None:
                 del running[name]
-                failed += [name] if process.returncode else []
+                if process.returncode:
+                    failed.append(name)
+                else:
+                    known[name] = read_json(out / "runs" / name / "told.json")
+                    write_json(summary, known)
                 print(f"{time.perf_counter() - began:6.1f} s  {name} {'failed' if process.returncode else 'done'}")
         time.sleep(0.2)
-    summary = {name: read_json(out / f"{name}.json")["result"]["val"] for name in names if name not in failed}
-    write_json(out / "study.json", summary)
-    print(json.dumps(summary, indent=1))
+    print(json.dumps({name: told["result"]["val"] for name, told in known.items()}, indent=1))
     for path in (out / "data").glob("*.safetensors"):
         path.unlink()  # they came from here and need not travel back
     return len(failed)

@@ -20,8 +20,21 @@ from tritwise.loading import load
 from tritwise.ship import read_artifact
 
 COMMANDS = (
-    *("train", "pretrain", "finetune", "caption", "transcribe", "generate"),
-    *("score", "sample", "ship", "compress", "decompress", "audit", "report", "doctor", "bench"),
+    "train",
+    "pretrain",
+    "finetune",
+    "caption",
+    "transcribe",
+    "generate",
+    "score",
+    "sample",
+    "ship",
+    "compress",
+    "decompress",
+    "audit",
+    "report",
+    "doctor",
+    "bench",
 )
 
 

@@ -32,8 +32,11 @@ def test_recipes_are_functions_that_return_a_config():
 
 
 def test_flat_holds_every_setting_once():
-    parts = (ModelConfig, TrainConfig, PartsConfig, MediaConfig)
-    fields = [field.name for part in parts for field in dataclasses.fields(part)]
+    fields = [
+        field.name
+        for part in (ModelConfig, TrainConfig, PartsConfig, MediaConfig)
+        for field in dataclasses.fields(part)
+    ]
     assert sorted(fields) == sorted(flat(Config()))
 
 
@@ -130,7 +133,7 @@ def test_a_value_of_another_type_is_refused(key: str, value: object, wanted: str
 def test_an_unknown_key_names_the_nearest():
     with pytest.raises(UserError, match=r"no setting 'widht'; did you mean width\?"):
         override(tiny(), {"widht": 1})
-    with pytest.raises(UserError, match="no setting 'qqqq'; known keys: accum, active_experts, audio"):
+    with pytest.raises(UserError, match="no setting 'qqqq'; known keys: accum, active_experts, audio, audio_digest"):
         override(tiny(), {"qqqq": 1})
 
 

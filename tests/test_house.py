@@ -22,11 +22,12 @@ from tritwise import __version__
 from tritwise.cli.app import app
 from tritwise.errors import UserError
 from tritwise.files import write_json
-from tritwise.models import ModelConfig
+from tritwise.models import ModelConfig, PartsConfig
 from tritwise.ops.direction import METHODS
 from tritwise.recipes import RECIPES, recipe
 from tritwise.train import TrainConfig, override, train
 from tritwise.train.config import OPTIMIZERS
+from tritwise.train.media_config import KINDS, MediaConfig
 
 pytest.importorskip("matplotlib")
 
@@ -180,7 +181,10 @@ def test_everything_a_room_offers_is_tested_by_name(room):
     assert [name for name in offered(room) if not re.search(rf"\b{name}\b", tests)] == []
 
 
-@pytest.mark.parametrize(("part", "choices"), [(ModelConfig, ()), (TrainConfig, (*METHODS, *OPTIMIZERS))])
+@pytest.mark.parametrize(
+    ("part", "choices"),
+    [(ModelConfig, ()), (TrainConfig, (*METHODS, *OPTIMIZERS)), (PartsConfig, ()), (MediaConfig, KINDS)],
+)
 def test_every_setting_is_explained(part, choices):
     assert part.__doc__ is not None
     explained = set(re.findall(r"\w+", part.__doc__))

@@ -85,9 +85,9 @@ class Arb(nn.Module):
         """As of `ByteLM`."""
         return self.trunk.log_probs(ids)
 
-    def new_state(self, batch: int = 1) -> DecodeState:
+    def new_state(self, batch: int = 1, *, endless: bool = False) -> DecodeState:
         """As of `ByteLM`."""
-        return self.trunk.new_state(batch)
+        return self.trunk.new_state(batch, endless=endless)
 
     def hidden_of(self, kind: str, features_BFD: Tensor) -> Tensor:
         """Features of an image ("vision") or a sound ("audio") as hidden states of its bridge, [B, F, C]."""
@@ -100,19 +100,20 @@ class Arb(nn.Module):
         bridge = self.vision if kind == "vision" else self.audio
         assert bridge is not None
         tokens_BPC = bridge.tokens(hidden_BFC)
-        x_BTC, count = self.trunk.embedded(ids, state), tokens_BPC.shape[1]
-        x_BTC = torch.cat((x_BTC[:, :1], tokens_BPC.to(x_BTC.dtype), x_BTC[:, 1 + count :]), dim=1)
-        return self.trunk.logits(self.trunk.read(x_BTC, state))
+        x_BTC, tokens_BPC = self.trunk.embedded(ids, state), rms_norm(tokens_BPC)
+        x_BTC = torch.cat((x_BTC[:, :1], tokens_BPC, x_BTC[:, 1 + tokens_BPC.shape[1] :]), dim=1)
+        return self.trunk.logits(self.trunk.read(x_BTC, ids, state))
 
     def spelled(self, hidden_BFC: Tensor) -> Tensor:
         """Logits float32 [B, F, V] of what the audio bridge spells by itself; symbol 256 is CTC's blank."""
         assert self.spell is not None, "the model has no ctc"
         return self.trunk.capped(self.spell(rms_norm(hidden_BFC)))
 
-    def loss(self, kind: str, *batch: Tensor) -> Tensor:
-        """The cost of a batch: see the class."""
+    def loss(self, kind: str, *batch: Tensor, state: DecodeState | None = None) -> Tensor:
+        """The cost of a batch: see the class. state: of text that goes on from what was read, as of `ByteLM`."""
         if kind == "text":
-            return self.trunk.loss(*batch)  # pyright: ignore[reportArgumentType]
+            ids, targets = batch
+            return self.trunk.loss(ids, targets, state=state)
         if kind == "diffusion":
             assert self.diffusion is not None, "the model has no diffusion part"
             return self.diffusion.loss(*batch)

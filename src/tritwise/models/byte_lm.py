@@ -125,16 +125,10 @@ class ByteLM(nn.Module):
 
     def _features(self, ids: Tensor, state: DecodeState | None = None, loops: int = 0) -> Tensor:
         """What the head reads, of the activations' dtype [B, T, C]."""
-        return self._run(self._input(ids, state), ids, state, loops)
+        return self.read(self.embedded(ids, state), ids, state, loops)
 
-    def read(self, x_BTC: Tensor, state: DecodeState | None = None) -> Tensor:
-        """Features that the head reads, of the activations' dtype [B, T, C], from what `embedded` gives, perhaps with
-        some of it replaced. Only for models without value tables and without a graph, which need the symbols."""
-        assert not self.value_tables and self.graph is None
-        return self._run(rms_norm(x_BTC.to(self.dtype)), None, state, 0)
-
-    def _run(self, x_BTC: Tensor, ids: Tensor | None, state: DecodeState | None, loops: int) -> Tensor:
-        """All layers over normalised embeddings, [B, T, C] in and out."""
+    def read(self, x_BTC: Tensor, ids: Tensor, state: DecodeState | None = None, loops: int = 0) -> Tensor:
+        """Features that the head reads, [B, T, C], of normalised inputs such as `embedded` makes of ids [B, T]."""
         layers = self.config.layers(loops or (state.loops if state is not None else 0))
         x0_BTC, values = x_BTC, [table(ids).to(self.dtype) for table in self.value_tables]
         embeddings, scales, skips = (
@@ -161,12 +155,8 @@ class ByteLM(nn.Module):
         return rms_norm(x_BTC)
 
     def embedded(self, ids: Tensor, state: DecodeState | None = None) -> Tensor:
-        """What stands for the symbols before the first block, float32 [B, T, C]; `read` goes on from there."""
-        return self._embedded(ids, state)[0]
-
-    def _embedded(self, ids: Tensor, state: DecodeState | None) -> tuple[Tensor, Tensor]:
-        """Embeddings, and the ids they come from, earlier ones in front; a state takes note of the last ids."""
-        read = ids
+        """Normalised embeddings [B, T, C]; a state takes note of the last ids."""
+        time, read = ids.shape[1], ids
         if state is not None and self.history:
             read = torch.cat((state.history_BP, ids), dim=1)
             state.history_BP = read[:, -self.history :]
@@ -174,13 +164,8 @@ class ByteLM(nn.Module):
         x_BSC = self.embed(shown)
         if self.ngrams is not None:
             x_BSC = x_BSC + self.ngrams(read, shown.shape[1])
-        return x_BSC, read
-
-    def _input(self, ids: Tensor, state: DecodeState | None) -> Tensor:
-        """Normalised embeddings [B, T, C]."""
-        x_BSC, read = self._embedded(ids, state)
         x_BSC = x_BSC.to(self.dtype)
-        return rms_norm(x_BSC if self.graph is None else self.graph(x_BSC, read)[:, -ids.shape[1] :])
+        return rms_norm(x_BSC if self.graph is None else self.graph(x_BSC, read)[:, -time:])
 
     def logits(self, x: Tensor) -> Tensor:
         """Capped logits float32 [..., V] of features [..., C]."""

@@ -1,10 +1,10 @@
 """The artifact: a trained byte model as one file. Leading trits five to a byte, scale exponents as their own stream.
 
 Streams, in the order of the model's layers: `trits`, all leading trits packed base3 in one run; `scales`, all int8
-scale exponents; `vectors`, in models that have learned vectors, their int8 fixed-point numbers; `tables`, in an ARB
-model, the measured constants of its bridges. The header holds the shape, the layers with their sizes, and what the
-trainer wants to say. Evidence and momentum stay behind: they do not change a logit. Models with float weights ship with
-a loss, in one of the ways of floats.py.
+scale exponents; `vectors`, in models that have learned vectors, their int8 fixed-point numbers; `tables`, in ARB
+models, the measured constants of their bridges, float32. The header holds the shape, the layers with their sizes, and
+what the trainer wants to say. Evidence and momentum stay behind: they do not change a logit. Models with float weights
+ship with a loss, in one of the ways of floats.py.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ def _described(
     model: ByteLM | Arb, about: dict[str, Any], method: str | None, small: int
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Header, streams and number of weights."""
-    header = {"kind": KIND, "config": dataclasses.asdict(model.config), "about": about}
+    header: dict[str, Any] = {"kind": KIND, "config": dataclasses.asdict(model.config), "about": about}
     if isinstance(model, Arb):
         header |= {"kind": ARB, "parts": _public(model.parts)}
     if model.config.weights != "trit":
@@ -113,13 +113,6 @@ def _described(
     return header, streams, weights
 
 
-def _sorted(model: ByteLM | Arb) -> tuple[list[TritModule], list[TritVector]]:
-    """The ternary layers that ship as trits and scales, and those that ship as whole registers."""
-    layers = [layer for _, layer in trit_modules(model)]
-    vectors = [layer for layer in layers if isinstance(layer, TritVector)]
-    return [layer for layer in layers if not isinstance(layer, TritVector)], vectors
-
-
 def _tables(model: Arb) -> list[torch.Tensor]:
     """The constants that were measured on the training data, float32 [D] each, in the order of the parts."""
     return [table for part in (model.vision, model.audio) if part is not None for table in (part.mean, part.spread)]
@@ -129,6 +122,13 @@ def _public(parts: PartsConfig) -> dict[str, Any]:
     """The parts as plain JSON; of the path of an encoder only its last name, for where it lay is nobody's business."""
     told = dataclasses.asdict(parts)
     return told | {key: Path(told[key]).name for key in ("vision_encoder", "audio_encoder")}
+
+
+def _sorted(model: ByteLM | Arb) -> tuple[list[TritModule], list[TritVector]]:
+    """The ternary layers that ship as trits and scales, and those that ship as whole registers."""
+    layers = [layer for _, layer in trit_modules(model)]
+    vectors = [layer for layer in layers if isinstance(layer, TritVector)]
+    return [layer for layer in layers if not isinstance(layer, TritVector)], vectors
 
 
 def read_artifact(path: Path) -> tuple[ByteLM | Arb, dict[str, Any]]:

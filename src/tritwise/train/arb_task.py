@@ -79,7 +79,7 @@ class ArbTask:
                 )
 
     def begins(self, step: int) -> bool:
-        return True  # a caption is over with its row
+        return self.text is not None and self.text.begins(step)
 
     def kind(self, step: int, micro: int) -> str:
         if len(self.kinds) == 1:
@@ -108,11 +108,11 @@ class ArbTask:
         done: dict[str, Any],
         device: torch.device,
         memory: dict[str, int | None],
-        average: Average | None = None,
+        average: Average,
     ) -> dict[str, Any]:
         if self.kinds == ("text",):
             assert self.text is not None
-            return self.text.finish(folder, model, optimizers, done, device, memory)
+            return self.text.finish(folder, model, optimizers, done, device, memory, average)
         return finish_arb(self.config, folder, model, optimizers, self.judge, done, device, memory)
 
 

@@ -158,7 +158,7 @@ class TrainConfig:
 
 
 _PARTS: dict[str, Any] = {"model": ModelConfig, "train": TrainConfig, "parts": PartsConfig, "media": MediaConfig}
-_ARB = ("parts", "media")  # written down only for ARB runs
+_ARB = ("parts", "media")  # written down only where they say something
 
 
 @dataclass(frozen=True)
@@ -197,13 +197,13 @@ class Config:
         if self.train.ship_average and not self.train.average_every:
             raise UserError("ship_average needs a mean; set average_every, for example to 50")
         plan_of_depth(self.train.depth_plan, self.model.loops)  # says what is wrong with a plan before anything runs
-        if self.media.task:
-            _refuse_for_arb(self.train, self.model)
-        elif (self.parts, self.media) != (PartsConfig(), MediaConfig()):
-            raise UserError("a setting of images, sounds or pictures is for ARB runs; train vision, audio or diffusion")
         needed, of = (VOCABULARY, "an ARB model") if self.media.task else (256, "a model of bytes")
         if self.model.vocab != needed:
             raise UserError(f"vocab is {self.model.vocab}; {of} needs {needed}")
+        if self.media.task and (self.train.depth_plan or self.train.average_every):
+            raise UserError("an ARB model has one depth and no mean; leave depth_plan and average_every out")
+        if self.media.task not in ("", "text") and self.train.preserve_state:
+            raise UserError("preserve_state is for text alone; leave it out")
         if self.train.stride > self.model.ctx:
             raise UserError(f"stride is {self.train.stride}; the score's window moves by at most ctx, {self.model.ctx}")
 
@@ -214,7 +214,7 @@ class Config:
             "recipe": self.recipe,
             "model": dataclasses.asdict(self.model),
             "train": dataclasses.asdict(self.train),
-        } | ({name: dataclasses.asdict(getattr(self, name)) for name in _ARB} if self.media.task else {})
+        } | {name: dataclasses.asdict(own) for name in _ARB if (own := getattr(self, name)) != _PARTS[name]()}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Config":
@@ -222,8 +222,8 @@ class Config:
         try:
             if values["format"] != 1:
                 raise UserError(f"this run's config has format {values['format']}; upgrade tritwise to read it")
-            given = {name: values.get(name, {}) if name in _ARB else values[name] for name in _PARTS}
-            return Config(values["recipe"], **{name: cls(**given[name]) for name, cls in _PARTS.items()})
+            told = {name: {} for name in _ARB} | values
+            return Config(values["recipe"], **{name: cls(**told[name]) for name, cls in _PARTS.items()})
         except (KeyError, TypeError) as error:
             raise UserError(f"this run's config is damaged or from another version ({error}); train again") from None
 
@@ -285,18 +285,3 @@ def parse_value(key: str, value: Any, kind: type) -> Any:
 
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-
-
-def _refuse_for_arb(train: TrainConfig, model: ModelConfig) -> None:
-    """Raises UserError for what only a model of bytes can do so far."""
-    asked = {
-        "preserve_state": train.preserve_state,
-        "depth_plan": train.depth_plan,
-        "average_every": train.average_every,
-        "budget": train.budget,
-        "graph": model.graph,
-        "value_tables": model.value_tables,
-    }
-    for name, value in asked.items():
-        if value:
-            raise UserError(f"{name} is for models of bytes, not for an ARB model; leave it out")

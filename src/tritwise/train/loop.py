@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritwise.errors import UserError
 from tritwise.files import JsonLines
-from tritwise.models import ByteLM
+from tritwise.models import Arb
 from tritwise.optim import TritOptimizer
 from tritwise.ship import estimate, require_room
 from tritwise.train.average import Average
@@ -57,8 +57,7 @@ def _train(
     config: Config, folder: RunFolder, crew: Crew, device: torch.device, resume: bool, display: Display
 ) -> dict[str, Any]:
     task = open_task(config, display.say)
-    config = task.config
-    settings = config.train
+    config, settings = task.config, task.config.train
     micros, course = crew.micros(settings.accum), course_of(config)
 
     torch.manual_seed(settings.seed)
@@ -129,7 +128,6 @@ def _train(
         steady=course.momentum(0) is None,
     )
     if remembered:
-        assert isinstance(model, ByteLM)
         stepper.state = model.new_state(settings.batch, endless=True).restore(remembered)
     # On a GPU the measured peak tells; elsewhere it counts the whole process, Python and torch included.
     activations = None if device.type == "cuda" else activation_bytes(model, *task.batch(device, step, 0))
@@ -167,7 +165,6 @@ def _train(
                 if (momentum := course.momentum(step)) is not None:
                     set_momentum(optimizers, momentum)
                 if settings.preserve_state and task.begins(step):
-                    assert isinstance(model, ByteLM)
                     stepper.state = model.new_state(settings.batch, endless=True)
                 loss = stepper.step_over(batches(step), loops % config.model.loops)  # 0: full depth
                 if settings.seconds:
@@ -201,9 +198,7 @@ def _train(
                 if last or (settings.eval_interval and step % settings.eval_interval == 0):
                     if crew.first:
                         at = {"loops": loops, "rate": settings.rate * factor, "phase": course.part(step - 1, trained)}
-                        shown = model
-                        if isinstance(model, ByteLM) and loops != config.model.loops:
-                            shown = model.at(loops)
+                        shown = model if isinstance(model, Arb) or loops == config.model.loops else model.at(loops)
                         for record in task.evaluate(shown, folder, where(), device):
                             log(record | at if record["kind"] == "eval" else record)
                         if settings.budget:

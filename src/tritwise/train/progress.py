@@ -92,9 +92,8 @@ class PlainLines:
             left = record["step_seconds"] * (self.total - record["step"])
             if self.seconds:
                 left = min(left, self.seconds - record["seconds"])
-            line = f"step {record['step']:>6}/{self.total}  " + "  ".join(
-                f"{n} {v}" for n, v in _losses(record).items()
-            )
+            losses = "  ".join(f"{name} {value}" for name, value in _losses(record).items())
+            line = f"step {record['step']:>6}/{self.total}  {losses}"
             line += f"  {_amount(record['bytes_per_second'])} B/s"
             if record.get("flips") is not None:
                 line += f"  flips {record['flips']:.0f}  zeros {record['zero_fraction']:.1%}"

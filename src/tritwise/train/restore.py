@@ -109,7 +109,7 @@ def take_over(model: Arb, path: Any) -> None:
             f"{path} is a byte model of 256 symbols; start from a run of train text, or from another ARB run"
         )
     checkpoint = folder.store().load()
-    found = {n.removeprefix("model."): tensor for n, tensor in checkpoint.tensors.items() if n.startswith("model.")}
+    found = _named(checkpoint, "model.")
     own = model.state_dict()
     other = [name for name in own if name in found and own[name].shape != found[name].shape]
     # A part is there as a whole or not at all; the trunk always is.

@@ -74,9 +74,9 @@ class Stepper:
         return self.step_over([(ids, targets)])
 
     def step_over(self, batches: Iterable[tuple[Any, ...]], loops: int = 0) -> Tensor:
-        """Train on this process's share of `accum` micro-batches, each the arguments of `model.loss` on its device (for
+        """Train on this process's share of `accum` micro-batches, each the arguments of `model.loss` on its device (of
         a byte LM ids and targets, int64 [B, T]), with `loops` repeats of the core; 0: all. Returns the mean loss of all
-        micro-batches (of text in nats per byte), a 0-d float32 tensor on the device, which may not have been computed
+        micro-batches, of text in nats per byte, a 0-d float32 tensor on the device, which may not have been computed
         yet; `shares` then has what each of this process's micro-batches gave to it."""
         if self.records_whole_steps:
             (batch,) = batches
@@ -150,8 +150,10 @@ class Stepper:
         return loss
 
     def _share(self, *batch: Any, loops: int) -> Tensor:
-        more: tuple[Any, ...] = (loops, self.state) if self.state is not None else (loops,) if loops else ()
-        loss = self._loss(*batch, *more)
+        given: dict[str, Any] = {"loops": loops} if loops else {}
+        if self.state is not None:
+            given["state"] = self.state
+        loss = self._loss(*batch, **given)
         return loss / self.accum if self.accum > 1 else loss
 
     def _is_sound(self, loss: Tensor) -> bool:

@@ -43,7 +43,7 @@ class Task(Protocol):
         ...
 
     def begins(self, step: int) -> bool:
-        """Whether rows that read on from step to step begin anew at this one."""
+        """Whether the rows of this step read on from nowhere: see `Sampler.begins`."""
         ...
 
     def kind(self, step: int, micro: int) -> str:
@@ -66,7 +66,7 @@ class Task(Protocol):
         done: dict[str, Any],
         device: torch.device,
         memory: dict[str, int | None],
-        average: Average | None = None,
+        average: Average,
     ) -> dict[str, Any]:
         """Write what the report needs and the artifact; returns result.json."""
         ...
@@ -83,8 +83,7 @@ class TextTask:
         self.parts = split(describe(settings.data).data, settings.split)
         if "train" not in self.parts:
             raise UserError(f"split {settings.split} leaves nothing to train on; use 90/10")
-        train = self.parts["train"]
-        mode = "stream" if settings.preserve_state else "random"
+        train, mode = self.parts["train"], "stream" if settings.preserve_state else "random"
         self.sampler = Sampler(train, settings.batch, config.model.ctx, settings.seed, mode, accum=settings.accum)
         self.bytes_a_step = settings.batch * settings.accum * config.model.ctx
 
@@ -125,7 +124,7 @@ class TextTask:
         done: dict[str, Any],
         device: torch.device,
         memory: dict[str, int | None],
-        average: Average | None = None,
+        average: Average,
     ) -> dict[str, Any]:
         return finish(self.config, folder, model, optimizers, self.parts, done, device, memory, average)
 
