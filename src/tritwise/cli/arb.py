@@ -6,23 +6,31 @@ from typing import Annotated, Any
 import typer
 
 from tritwise.cli import output
-from tritwise.cli.commands import Json, changes_of, collection_given, option, start_run
+from tritwise.cli.commands import (
+    Accum,
+    Batch,
+    Context,
+    Data,
+    Encoder,
+    Evaluate,
+    Json,
+    Log,
+    Name,
+    NoSave,
+    Out,
+    Resume,
+    Save,
+    Set,
+    Steps,
+    changes_of,
+    collection_given,
+    option,
+    start_run,
+)
 from tritwise.errors import UserError
 
 ModelOption = Annotated[Path, typer.Option(help="A run folder or an artifact file.", show_default=False)]
 EncoderOption = Annotated[str, option("The frozen encoder, if it lies elsewhere than in training.")]
-Steps = Annotated[int | None, option("Optimizer steps.")]
-Batch = Annotated[int | None, option("Examples per micro-batch.")]
-Context = Annotated[int | None, option("Positions of the stream.")]
-Accum = Annotated[int | None, option("Micro-batches per step.")]
-Out = Annotated[Path | None, option("Run folder [runs/NAME].")]
-Name = Annotated[str | None, option("Name of the run when --out is not given.")]
-Resume = Annotated[bool, option("Go on from the run's newest checkpoint.", "--resume")]
-Log = Annotated[int | None, option("Steps between log lines.")]
-Evaluate = Annotated[int | None, option("Steps between evaluations.")]
-Save = Annotated[int | None, option("Steps between checkpoints.")]
-NoSave = Annotated[bool, option("Write no checkpoint.", "--no-save")]
-Set = Annotated[list[str] | None, option("Any other setting, KEY=VALUE; may be repeated.", "--set")]
 
 
 def pretrain(
@@ -71,8 +79,8 @@ def pretrain(
 def finetune(
     what: Annotated[str, typer.Argument(help="text, vision, audio or diffusion.", show_default=False)],
     start: Annotated[Path | None, option("The run whose newest checkpoint to start from.")] = None,
-    data: Annotated[str | None, option("What to learn: a text, or a collection of images or sounds.")] = None,
-    encoder: Annotated[str | None, option("Frozen encoder of images or sounds [the run's].")] = None,
+    data: Data = None,
+    encoder: Encoder = None,
     steps: Steps = None,
     batch: Batch = None,
     ctx: Context = None,

@@ -21,35 +21,50 @@ def option(text: str, *names: str) -> Any:
     return typer.Option(*names, help=text, show_default=False)
 
 
+# Options that several commands which train have in common.
+Steps = Annotated[int | None, option("Optimizer steps.")]
+Batch = Annotated[int | None, option("Sequences per step and micro-batch.")]
+Context = Annotated[int | None, option("Bytes, or positions of the stream, that a row has.")]
+Accum = Annotated[int | None, option("Micro-batches per step.")]
+Data = Annotated[str | None, option("What to learn: a text, or a collection of images or sounds.")]
+Encoder = Annotated[str | None, option("Frozen encoder of images or sounds: a folder, or a name on the hub.")]
+Out = Annotated[Path | None, option("Run folder [runs/NAME].")]
+Name = Annotated[str | None, option("Name of the run when --out is not given [the recipe's].")]
+Resume = Annotated[bool, option("Go on from the run's newest checkpoint.", "--resume")]
+Log = Annotated[int | None, option("Steps between log lines.")]
+Evaluate = Annotated[int | None, option("Steps between evaluations.")]
+Save = Annotated[int | None, option("Steps between checkpoints.")]
+NoSave = Annotated[bool, option("Write no checkpoint.", "--no-save")]
+Set = Annotated[list[str] | None, option("Any other setting, KEY=VALUE; may be repeated.", "--set")]
+
+
 def train(
     what: Annotated[
         str | None, typer.Argument(help="Of an ARB model: text, vision, audio or diffusion.", show_default=False)
     ] = None,
     recipe: Annotated[str | None, option("Named run to start from [shakespeare].")] = None,
-    data: Annotated[str | None, option("What to learn: a text, or a collection of images or sounds.")] = None,
-    encoder: Annotated[
-        str | None, option("Frozen encoder of images or sounds: a folder, or a name on the hub.")
-    ] = None,
-    steps: Annotated[int | None, option("Optimizer steps.")] = None,
-    batch: Annotated[int | None, option("Sequences per step and micro-batch.")] = None,
-    ctx: Annotated[int | None, option("Bytes of context.")] = None,
+    data: Data = None,
+    encoder: Encoder = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    ctx: Context = None,
     width: Annotated[int | None, option("Channels; the rest follows from it.")] = None,
     depth: Annotated[int | None, option("Blocks.")] = None,
     rate: Annotated[float | None, option("Step of a register, in leading-trit units.")] = None,
-    accum: Annotated[int | None, option("Micro-batches per step.")] = None,
+    accum: Accum = None,
     seed: Annotated[int | None, option("Seed of registers, batches and rounding.")] = None,
-    out: Annotated[Path | None, option("Run folder [runs/NAME].")] = None,
-    run: Annotated[str | None, option("Name of the run when --out is not given [the recipe's].")] = None,
+    out: Out = None,
+    run: Name = None,
     preserve_state: Annotated[
         bool, option("Rows read on from step to step, with a state that goes on.", "--preserve-state")
     ] = False,
     max_moe_iters: Annotated[int | None, option("Passes through the experts of --set experts=N, at the most.")] = None,
-    resume: Annotated[bool, option("Go on from the run's newest checkpoint.", "--resume")] = False,
-    log_interval: Annotated[int | None, option("Steps between log lines.")] = None,
-    eval_interval: Annotated[int | None, option("Steps between evaluations.")] = None,
-    save_interval: Annotated[int | None, option("Steps between checkpoints.")] = None,
-    no_save: Annotated[bool, option("Write no checkpoint.", "--no-save")] = False,
-    set_: Annotated[list[str] | None, option("Any other setting, KEY=VALUE; may be repeated.", "--set")] = None,
+    resume: Resume = False,
+    log_interval: Log = None,
+    eval_interval: Evaluate = None,
+    save_interval: Save = None,
+    no_save: NoSave = False,
+    set_: Set = None,
     json: Json = False,
 ) -> None:
     """Train a model, score it, ship it. Without WHAT a byte model; with it an ARB model of 288 symbols."""
