@@ -57,12 +57,12 @@ def main_cells(data: str) -> list[Cell]:
         *grid(base, "bitnet-muon", [0.02]),
         *grid(base, "ours", [0.03], settings={"compact": True}),
         *grid(base, "muon", [0.02]),
-        *grid(base, "bitnet-adamw", [0.004]),
-        *grid(base, "bitnet-muon", [0.04]),
         *grid(base, "adamw", [0.003], seeds=3),
+        *grid(base, "bitnet-adamw", [0.004]),
+        *grid(base, "bitnet-muon", [0.01, 0.04]),
         *grid(base, "muon", [0.01]),
         *grid(base, "bitnet-adamw", [0.001]),
-        *grid(base, "bitnet-muon", [0.01]),
+        *grid(base, "ours", [0.02], settings={"compact": True}),
     ]
 
 
@@ -116,13 +116,14 @@ def probe_cells(data: str) -> list[Cell]:
 
 
 def scaling_cells(data: str) -> list[Cell]:
-    """Ours against AdamW at three sizes and two lengths, the largest at the end: it takes most of the time."""
-    cells = []
-    for width, depth, rates in ((256, 6, (0.002, 0.004)), (512, 6, (0.002, 0.003)), (1024, 7, (0.001, 0.002))):
-        for steps in (1200, 3600):
-            base = replace(full(data), width=width, depth=depth, steps=steps)
-            cells += [base, *grid(base, "adamw", list(rates))]
-    return cells
+    """Ours against AdamW at three sizes and two lengths; AdamW's other rate at the greater length comes last."""
+    cells, others = [], []
+    for width, depth, rates in ((1024, 7, (0.001, 0.002)), (256, 6, (0.004, 0.002)), (512, 6, (0.003, 0.002))):
+        base = replace(full(data), width=width, depth=depth)
+        short = replace(base, steps=1200)
+        cells += [base, short, *grid(base, "adamw", [rates[0]]), *grid(short, "adamw", list(rates))]
+        others += grid(base, "adamw", [rates[1]])
+    return cells + others
 
 
 def robust_cells(data: str) -> list[Cell]:
@@ -140,8 +141,9 @@ def nanogpt_cells(data: str) -> list[Cell]:
         full("shakespeare"), split="90/10", width=384, depth=6, ctx=256, stride=128, bench="nanogpt", eval_interval=500
     )
     return [
-        *(replace(base, steps=steps) for steps in (1000, 2000, 5000)),
-        *(replace(base, steps=1000, rate=rate) for rate in (0.015, 0.06)),
+        *(replace(base, steps=steps) for steps in (2000, 1000, 3000, 5000)),
+        *(replace(base, steps=2000, rate=rate) for rate in (0.015, 0.06)),
+        replace(base, steps=2000, shape={}),
         *grid(replace(base, steps=1000), "adamw", [0.001, 0.002]),
     ]
 
@@ -152,6 +154,20 @@ def optimizer_cells(data: str) -> list[Cell]:
     return [*grid_cells(base), *grid_cells(replace(base, data=data))]
 
 
+def small_cells(data: str) -> list[Cell]:
+    """Settings of ours at the size and on the text of the optimizer grid."""
+    base = replace(GRID, dtype="bfloat16", decay=1.0)
+    columns = GRID.shape | {"column_scales": True}
+    return [
+        *(replace(base, rate=rate) for rate in (0.015, 0.03, 0.06)),
+        *(replace(base, rate=rate, shape=columns) for rate in (0.015, 0.03)),
+        *(replace(base, rate=0.03, settings={"momentum": momentum}) for momentum in (0.8, 0.95)),
+        *(replace(base, rate=0.03, settings={"scale_rate": rate}) for rate in (0.0, 0.01)),
+        replace(base, rate=0.03, settings={"embedding_rate": 4.0}),
+        replace(base, rate=0.03, settings={"head_rate": 1.0}),
+    ]
+
+
 STAGES: dict[str, Callable[[str], list[Cell]]] = {
     "main": main_cells,
     "short": short_cells,
@@ -160,6 +176,7 @@ STAGES: dict[str, Callable[[str], list[Cell]]] = {
     "robust": robust_cells,
     "nanogpt": nanogpt_cells,
     "optimizers": optimizer_cells,
+    "small": small_cells,
 }
 
 

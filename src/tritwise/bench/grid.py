@@ -29,6 +29,7 @@ GRID = Cell(
     batch=64,
     ctx=66,
     warmup=250,
+    stride=33,
 )
 """What all rows share; rule and rate are placeholders."""
 
@@ -42,7 +43,8 @@ UNTUNED = {
 }
 """The published rows at rates that no one tuned."""
 
-BESIDE = ("ours", "muon")
+BESIDE: dict[str, dict[str, Any]] = {"ours": {"decay": 1.0}, "muon": {}}
+"""Further rules, with what they have of their own: ours wants a rate that falls all the way."""
 
 
 def grid_cells(
@@ -52,7 +54,8 @@ def grid_cells(
 
     settings: of ours. rates: to tune over, in place of each rule's own grid.
     """
-    rules = [*((rule, {}) for rule in UNTUNED), *((rule, settings or {} if rule == "ours" else {}) for rule in BESIDE)]
+    own = BESIDE | {"ours": BESIDE["ours"] | (settings or {})}
+    rules = [*((rule, {}) for rule in UNTUNED), *own.items()]
     untuned = [cell for rule, rate in UNTUNED.items() for cell in tune(base, [(rule, {})], [rate])]
     return list({cell.key: cell for cell in [*untuned, *tune(base, rules, rates)]}.values())
 

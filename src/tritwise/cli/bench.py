@@ -143,6 +143,7 @@ def optimizer_grid(
     given = {"steps": steps, "batch": batch, "ctx": ctx, "width": width, "depth": depth, "split": split}
     shape: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     shape["warmup"] = shape.get("steps", GRID.steps) // 10
+    shape["stride"] = max(1, shape.get("ctx", GRID.ctx) // 2)
     devices = _devices(device)
     own = RULES["ours"].parse(settings_given(set_ or []))
     cells: list[Cell] = []
