@@ -135,6 +135,40 @@ def robust_cells(data: str) -> list[Cell]:
     return cells
 
 
+def memory_cells(data: str) -> list[Cell]:
+    """Rows that are steadied (`row_memory`), and the one-byte variant's own settings, at a third of the length."""
+    base, steady = replace(full(data), steps=1200), {"row_memory": 0.95}
+    compact = replace(base, settings={"compact": True})
+    return [
+        replace(base, settings=steady),
+        compact,
+        replace(compact, settings={"compact": True} | steady),
+        replace(base, settings=steady, seed=1),
+        replace(base, seed=1),
+        replace(compact, rate=0.02),
+        replace(base, settings={"row_memory": 0.9}),
+        replace(base, settings={"row_memory": 0.98}),
+        replace(compact, settings={"compact": True, "momentum": 0.85}),
+        replace(base, settings=steady | {"momentum": 0.85}),
+        replace(compact, settings={"compact": True, "momentum": 0.95}),
+        replace(base, settings=steady, rate=0.04),
+        replace(compact, shape=base.shape | {"group": 1 << 16}),
+        replace(compact, rate=0.045),
+        replace(base, settings=steady, seed=2),
+        replace(base, seed=2),
+        replace(compact, decay=0.7),
+    ]
+
+
+def steady_cells(data: str) -> list[Cell]:
+    """The comparison's own rows with steadied rows."""
+    base, steady = full(data), {"row_memory": 0.95}
+    return [
+        *grid(base, "ours", [0.03], settings=steady, seeds=3),
+        *grid(base, "ours", [0.03, 0.02], settings={"compact": True} | steady),
+    ]
+
+
 def nanogpt_cells(data: str) -> list[Cell]:
     """nanoGPT's GPU recipe on tinyshakespeare: 10.8M weights, context 256, batch 64, at most 5000 steps."""
     base = replace(
@@ -177,6 +211,8 @@ STAGES: dict[str, Callable[[str], list[Cell]]] = {
     "nanogpt": nanogpt_cells,
     "optimizers": optimizer_cells,
     "small": small_cells,
+    "memory": memory_cells,
+    "steady": steady_cells,
 }
 
 

@@ -244,6 +244,54 @@ def test_defaults():
     assert not torch.equal(u, ops.direction(momentum, exponent, blocks=3))
 
 
+def fresh(rows: int) -> Tensor:
+    return torch.full((rows, 1), ops.LEVEL_FLOOR, dtype=torch.int16)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("blocks", "rows", "columns"), [(1, 24, 40), (3, 30, 7), (1, 1, 5)])
+def test_steadied_rows_follow_a_running_mean_of_their_squares(method, blocks, rows, columns):
+    """Over several steps, beside the mean in float64; the level follows it to a thousandth of an octave a step."""
+    level, mean = fresh(rows), torch.zeros(rows, 1, dtype=torch.float64)
+    for step in range(12):
+        momentum, exponent = state(rows, columns, seed=step)
+        plain = ops.direction(momentum, exponent, method, 3, blocks).double()
+        mean = 0.8 * mean + 0.2 * plain.square().mean(dim=1, keepdim=True)
+        expected = plain / mean.sqrt()
+        u = ops.direction(momentum, exponent, method, 3, blocks, level, 0.8)
+        assert rms(u) == pytest.approx(1, abs=1e-5) and u.is_contiguous()
+        assert (u - expected / rms(expected)).norm() < 3e-3 * u.norm()
+        assert (level / 1024 - torch.log2(mean)).abs().max() < 5e-3
+    if rows > 1 and method in ("newton_schulz", "rms"):  # the others make rows nearly equal
+        assert (u - plain).norm() > 0.02 * u.norm()  # what came before is remembered
+
+
+def test_steadied_rows_of_several_matrices_are_those_of_each():
+    shapes = [((8, 20), 1), ((24, 20), 3), ((8, 20), 1), ((5, 6), 1)]
+    states = [state(*shape, seed=number) for number, (shape, _) in enumerate(shapes)]
+    together, alone = ([fresh(shape[0]) for shape, _ in shapes] for _ in range(2))
+    blocks = [count for _, count in shapes]
+    for _ in range(2):
+        given = [momentum for momentum, _ in states], [exponent for _, exponent in states]
+        many = ops.direction_many(*given, "balanced", 3, blocks, together, 0.9)
+        for (momentum, exponent), count, level, u in zip(states, blocks, alone, many, strict=True):
+            assert torch.allclose(ops.direction(momentum, exponent, "balanced", 3, count, level, 0.9), u, atol=1e-5)
+    for one, other in zip(together, alone, strict=True):
+        assert (one.int() - other.int()).abs().max() <= 1 and (one > ops.LEVEL_FLOOR).all()
+
+
+def test_a_steadied_row_of_zeros_stays_zero_and_a_refused_step_is_not_remembered():
+    momentum, exponent = state(6, 10)
+    momentum[2] = 0
+    level = fresh(6)
+    u = ops.direction(momentum, exponent, "balanced", 3, 1, level, 0.9)
+    assert torch.isfinite(u).all() and u[2].abs().max() < 1e-5 and rms(u) == pytest.approx(1, abs=1e-5)
+    kept = level.clone()
+    for go, same in ((False, True), (True, False)):
+        ops.direction_many([momentum.flip(1)], [exponent], "rms", 3, 1, [level], 0.9, torch.tensor(go))
+        assert torch.equal(level, kept) == same
+
+
 @pytest.mark.parametrize("method", ["muon", "", "Sign", "newton-schulz"])
 def test_unknown_method(method):
     momentum, exponent = state(3, 4)
@@ -255,4 +303,6 @@ def test_unknown_method(method):
 @pytest.mark.parametrize(("shape", "blocks"), [((6, 10), 1), ((20, 3), 1), ((3, 20), 1), ((6, 10), 3), ((60, 3), 3)])
 def test_opcheck(method, shape, blocks):
     momentum, exponent = state(*shape)
-    torch.library.opcheck(torch.ops.tritwise.direction.default, (momentum, exponent, method, 3, blocks))
+    for levels in ([], [fresh(shape[0])]):
+        arguments = [momentum], [exponent], method, 3, [blocks], levels, 0.9
+        torch.library.opcheck(torch.ops.tritwise.direction_many.default, arguments)

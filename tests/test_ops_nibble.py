@@ -253,6 +253,18 @@ def test_a_list_is_one_after_the_other(poisoned):
         assert all(torch.equal(x, y[n]) for x, y in zip((b, p, e), state, strict=True))
 
 
+def test_rates_and_phases_may_be_known_to_the_device_alone():
+    *state, grads, keys = mixed()
+    *other, _, _ = mixed()
+    for phase in (3, 2**33 + 7, -5):
+        ops.accumulate_nibble_many(*state, grads, 0.9, keys, phase)
+        ops.accumulate_nibble_many(*other, grads, 0.9, keys, torch.tensor(phase))
+        flips = ops.move_nibbles_many(state[0], grads, RATES, keys, phase)
+        rates = torch.tensor(RATES, dtype=torch.float64)
+        assert torch.equal(flips, ops.move_nibbles_many(other[0], grads, rates, keys, torch.tensor(phase)))
+    assert all(torch.equal(a, b) for x, y in zip(state, other, strict=True) for a, b in zip(x, y, strict=True))
+
+
 @pytest.mark.parametrize("go", [True, False])
 def test_moves_wait_for_leave(go):
     registers, _, _, directions, keys = mixed()
@@ -325,6 +337,9 @@ def test_triton_lists_of_mixed_shapes(device, poisoned):
     for go in (None, torch.tensor(True), torch.tensor(False)):
         flips, *_ = assert_same_bits(device, ops.move_nibbles_many, state[0], values, RATES, keys, 77, go)
         assert bool(flips.sum()) is (go is None or bool(go))
+    live = torch.tensor(RATES, dtype=torch.float64), keys, torch.tensor(2**20 + 9)
+    assert_same_bits(device, ops.move_nibbles_many, state[0], values, *live)
+    assert_same_bits(device, ops.accumulate_nibble_many, *state, values, 0.9, *live[1:])
     assert_same_bits(device, ops.momentum_of_many, *state)
     for bad, at in ((float("nan"), (20, 77)), (float("inf"), (0, 129)), (3e38, (3, 3))):
         grads = [value.clone() for value in values]
@@ -368,12 +383,15 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
 
     pointers = {"table": "*i64", "flips_T": "*i64", "go": "*i1", "taken_T": "*i8", "scales": "*fp32"}
     pointers |= {"peak_R": "*i32", "peak_L": "*i32", "kept_L": "*fp32", "refused_T": "*i32"}
-    for kernel, block in (
-        (kernels.peaks, 64),
-        (kernels.requantise, 64),
-        (kernels.momentum_of, 64),
-        (kernels.move, 2048),
+    for kernel, block, turn in (
+        (kernels.peaks, 64, "i32"),
+        (kernels.requantise, 64, "i32"),
+        (kernels.requantise, 64, "*i64"),
+        (kernels.momentum_of, 64, "i32"),
+        (kernels.move, 2048, "i32"),
+        (kernels.move, 2048, "*i64"),
     ):
+        pointers["turn"] = turn
         constants = {"TENSORS": 16, "BLOCK": block, "ALIGNED": True}
         types = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in kernel.arg_names}
         source = ASTSource(kernel, types, {(kernel.arg_names.index(a),): v for a, v in constants.items()})

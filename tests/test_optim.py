@@ -456,6 +456,7 @@ def test_the_newest_optimizer_gets_the_gradients():
         ({"momentum": 1.0}, "momentum is 1.0; it must be at least 0 and below 1"),
         ({"momentum": -0.5}, "momentum is -0.5; it must be at least 0 and below 1"),
         ({"momentum": math.nan}, "momentum is nan; it must be at least 0 and below 1"),
+        ({"row_memory": 1.0}, "row_memory is 1.0; it must be at least 0 and below 1"),
         (
             {"direction": "adam"},
             "there is no direction 'adam'; choose one of newton_schulz, balanced, row_column, rms, sign",

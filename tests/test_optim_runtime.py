@@ -104,7 +104,7 @@ def test_changed_settings_are_used_at_once():
     assert_equal(everything(model, optimizer), everything(other, fresh))
 
 
-LISTED = "rate, momentum, scale_rate, direction, steps, interval, seed"
+LISTED = "rate, momentum, scale_rate, direction, steps, row_memory, interval, seed"
 
 
 @pytest.mark.parametrize(
@@ -278,14 +278,15 @@ def test_skipped_steps_are_counted_when_someone_asks(monkeypatch):
 # --- recorded ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_step_that_reads_keys_and_rates_from_the_device_has_the_bits_of_any_other():
+@pytest.mark.parametrize("own", [{}, {"row_memory": 0.8}, {"compact": True}])
+def test_a_step_that_reads_keys_and_rates_from_the_device_has_the_bits_of_any_other(own):
     results = []
     for records in (False, True):
         torch.manual_seed(0)
         model = nn.ModuleList([TritLinear(16, 9, blocks=3), TritEmbedding(9, 6, group=3)])
         for layer in layers_of(model):
             layer.add_column_scales()
-        optimizer = TritOptimizer(model, 0.1, scale_rate=0.1, seed=5)
+        optimizer = TritOptimizer(model, 0.1, scale_rate=0.1, seed=5, **own)
         keep_initial_rates([optimizer])
         assert optimizer.recordable
         for step in range(6):
@@ -310,7 +311,6 @@ def test_what_cannot_be_recorded_says_so():
     linear = [TritLinear(16, 8)]
     assert not TritOptimizer(linear, 0.1, interval=2).recordable
     assert TritOptimizer(linear, 0.1).recordable
-    assert not TritOptimizer(linear, 0.1, compact=True).recordable
 
 
 @pytest.mark.parametrize("how", ["configure", "load", "forget", "add"])

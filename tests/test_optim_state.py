@@ -118,9 +118,9 @@ def test_one_momentum_on_the_way_to_the_step_holds_no_second_gradient():
 # --- saving and loading ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("interval", "micro_batches"), [(1, 1), (2, 3)])
-def test_a_resumed_run_equals_an_uninterrupted_one(interval, micro_batches):
-    options = {"scale_rate": 0.1, "interval": interval, "seed": 7}
+@pytest.mark.parametrize(("interval", "micro_batches", "row_memory"), [(1, 1, 0.0), (2, 3, 0.9)])
+def test_a_resumed_run_equals_an_uninterrupted_one(interval, micro_batches, row_memory):
+    options = {"scale_rate": 0.1, "interval": interval, "row_memory": row_memory, "seed": 7}
     whole, its_optimizer = build(**options)
     train(whole, its_optimizer, 0, 6, micro_batches)
 
@@ -133,6 +133,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one(interval, micro_batches):
     train(resumed, its_state, 3, 6, micro_batches)
     assert_equal(everything(resumed, its_state), everything(whole, its_optimizer))
     assert its_state.step_count == 6
+
+
+def test_rows_of_matrices_remember_their_squares_in_two_bytes():
+    model, optimizer = build(row_memory=0.9)
+    train(model, optimizer, 0, 3)
+    other, plain = build()
+    train(other, plain, 0, 3)
+    moved = 0
+    for (_, layer), (_, same) in zip(trit_modules(model), trit_modules(other), strict=True):
+        level = optimizer.state[layer.register].get("row_level")
+        assert (level is not None) == (layer.role == "matrix") and "row_level" not in plain.state[same.register]
+        if level is not None:
+            assert level.dtype == torch.int16 and level.shape == (layer.register.shape[0], 1)
+            assert (level > -10240).all()
+            moved += int((layer.register != same.register).sum())
+    assert moved > 0
+    old = plain.state_dict()
+    for group in old["param_groups"]:
+        del group["row_memory"]  # of before there was one
+    plain.load_state_dict(old)
+    train(other, plain, 3, 4)
 
 
 def test_settings_come_back_from_the_state():

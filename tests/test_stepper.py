@@ -18,7 +18,8 @@ from tritwise.train.stepper import Stepper
 from tritwise.train.warm import warm_up
 
 SHAPE = ModelConfig(width=32, depth=1, ctx=16, column_scales=True)
-RULES = ("trit", "adamw", "muon")
+TRIT = {"trit": {}, "compact": {"compact": True}, "steadied": {"row_memory": 0.9}}
+RULES = (*TRIT, "adamw", "muon")
 
 
 @pytest.fixture
@@ -32,9 +33,9 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def build(rule: str, device: str = "cpu", **settings: Any) -> tuple[ByteLM, list[torch.optim.Optimizer]]:
     torch.manual_seed(0)
-    model = ByteLM(ModelConfig(**SHAPE.__dict__ | {"weights": "trit" if rule == "trit" else "float"})).to(device)
-    if rule == "trit":
-        return model, [TritOptimizer(model, 0.05, **settings)]
+    model = ByteLM(ModelConfig(**SHAPE.__dict__ | {"weights": "trit" if rule in TRIT else "float"})).to(device)
+    if rule in TRIT:
+        return model, [TritOptimizer(model, 0.05, **TRIT[rule], **settings)]
     return model, float_optimizers(model, rule, 0.02)
 
 

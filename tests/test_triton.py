@@ -318,8 +318,8 @@ def test_an_id_outside_the_table_gives_no_number(wrong):
 
 @on_each_device
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("rank", [None, 2])
-def test_directions_are_close(device, method, rank):
+@pytest.mark.parametrize(("rank", "steadied"), [(None, False), (2, False), (2, True)])
+def test_directions_are_close(device, method, rank, steadied):
     """Gradients are close to low rank, where the rounding of a matrix product is amplified most."""
     shapes = [(60, 20), (20, 20), (40, 100), (100, 20), (20, 20), (1, 7), (300, 40)]
     blocks = [3, 1, 2, 1, 2, 1, 1]
@@ -332,11 +332,19 @@ def test_directions_are_close(device, method, rank):
         if n % 2:
             momenta[-1][:1], momenta[-1][:, 2] = 0, 0  # a row and a column that nothing has reached
         exponents.append(int8(-9, -2, (rows, 1), n))
-    found = results("triton", device, ops.direction_many, momenta, exponents, method, 3, blocks)
-    expected = results("reference", "cpu", ops.direction_many, momenta, exponents, method, 3, blocks)
     tolerance = 1e-2 if device == "cuda" and method in ("newton_schulz", "balanced") else 1e-5
-    for a, b in zip(found, expected, strict=True):
-        assert_close(a, b, tolerance)
+    both = []
+    for backend, place in (("triton", device), ("reference", "cpu")):
+        # Rows of which nothing, little and much is remembered.
+        levels = [torch.tensor([ops.LEVEL_FLOOR, -3000, 2000, 5]).repeat(len(m))[: len(m)].short() for m in momenta]
+        levels = [level.view(-1, 1).to(place) for level in levels] if steadied else []
+        given = [m.to(place) for m in momenta], [e.to(place) for e in exponents]
+        with ops.backend(backend):
+            both.append(([u.cpu() for u in ops.direction_many(*given, method, 3, blocks, levels, 0.9)], levels))
+    for a, b in zip(both[0][0], both[1][0], strict=True):
+        assert_close(a, b, 1.2 * tolerance if steadied else tolerance)
+    for a, b in zip(both[0][1], both[1][1], strict=True):
+        assert (a.cpu().int() - b.int()).abs().max() <= (1 if tolerance < 1e-3 else 60)
 
 
 # ---- graphs and mixtures

@@ -17,7 +17,7 @@ update, nibble and direction have `_many` forms for a list of tensors: a whole m
 
 from tritwise.ops.backends import backend, backend_table, backends_of
 from tritwise.ops.combine import combine
-from tritwise.ops.direction import direction, direction_many
+from tritwise.ops.direction import LEVEL_FLOOR, direction, direction_many
 from tritwise.ops.embedding import embedding
 from tritwise.ops.graph import edge_sum, gather_add
 from tritwise.ops.linear import linear, linear_column_grad, linear_scale_grad
@@ -38,6 +38,7 @@ from tritwise.ops.update import (
 )
 
 __all__ = [
+    "LEVEL_FLOOR",
     "accumulate_momentum",
     "accumulate_momentum_many",
     "accumulate_nibble",

@@ -42,10 +42,10 @@ _TOGETHER = 1 << 25
 
 # Row/column beats Newton-Schulz where rows are symbols: a rare row gets its step whatever the others do.
 ROLE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "embedding": {"direction": "row_column"},
-    "head": {"direction": "row_column"},
+    "embedding": {"direction": "row_column", "row_memory": 0.0},
+    "head": {"direction": "row_column", "row_memory": 0.0},
     # A vector's register is its number: it moves a little at every step, and has neither a scale nor spare bits.
-    "vector": {"direction": "rms", "interval": 1, "scale_rate": 0.0, "compact": False},
+    "vector": {"direction": "rms", "interval": 1, "scale_rate": 0.0, "compact": False, "row_memory": 0.0},
 }
 ROLE_RATES = {"embedding": 2.0, "head": 2.0}
 """Rates of roles over that of matrices, unless given: docs/RULE.md."""
@@ -59,7 +59,8 @@ class TritOptimizer(torch.optim.Optimizer):
     rate: step of a register in leading-trit units for a direction of 1; stored as "lr", so torch's schedulers work.
     momentum: decay of the int8 momentum. scale_rate: step of a scale in octaves (0: scales stay).
     direction: of the groups that have no other by default (ROLE_DEFAULTS), one of `tritwise.ops.direction.METHODS`;
-        steps: Newton-Schulz steps.
+        steps: Newton-Schulz steps. row_memory: rows of the direction are divided by the root of a running mean of their
+        squares, and this is its decay; it takes two bytes a row. 0: they are not.
     roles: settings for single roles, such as {"embedding": {"direction": "row_column", "rate": 0.01}}.
     interval: a layer moves at every interval-th step, by interval times as much; layers take turns.
     compact: register and momentum share one byte a weight, in 15 steps each, beside an exponent for 32 weights: half
@@ -81,6 +82,7 @@ class TritOptimizer(torch.optim.Optimizer):
         scale_rate: float = 0.005,
         direction: str = "balanced",
         steps: int = 3,
+        row_memory: float = 0.0,
         interval: int = 1,
         compact: bool = False,
         roles: dict[str, dict[str, Any]] | None = None,
@@ -92,6 +94,7 @@ class TritOptimizer(torch.optim.Optimizer):
             "scale_rate": scale_rate,
             "direction": direction,
             "steps": steps,
+            "row_memory": row_memory,
             "interval": interval,
             "compact": compact,
             "seed": seed,
@@ -213,11 +216,13 @@ class TritOptimizer(torch.optim.Optimizer):
         """As torch's."""
         self.version += 1
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group.setdefault("row_memory", 0.0)  # of before there was one
 
     @property
     def recordable(self) -> bool:
         """Whether a step can be recorded in a CUDA graph: every layer moves at every step, by the same calls."""
-        plain = all(group["interval"] == 1 and not group["compact"] for group in self.param_groups)
+        plain = all(group["interval"] == 1 for group in self.param_groups)
         return plain and not any(layer.sparse for layer in self.layers)
 
     @contextmanager
@@ -254,6 +259,10 @@ class TritOptimizer(torch.optim.Optimizer):
             return self._live.keys(places)
         return [make_key(*place) for place in places]
 
+    def _phase(self, phase: int) -> int | Tensor:
+        """What a compact layer's rounding takes as its phase; a group that is recorded moves at every step."""
+        return phase if self._live is None or not self._records else self._live.step
+
     def _state_of(self, layer: TritModule, scales: bool) -> dict[str, Tensor]:
         state, register = self.state[layer.register], layer.register
         if "row_exponent" not in state and self._settings_of(register)["compact"]:
@@ -262,6 +271,8 @@ class TritOptimizer(torch.optim.Optimizer):
         elif "row_exponent" not in state:
             state["momentum"] = torch.zeros_like(register)
             state["row_exponent"] = torch.full_like(register[:, :1], EXPONENT_FLOOR)
+        if self._settings_of(register)["row_memory"] and "row_level" not in state:
+            state["row_level"] = torch.full_like(register[:, :1], ops.LEVEL_FLOOR, dtype=torch.int16)
         if scales:
             make_scale_state(layer, state)
         return state
@@ -304,7 +315,8 @@ class TritOptimizer(torch.optim.Optimizer):
             self._taken.append(ops.accumulate_momentum_many(momenta, exponents, gradients, decay, keys))
         for (decay, phase), entries in compact.items():
             registers, rows, groups, gradients, keys = zip(*entries, strict=True)
-            self._taken.append(ops.accumulate_nibble_many(registers, rows, groups, gradients, decay, keys, phase))
+            when = self._phase(phase)
+            self._taken.append(ops.accumulate_nibble_many(registers, rows, groups, gradients, decay, keys, when))
 
     def _accumulate_rows(
         self,
@@ -387,6 +399,7 @@ class TritOptimizer(torch.optim.Optimizer):
         step, registers = group["step"], [layer.register for layer in layers]
         states = [self._state_of(layer, scales=False) for layer in layers]
         exponents, rows = [s["row_exponent"] for s in states], None
+        levels = [s["row_level"] for s in states] if group["row_memory"] else []
         if group["compact"]:
             # Without the exponents of rows, which the direction takes by themselves, nothing can under- or overflow.
             level = [torch.zeros_like(e) for e in exponents]
@@ -398,13 +411,14 @@ class TritOptimizer(torch.optim.Optimizer):
             if not rows.numel():
                 return
             registers, momenta, exponents = [registers[0][rows]], [momenta[0][rows]], [exponents[0][rows]]
-        blocks = [layer.blocks for layer in layers]
-        directions = ops.direction_many(momenta, exponents, group["direction"], group["steps"], blocks)
+            levels = [level[rows] for level in levels]
+        blocks, how = [layer.blocks for layer in layers], (group["direction"], group["steps"])
+        directions = ops.direction_many(momenta, exponents, *how, blocks, levels, group["row_memory"], go)
         if group["compact"]:
-            assert not isinstance(rate, Tensor), "compact groups are not recorded"
-            phase = step // group["interval"]
+            phase = self._phase(step // group["interval"])
             keys = [make_key(group["seed"], _NO_STEP, self._number[layer.register], _MOVE) for layer in layers]
-            flips = ops.move_nibbles_many(registers, directions, [rate] * len(layers), keys, phase, go)
+            rates = rate.expand(len(layers)) if isinstance(rate, Tensor) else [rate] * len(layers)
+            flips = ops.move_nibbles_many(registers, directions, rates, keys, phase, go)
         else:
             keys = self._keys([Place(group["seed"], step, self._number[layer.register], _MOVE) for layer in layers])
             far = rate * LEAD
@@ -412,6 +426,8 @@ class TritOptimizer(torch.optim.Optimizer):
             flips = ops.move_registers_many(registers, directions, rates, keys, go=go)
         if rows is not None:
             layers[0].register[rows] = registers[0]
+            for state, level in zip(states, levels, strict=False):
+                state["row_level"][rows] = level
         self.flips_by_layer.update(zip(layers, flips, strict=True))
         if group["scale_rate"] > 0 and layers[0].learns_scale:  # a group has one role, and vectors have their own
             # Scales follow the schedule of the rate; at a rate of 0 they stay.
@@ -482,15 +498,16 @@ def _check(group: dict[str, Any]) -> None:
     for name in ("lr", "scale_rate"):
         if not 0 <= group[name] < float("inf"):
             raise ValueError(f"{'rate' if name == 'lr' else name} is {group[name]}; it must be 0 or more and finite")
-    if not 0 <= group["momentum"] < 1:
-        raise ValueError(f"momentum is {group['momentum']}; it must be at least 0 and below 1")
+    for name in ("momentum", "row_memory"):
+        if not 0 <= group[name] < 1:
+            raise ValueError(f"{name} is {group[name]}; it must be at least 0 and below 1")
     if group["direction"] not in METHODS:
         raise ValueError(f"there is no direction {group['direction']!r}; choose one of {', '.join(METHODS)}")
     if group["steps"] < 1 or group["interval"] < 1:
         raise ValueError("steps and interval must be at least 1")
 
 
-_SETTINGS = ("rate", "momentum", "scale_rate", "direction", "steps", "interval", "seed")
+_SETTINGS = ("rate", "momentum", "scale_rate", "direction", "steps", "row_memory", "interval", "seed")
 
 
 def _roles_of(groups: list[dict[str, Any]]) -> str:

@@ -11,7 +11,7 @@ hash-prospector project as having the least known bias of its shape.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -165,8 +165,15 @@ def random_bits16_many(counts: Sequence[int], keys: Sequence[Key] | Tensor, devi
 WEYL_STEP = 40521
 
 
-def weyl_turn(phase: int) -> int:
-    """How far the Weyl sequence has gone at step `phase`: phase * WEYL_STEP modulo 2**16, in 0 … 65535."""
+@overload
+def weyl_turn(phase: int) -> int: ...
+@overload
+def weyl_turn(phase: Tensor) -> Tensor: ...
+def weyl_turn(phase: int | Tensor) -> int | Tensor:
+    """How far the Weyl sequence has gone at step `phase`: phase * WEYL_STEP modulo 2**16, in 0 … 65535.
+
+    phase: an int, or an int64 tensor of such.
+    """
     return phase * WEYL_STEP & 0xFFFF
 
 

@@ -13,6 +13,7 @@ STATE_ROLES = {
     "momentum": "momentum",
     "row_exponent": "momentum",
     "group_exponent": "momentum",
+    "row_level": "momentum",
     "scale_momentum": "momentum",
     "scale_row_exponent": "momentum",
     "scale_evidence": "scale",

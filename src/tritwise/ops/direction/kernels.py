@@ -118,11 +118,13 @@ def weigh(
 
 
 @triton.jit
-def spread(x, scale, addresses, count, BLOCK: tl.constexpr):
-    """The `count` numbers of each matrix of x, times scale [M], as float32 to the address that it has in a table."""
+def spread(x, scale, addresses, count, scaled, BLOCK: tl.constexpr):
+    """The `count` numbers of each matrix of x, times their scale, as float32 to the address that it has in a table.
+    scale: one number for every `scaled` of x, which divides `count`."""
     blocks = tl.cdiv(count, BLOCK)
     matrix = tl.program_id(0) // blocks
     index = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + matrix.to(tl.int64) * count + index, mask=index < count, other=0.0).to(tl.float32)
+    factor = tl.load(scale + matrix * (count // scaled) + index // scaled, mask=index < count, other=0.0)
     to = tl.load(addresses + matrix).to(tl.pointer_type(tl.float32))  # pyright: ignore[reportArgumentType]
-    tl.store(to + index, value * tl.load(scale + matrix), mask=index < count)
+    tl.store(to + index, value * factor, mask=index < count)

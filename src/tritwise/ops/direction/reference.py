@@ -1,5 +1,7 @@
 """The oracle of the directions, in float32 torch."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,8 @@ from tritwise.ops.update.reference import power_of_two
 # Muon's quintic: it trades exact convergence for slope, so three steps already lift small singular values a lot.
 A, B, C = 3.4445, -4.7750, 2.0315
 TINY = 1e-30  # keeps a zero momentum at zero
+LEVELS = 1024  # steps of a row's level in an octave
+LEVEL_FLOOR = -32768  # the level of a row of which nothing is remembered: 2**-32, as good as zero
 
 
 def newton_schulz(x: Tensor, steps: int) -> Tensor:
@@ -50,8 +54,35 @@ def row_column(x: Tensor) -> Tensor:
     return x
 
 
-def direction(momentum: Tensor, row_exponent: Tensor, method: str, steps: int, blocks: int) -> Tensor:
-    """See `tritwise.ops.direction.direction`."""
+def remembered(level: Tensor, square: Tensor, memory: float) -> tuple[Tensor, Tensor]:
+    """The running mean square of rows after one more, float32 and at least 2**-32, and its level, int16, for the level
+    from before and the squares, of one shape."""
+    mean = torch.exp2(level.float() / LEVELS) * memory + square * (1.0 - memory)
+    after = (torch.log2(mean) * LEVELS).round_().clamp_(LEVEL_FLOOR, -LEVEL_FLOOR - 1)
+    return mean, after.to(torch.int16)
+
+
+def direction_many(
+    momenta: Sequence[Tensor],
+    row_exponents: Sequence[Tensor],
+    method: str,
+    steps: int,
+    blocks: Sequence[int],
+    row_levels: Sequence[Tensor],
+    memory: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """See `tritwise.ops.direction.direction_many`; the levels that come after these as well."""
+    parts = zip(momenta, row_exponents, blocks, strict=True)
+    directions, levels = [_turned(m, e, method, steps, count) for m, e, count in parts], []
+    for number, level_O1 in enumerate(row_levels):
+        turned_OI = directions[number]
+        mean_O1, after_O1 = remembered(level_O1, turned_OI.square().mean(dim=1, keepdim=True), memory)
+        directions[number] = unit_rms(turned_OI / mean_O1.sqrt())
+        levels.append(after_O1)
+    return directions, levels
+
+
+def _turned(momentum: Tensor, row_exponent: Tensor, method: str, steps: int, blocks: int) -> Tensor:
     value_OI = momentum.to(torch.float32)
     if method == "sign":
         return unit_rms(value_OI.sign_())

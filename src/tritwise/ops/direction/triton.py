@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tritwise.ops import gpu
-from tritwise.ops.direction.reference import TINY, A, B, C
+from tritwise.ops.direction.reference import TINY, A, B, C, remembered
 from tritwise.ops.update.reference import power_of_two
 
 STRIP = 128  # rows whose squares one program adds up for each column
@@ -30,21 +30,22 @@ def _kernels() -> ModuleType:
     return importlib.import_module("tritwise.ops.direction.kernels")
 
 
-def direction(momentum: Tensor, row_exponent: Tensor, method: str, steps: int, blocks: int) -> Tensor:
-    """See `tritwise.ops.direction.direction`."""
-    return direction_many([momentum], [row_exponent], method, steps, [blocks])[0]
-
-
 def direction_many(
-    momenta: Sequence[Tensor], row_exponents: Sequence[Tensor], method: str, steps: int, blocks: Sequence[int]
-) -> list[Tensor]:
-    """See `tritwise.ops.direction.direction_many`."""
+    momenta: Sequence[Tensor],
+    row_exponents: Sequence[Tensor],
+    method: str,
+    steps: int,
+    blocks: Sequence[int],
+    row_levels: Sequence[Tensor],
+    memory: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """See `tritwise.ops.direction.direction_many`; the levels that come after these as well."""
     split = method in ("newton_schulz", "balanced")
     groups: dict[tuple[int, int], list[int]] = {}  # rows and columns of one matrix -> who consists of such
     for number, momentum in enumerate(momenta):
         rows, columns = momentum.shape
         groups.setdefault((rows // blocks[number] if split else rows, columns), []).append(number)
-    out = [torch.empty(m.shape, dtype=torch.float32, device=m.device) for m in momenta]
+    out, levels = [torch.empty(m.shape, dtype=torch.float32, device=m.device) for m in momenta], list(row_levels)
     for (rows, columns), members in groups.items():
         counts = tuple(blocks[n] if split else 1 for n in members)
         momentum_MOI = torch.cat([momenta[n].reshape(-1, rows, columns) for n in members])
@@ -52,8 +53,15 @@ def direction_many(
             continue
         exponent_MO1 = torch.cat([row_exponents[n].reshape(-1, rows, 1) for n in members])
         turned_MOI = _turned(momentum_MOI, exponent_MO1, method, steps)
-        _spread(turned_MOI, _per_rms(turned_MOI, counts), [out[n] for n in members], counts)
-    return out
+        if levels:
+            level_MO = torch.cat([levels[n].reshape(-1, rows) for n in members])
+            scale, level_MO = _steady(turned_MOI, level_MO, memory, counts)
+            for n, level in zip(members, level_MO.split(list(counts)), strict=True):
+                levels[n] = level
+        else:
+            scale = _per_rms(turned_MOI, counts)
+        _spread(turned_MOI, scale, [out[n] for n in members], counts)
+    return out, levels
 
 
 def _turned(momentum_MOI: Tensor, exponent_MO1: Tensor, method: str, steps: int) -> Tensor:
@@ -159,20 +167,35 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _per_rms(x: Tensor, counts: tuple[int, ...]) -> Tensor:
     """1 over the RMS that counts[0] matrices of x [M, O, I] have together, then the next counts[1], …: float32 [M]."""
-    square_M = torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float32).square()
+    return _per_root(torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float32).square() / x[0].numel(), counts)
+
+
+def _steady(x: Tensor, level_MO: Tensor, memory: float, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """What the rows of x [M, O, I] are multiplied by to be steadied and of unit RMS, float32 [M, O]; and the levels."""
+    rms_MO = torch.linalg.vector_norm(x, dim=2, dtype=torch.float32) / x.shape[2] ** 0.5
+    per_M1 = _per_root(rms_MO.square().mean(dim=1), counts).view(-1, 1)
+    square_MO = (rms_MO * per_M1).square()
+    mean_MO, level_MO = remembered(level_MO, square_MO, memory)
+    again_M1 = _per_root((square_MO / mean_MO).mean(dim=1), counts).view(-1, 1)
+    return (per_M1 * again_M1 / mean_MO.sqrt()).clamp_(max=1.0 / TINY), level_MO  # a matrix of zeros stays one
+
+
+def _per_root(square_M: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """1 over the root of the mean over the first counts[0] matrices, the next counts[1], …: float32 [M]."""
     if max(counts) > 1:
-        square_M = (_together(counts, x.device) * square_M).sum(dim=1)
-    return 1.0 / ((square_M / (x.shape[1] * x.shape[2])).sqrt() + TINY)
+        square_M = (_together(counts, square_M.device) * square_M).sum(dim=1)
+    return 1.0 / (square_M.sqrt() + TINY)
 
 
-def _spread(x: Tensor, scale_M: Tensor, out: Sequence[Tensor], counts: Sequence[int]) -> None:
-    """x [M, O, I] times scale_M into float32 tensors, of which the first takes counts[0] matrices, and so on. An
-    operation's results must not share memory, so each has its own; one launch fills them all."""
+def _spread(x: Tensor, scale: Tensor, out: Sequence[Tensor], counts: Sequence[int]) -> None:
+    """x [M, O, I] times scale, [M] or [M, O], into float32 tensors, of which the first takes counts[0] matrices, and so
+    on. An operation's results must not share memory, so each has its own; one launch fills them all."""
     size = x.shape[1] * x.shape[2]
     addresses = [[o.data_ptr() + 4 * size * n for o, count in zip(out, counts, strict=True) for n in range(count)]]
     table_M = gpu.upload(addresses, x.device)[0]
     programs = len(addresses[0]) * -(-size // gpu.ELEMENTS)
-    gpu.launch(_kernels().spread, programs, x.device, x, scale_M, table_M, size, BLOCK=gpu.ELEMENTS)
+    scaled = size * len(x) // scale.numel()  # elements in a row that share one
+    gpu.launch(_kernels().spread, programs, x.device, x, scale, table_M, size, scaled, BLOCK=gpu.ELEMENTS)
 
 
 @functools.lru_cache(maxsize=64)

@@ -44,9 +44,11 @@ def _accumulate(
     decay: float,
     keys: list[int],
     phase: int,
+    live_phase: Tensor | None = None,
 ) -> Tensor:
     run = choose("nibble", registers[0].device).accumulate_nibble_many
-    return run(registers, row_exponents, group_exponents, grads, decay, keys_of(keys), phase)
+    when = phase if live_phase is None else live_phase
+    return run(registers, row_exponents, group_exponents, grads, decay, keys_of(keys), when)
 
 
 def _move(
@@ -56,9 +58,12 @@ def _move(
     keys: list[int],
     phase: int,
     go: Tensor | None,
+    live_rates: Tensor | None = None,
+    live_phase: Tensor | None = None,
 ) -> Tensor:
     run = choose("nibble", registers[0].device).move_nibbles_many
-    return run(registers, directions, rates, keys_of(keys), phase, go)
+    when = phase if live_phase is None else live_phase
+    return run(registers, directions, rates if live_rates is None else live_rates, keys_of(keys), when, go)
 
 
 def _momentum_of(registers: list[Tensor], row_exponents: list[Tensor], group_exponents: list[Tensor]) -> list[Tensor]:
@@ -67,13 +72,13 @@ def _momentum_of(registers: list[Tensor], row_exponents: list[Tensor], group_exp
 
 _accumulate_op = define(
     "accumulate_nibble_many(Tensor(a!)[] registers, Tensor(b!)[] row_exponents, Tensor(c!)[] group_exponents, "
-    "Tensor[] grads, float decay, int[] keys, int phase) -> Tensor",
+    "Tensor[] grads, float decay, int[] keys, int phase, Tensor? live_phase=None) -> Tensor",
     _accumulate,
     lambda registers, *_: registers[0].new_empty(len(registers), dtype=torch.bool),
 )
 _move_op = define(
-    "move_nibbles_many(Tensor(a!)[] registers, Tensor[] directions, float[] rates, int[] keys, int phase, Tensor? go)"
-    " -> Tensor",
+    "move_nibbles_many(Tensor(a!)[] registers, Tensor[] directions, float[] rates, int[] keys, int phase, Tensor? go, "
+    "Tensor? live_rates=None, Tensor? live_phase=None) -> Tensor",
     _move,
     lambda registers, *_: registers[0].new_empty(len(registers), dtype=torch.int64),
 )
@@ -91,37 +96,42 @@ def accumulate_nibble_many(
     grads: Sequence[Tensor],
     decay: float,
     keys: Sequence[Key],
-    phase: int,
+    phase: int | Tensor,
 ) -> Tensor:
     """momentum <- decay * momentum + grad, in place, for each of several tensors on one device (at least one).
 
     registers, row_exponents, group_exponents: int8 as above, r stays; grads: float32 [O, I]. Units are the smallest
     that hold the largest element of their group, and m is rounded with `weyl_bits16(…, key, phase)`: a key of its own
-    for each tensor, without the step, and a phase that counts the accumulations (micro-batches included).
+    for each tensor, without the step, and a phase that counts the accumulations (micro-batches included), or an int64
+    0-d tensor on the device, where only that knows it: in a CUDA graph.
     decay is the coefficient for the first micro-batch of a step and 1.0 for the others.
     Returns bool [tensors]: False where a NaN or infinity came of it. Such a tensor and its exponents do not change; the
     others do.
     """
     lists = list(registers), list(row_exponents), list(group_exponents), list(grads)
-    return _accumulate_op(*lists, decay, flat_keys(keys), phase)
+    return _accumulate_op(*lists, decay, flat_keys(keys), *_known(phase))
 
 
 def move_nibbles_many(
     registers: Sequence[Tensor],
     directions: Sequence[Tensor],
-    rates: Sequence[float],
+    rates: Sequence[float] | Tensor,
     keys: Sequence[Key],
-    phase: int,
+    phase: int | Tensor,
     go: Tensor | None = None,
 ) -> Tensor:
     """r <- clamp(r - round(rate * 5 * direction), +-7), in place, for each of several tensors; m stays.
 
     directions: float32 of the registers' shapes; rates: in leading-trit units for a direction of 1. The roundings use
-    `weyl_bits16(…, key, phase)`: other keys than the accumulations, and a phase that counts the moves.
+    `weyl_bits16(…, key, phase)`: other keys than the accumulations, and a phase that counts the moves. Rates and phase
+    may be tensors on the device, float64 [tensors] and int64 0-d, as above.
     go: a bool 0-d tensor on the device, or None. Where it is False nothing moves, and a GPU's host need not know.
     Returns how many leading trits changed, int64 [tensors].
     """
-    return _move_op(list(registers), list(directions), list(rates), flat_keys(keys), phase, go)
+    known, live = _known(phase)
+    live_rates = rates if isinstance(rates, Tensor) else None
+    numbers = [0.0] * len(registers) if isinstance(rates, Tensor) else list(rates)
+    return _move_op(list(registers), list(directions), numbers, flat_keys(keys), known, go, live_rates, live)
 
 
 def momentum_of_many(
@@ -154,3 +164,8 @@ def move_nibbles(
 def momentum_of(register: Tensor, row_exponent: Tensor, group_exponent: Tensor) -> Tensor:
     """`momentum_of_many` of one tensor: m * 2**P * 2**(E/8) as float32 [O, I]."""
     return momentum_of_many([register], [row_exponent], [group_exponent])[0]
+
+
+def _known(phase: int | Tensor) -> tuple[int, Tensor | None]:
+    """A phase as a schema takes it: an int (0 where only the device knows), and the tensor or None."""
+    return (0, phase) if isinstance(phase, Tensor) else (phase, None)

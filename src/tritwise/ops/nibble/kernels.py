@@ -64,6 +64,14 @@ def eighths(peak, scales):
 
 
 @triton.jit
+def turned(bits, turn):
+    """16 random bits, moved on by the turn of the phase: a number, or where one lies."""
+    if turn.dtype.is_ptr():
+        turn = tl.load(turn)
+    return (bits + turn.to(tl.uint32)) & 0xFFFF
+
+
+@triton.jit
 def lines_of(line, BLOCK: tl.constexpr):
     """The rows and groups of this program's lines, which of them there are, the matrix's groups, and its columns."""
     columns = tl.load(line + COLUMNS).to(tl.int32)
@@ -172,7 +180,7 @@ def requantise(
         unit = tl.broadcast_to(unit_of(p, e, scales)[:, None], value.shape)
         fixed = fixed_point(tl.div_rn(value, unit) * ONE, LIMIT * ONE)
         bits = random_bits(at.to(tl.uint32), tl.load(line + KEY_FIRST), tl.load(line + KEY_SECOND))
-        m = round_with(fixed, (bits + turn.to(tl.uint32)) & 0xFFFF)
+        m = round_with(fixed, turned(bits, turn))
         tl.store(where, ((coarse_of(register) << 4) + m).to(tl.int8), mask=mask)
 
 
@@ -207,7 +215,7 @@ def move(
         scaled = tl.load(direction + local, mask=mask, other=0.0) * float_of(tl.load(line + FACTOR))
         index = start.to(tl.uint32) + local.to(tl.uint32)
         bits = random_bits(index, tl.load(line + KEY_FIRST), tl.load(line + KEY_SECOND))
-        step = round_with(fixed_point(scaled, 2 * LIMIT * ONE), (bits + turn.to(tl.uint32)) & 0xFFFF)
+        step = round_with(fixed_point(scaled, 2 * LIMIT * ONE), turned(bits, turn))
         where = address(line + REGISTER, tl.int8, ALIGNED) + start + local
         before = tl.load(where, mask=mask, other=0).to(tl.int32)
         coarse = coarse_of(before)

@@ -37,26 +37,27 @@ def accumulate_nibble_many(
     grads: Sequence[Tensor],
     decay: float,
     keys: Sequence[Key],
-    phase: int,
+    phase: int | Tensor,
 ) -> Tensor:
     """See `tritwise.ops.nibble.accumulate_nibble_many`."""
-    parts = zip(registers, row_exponents, group_exponents, grads, keys, strict=True)
-    return torch.stack([_accumulate(b, row, group, grad, decay, key, phase) for b, row, group, grad, key in parts])
+    parts, when = zip(registers, row_exponents, group_exponents, grads, keys, strict=True), int(phase)
+    return torch.stack([_accumulate(b, row, group, grad, decay, key, when) for b, row, group, grad, key in parts])
 
 
 def move_nibbles_many(
     registers: Sequence[Tensor],
     directions: Sequence[Tensor],
-    rates: Sequence[float],
+    rates: Sequence[float] | Tensor,
     keys: Sequence[Key],
-    phase: int,
+    phase: int | Tensor,
     go: Tensor | None,
 ) -> Tensor:
     """See `tritwise.ops.nibble.move_nibbles_many`."""
-    parts = zip(registers, directions, rates, keys, strict=True)
+    numbers = rates.tolist() if isinstance(rates, Tensor) else rates
+    parts, when = zip(registers, directions, numbers, keys, strict=True), int(phase)
     if go is not None and not go:
         return registers[0].new_zeros(len(registers), dtype=torch.int64)
-    return torch.stack([_move(register, direction, rate, key, phase) for register, direction, rate, key in parts])
+    return torch.stack([_move(register, direction, rate, key, when) for register, direction, rate, key in parts])
 
 
 def momentum_of_many(

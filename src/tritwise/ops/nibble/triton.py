@@ -1,7 +1,6 @@
 """Nibble registers on a GPU: a launch or two for all tensors, the reference's bits.
 
-Nothing waits for the device. As with the other updates, keys and the phase are filled in by the host at every call, so
-these calls must not be captured into a CUDA graph.
+Nothing waits for the device. A CUDA graph can hold these calls if rates and phase come as tensors; the keys stay.
 """
 
 import functools
@@ -31,7 +30,7 @@ def accumulate_nibble_many(
     grads: Sequence[Tensor],
     decay: float,
     keys: Sequence[Key],
-    phase: int,
+    phase: int | Tensor,
 ) -> Tensor:
     """See `tritwise.ops.nibble.accumulate_nibble_many`."""
     device = registers[0].device
@@ -61,17 +60,21 @@ def accumulate_nibble_many(
 def move_nibbles_many(
     registers: Sequence[Tensor],
     directions: Sequence[Tensor],
-    rates: Sequence[float],
+    rates: Sequence[float] | Tensor,
     keys: Sequence[Key],
-    phase: int,
+    phase: int | Tensor,
     go: Tensor | None,
 ) -> Tensor:
     """See `tritwise.ops.nibble.move_nibbles_many`."""
     device = registers[0].device
     if not all(gpu.can_move(r, d, device) for r, d in zip(registers, directions, strict=True)):
         return reference.move_nibbles_many(registers, directions, rates, keys, phase, go)
+    turn = weyl_turn(phase)
+    if isinstance(rates, Tensor):
+        given = registers, directions, [0.0] * len(registers), keys, go
+        return gpu.move_all(_kernels().move, *given, turn, live_rates=rates * NIBBLE_LEAD)
     factors = [-rate * NIBBLE_LEAD * (1 << FRACTION_BITS) for rate in rates]
-    return gpu.move_all(_kernels().move, registers, directions, factors, keys, go, weyl_turn(phase))
+    return gpu.move_all(_kernels().move, registers, directions, factors, keys, go, turn)
 
 
 def momentum_of_many(
