@@ -134,8 +134,9 @@ def test_defaults_and_an_unknown_method():
 
 def test_opcheck():
     m, e, x, keys = momenta()[:2], exponents()[:2], floats()[:2], flat(KEYS[:2])
+    levels = [torch.zeros_like(part, dtype=torch.int16) for part in e]
     torch.library.opcheck(OPS.accumulate_momentum_many.default, (m, e, x, 0.9, keys))
     for go in (None, torch.tensor(False)):
         torch.library.opcheck(OPS.move_registers_many.default, (m, x, [9.0, 0.5], 121, keys, go))
-    torch.library.opcheck(OPS.direction_many.default, (m, e, "newton_schulz", 3, [3, 1]))
-    torch.library.opcheck(OPS.direction_many.default, (m, e, "row_column", 3, [3, 1]))
+    torch.library.opcheck(OPS.direction_many.default, (m, e, "newton_schulz", 3, [3, 1], [], 0.0))
+    torch.library.opcheck(OPS.direction_many.default, (m, e, "row_column", 3, [3, 1], levels, 0.9))

@@ -178,7 +178,8 @@ def move_all(
 ) -> Tensor:
     """Run a kernel that moves registers over all of them in one launch; returns the flips, int64 [tensors].
 
-    factors: steps of a register for a direction of 1, in 1/65536ths. last: one int that the kernel takes besides, or a tensor.
+    factors: steps of a register for a direction of 1, in 1/65536ths. last: one int or tensor that the kernel takes
+    besides.
     live_rates, live_keys: steps for a direction of -1, float64 [tensors], and keys, int64 [tensors, 2], on the device:
     they take the place of factors and keys.
     """

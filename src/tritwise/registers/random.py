@@ -11,12 +11,13 @@ hash-prospector project as having the least known bias of its shape.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 _MASK64 = (1 << 64) - 1
+Count = TypeVar("Count", int, Tensor)
 
 
 class Key(NamedTuple):
@@ -165,11 +166,7 @@ def random_bits16_many(counts: Sequence[int], keys: Sequence[Key] | Tensor, devi
 WEYL_STEP = 40521
 
 
-@overload
-def weyl_turn(phase: int) -> int: ...
-@overload
-def weyl_turn(phase: Tensor) -> Tensor: ...
-def weyl_turn(phase: int | Tensor) -> int | Tensor:
+def weyl_turn(phase: Count) -> Count:
     """How far the Weyl sequence has gone at step `phase`: phase * WEYL_STEP modulo 2**16, in 0 … 65535.
 
     phase: an int, or an int64 tensor of such.
