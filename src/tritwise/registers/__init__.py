@@ -14,6 +14,7 @@ from tritwise.registers.packing import (
     unpack_twobit,
 )
 from tritwise.registers.random import (
+    WEYL_STEP,
     Key,
     Place,
     keys_at,
@@ -57,6 +58,7 @@ __all__ = [
     "NIBBLE_LIMIT",
     "PACKINGS",
     "REGISTER_LIMIT",
+    "WEYL_STEP",
     "Key",
     "Place",
     "evidence",

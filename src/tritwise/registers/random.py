@@ -11,13 +11,12 @@ hash-prospector project as having the least known bias of its shape.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _MASK64 = (1 << 64) - 1
-Count = TypeVar("Count", int, Tensor)
 
 
 class Key(NamedTuple):
@@ -166,11 +165,8 @@ def random_bits16_many(counts: Sequence[int], keys: Sequence[Key] | Tensor, devi
 WEYL_STEP = 40521
 
 
-def weyl_turn(phase: Count) -> Count:
-    """How far the Weyl sequence has gone at step `phase`: phase * WEYL_STEP modulo 2**16, in 0 … 65535.
-
-    phase: an int, or an int64 tensor of such.
-    """
+def weyl_turn(phase: int) -> int:
+    """How far the Weyl sequence has gone at step `phase`: phase * WEYL_STEP modulo 2**16, in 0 … 65535."""
     return phase * WEYL_STEP & 0xFFFF
 
 

@@ -134,7 +134,7 @@ class Stepper:
         for optimizer in self.optimizers:
             assert isinstance(optimizer, TritOptimizer)
             optimizer.before_replay()
-        return self._replays[loops](batch).detach().clone()  # the next replay writes over it
+        return self._replays[loops](batch).clone()  # the next replay writes over it
 
     def _pass(self, batch: tuple[Any, ...], loops: int) -> Tensor:
         """Forward and backward of one micro-batch; returns its share of the loss."""
@@ -145,7 +145,7 @@ class Stepper:
         if loops not in self._replays or self._replays[loops].updates:
             share = partial(self._share, loops=loops)
             self._replays[loops] = _Recording(self.model, share, batch)
-        loss = self._replays[loops](batch).detach().clone()  # the next replay writes over it
+        loss = self._replays[loops](batch).clone()  # the next replay writes over it
         _deliver(self.optimizers, self._replays[loops].port_grads, self.crew)
         return loss
 
@@ -224,7 +224,9 @@ class _Recording:
             self.port_grads = {}
             for optimizer in self.updates:
                 optimizer.step()
-        return loss
+        # Whoever kept the loss's history would keep the nodes that gather gradients too, and those belong to this
+        # recording's stream: another recording of the same model could not use them.
+        return loss.detach()
 
     def __call__(self, batch: tuple[Any, ...]) -> Tensor:
         for place, part in zip(self._batch, batch, strict=True):

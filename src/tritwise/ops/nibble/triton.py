@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tritwise.ops import gpu
 from tritwise.ops.nibble import reference
-from tritwise.registers import FRACTION_BITS, NIBBLE_LEAD, Key, scale_table, weyl_turn
+from tritwise.registers import FRACTION_BITS, NIBBLE_LEAD, WEYL_STEP, Key, scale_table, weyl_turn
 
 LINES = gpu.ELEMENTS // reference.GROUP
 
@@ -50,7 +50,7 @@ def accumulate_nibble_many(
     shared = gpu.upload(lines, device), scale_table(device), peak_R, peak_L, kept_L, refused_T
     gpu.launch(_kernels().peaks, programs, device, *shared, gpu.float_bits(decay), tensors, **constants)
     out = taken_T.view(torch.int8)
-    gpu.launch(_kernels().requantise, programs, device, *shared, out, weyl_turn(phase), tensors, **constants)
+    gpu.launch(_kernels().requantise, programs, device, *shared, out, _turn(phase), tensors, **constants)
     for changed, originals in zip(flat, state, strict=True):
         for one, original in zip(changed, originals, strict=True):
             gpu.put_back(one, original)
@@ -69,7 +69,7 @@ def move_nibbles_many(
     device = registers[0].device
     if not all(gpu.can_move(r, d, device) for r, d in zip(registers, directions, strict=True)):
         return reference.move_nibbles_many(registers, directions, rates, keys, phase, go)
-    turn = weyl_turn(phase)
+    turn = _turn(phase)
     if isinstance(rates, Tensor):
         given = registers, directions, [0.0] * len(registers), keys, go
         return gpu.move_all(_kernels().move, *given, turn, live_rates=rates * NIBBLE_LEAD)
@@ -91,6 +91,10 @@ def momentum_of_many(
     table = gpu.upload(lines, device)
     gpu.launch(_kernels().momentum_of, programs, device, table, scale_table(device), len(flat), **constants)
     return values
+
+
+def _turn(phase: int | Tensor) -> int | Tensor:
+    return phase * WEYL_STEP & 0xFFFF if isinstance(phase, Tensor) else weyl_turn(phase)
 
 
 def _table(
