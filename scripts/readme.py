@@ -9,7 +9,7 @@ KIND_YYYY-MM-DD.json or .jsonl; the newest of a kind, by name, counts:
     demo_cpu2        made by benchmarks/collect_demo.py
     step_cost_cpu2   {"rows": [{"width", "batch", "tritwise_ms", "adamw_ms", "ratio"}, …], …}
     rules_h100       the rows.jsonl of `tritwise bench rules`; ablation_h100, scaling_h100 and robustness_h100 likewise,
-                     for what is not in the same file
+                     for what is not in the same file, and grid_h100 of `tritwise bench optimizer-grid`
     score_study_cpu2, score_study_h100, score_slice_cpu2, score_small_cpu2
                      the study.json of benchmarks/score_study.py: one model and one text each, or the beginning of one
 
@@ -37,7 +37,7 @@ RESULTS = "benchmarks/results"
 README, RULE, SCORING = "README.md", "docs/RULE.md", "docs/SCORING.md"
 LOSS, COST = "docs/loss.png", "docs/step_cost.png"
 RULE_PLOTS = ("loss", "state", "rates", "activity", "scaling", "robustness")  # as choose_bench_plots names them
-RULE_TABLES = ("table", "ablation")
+RULE_TABLES = ("table", "ablation", "grid")
 RULE_BLOCKS = tuple(f"rules_{name}" for name in (*RULE_TABLES, *RULE_PLOTS))
 SCORE_STUDIES = ("score_study_cpu2", "score_study_h100", "score_slice_cpu2", "score_small_cpu2")
 SCORE_BLOCKS = tuple(f"score_{name}" for name in ("sources", *TABLES))
@@ -70,7 +70,7 @@ def rule_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
         if source is None:
             made[block] = "Nothing has been recorded for this yet; `tritwise bench rules` measures it."
         elif name in RULE_TABLES:
-            tell = rules_markdown if name == "table" else ablation_markdown
+            tell = ablation_markdown if name == "ablation" else rules_markdown
             link = f"../{source.relative_to(root).as_posix()}"
             made[block] = f"{tell(read_bench(source))}\n\nAll of it in [{source.name}]({link})."
         else:

@@ -21,6 +21,7 @@ from tritwise.report.reader import mapping, read_lines, rows_of
 OWN = "ours"
 ROWS, LADDER = "rows.jsonl", "ladder"
 SETUP = ("shape", "stride")
+OF_TRITS = ("column_scales", "group")  # of a shape: only ternary layers have them, so they belong to the rule
 DECAY = 0.5  # the usual share of the steps in which the rate falls, which goes without saying
 UNIFORM = ("uniform", math.log(256))  # what a model pays for a byte it knows nothing about
 
@@ -63,7 +64,7 @@ class Variant:
     """A rule with its settings, as sorted JSON, and the type the model computed in.
 
     Among the settings is what is unusual in its schedule: "decay" unless it is 0.5, and "warmup" where most runs of the
-    same cell have another.
+    same cell have another; and how its ternary layers are scaled (`OF_TRITS`).
     """
 
     rule: str
@@ -202,26 +203,40 @@ def default_variant(trials: Sequence[Trial], best: Mapping[Variant, float]) -> V
 
 
 def richest_cell(trials: Iterable[Trial], own_only: bool = False) -> Cell | None:
-    """The cell in which the most variants were measured; among several the one with the most runs, then bytes."""
+    """The cell in which the most rules were measured; among several the one with the most variants, runs, bytes."""
     variants: dict[Cell, set[Variant]] = {}
     runs: Counter[Cell] = Counter()
     for trial in trials:
         if trial.variant.own or not own_only:
             variants.setdefault(trial.cell, set()).add(trial.variant)
             runs[trial.cell] += 1
-    return max(variants, key=lambda cell: (len(variants[cell]), runs[cell], cell.length or 0), default=None)
+
+    def size(cell: Cell) -> tuple[float, ...]:
+        rules = {variant.rule for variant in variants[cell]}
+        return len(rules), len(variants[cell]), runs[cell], cell.length or 0
+
+    return max(variants, key=size, default=None)
 
 
 def _cell(row: Mapping[str, Any]) -> Cell:
     bench, data, split = (row[key] if isinstance(row.get(key), str) else "" for key in ("bench", "data", "split"))
     sizes = {key: number(row.get(key)) for key in ("steps", "batch", "ctx", "width", "depth")}
-    setup = json.dumps({key: row[key] for key in SETUP if row.get(key) is not None}, sort_keys=True, ensure_ascii=False)
+    told = {key: row[key] for key in SETUP if row.get(key) is not None}
+    if "shape" in told:
+        told["shape"] = {key: value for key, value in mapping(told["shape"]).items() if key not in OF_TRITS}
+    setup = json.dumps(told, sort_keys=True, ensure_ascii=False)
     return Cell(bench, data, split, **sizes, setup=setup)
 
 
 def _trial(cell: Cell, row: Mapping[str, Any], schedule: Mapping[str, Any]) -> Trial:
     decay = number(row.get("decay"))
-    told = {**mapping(row.get("settings")), **schedule, **({} if decay in (None, DECAY) else {"decay": decay})}
+    scales = {key: value for key, value in mapping(row.get("shape")).items() if key in OF_TRITS}
+    told = {
+        **mapping(row.get("settings")),
+        **scales,
+        **schedule,
+        **({} if decay in (None, DECAY) else {"decay": decay}),
+    }
     settings = json.dumps(told, sort_keys=True, ensure_ascii=False)
     dtype = row["dtype"] if isinstance(row.get("dtype"), str) else ""
     bpb, nats = number(row.get("val_bpb")), number(row.get("val_nats"))
