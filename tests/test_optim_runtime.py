@@ -306,6 +306,36 @@ def test_a_step_that_reads_keys_and_rates_from_the_device_has_the_bits_of_any_ot
     assert_equal(*results)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("own", [{}, {"interval": 3}, {"row_memory": 0.8}, {"compact": True, "interval": 2}])
+def test_recorded_moves_have_the_bits_of_any_other(own):
+    """Over several micro-batches, a refused step, changed rates and a changed setting."""
+    results = []
+    for records in (False, True):
+        torch.manual_seed(0)
+        layers = [TritLinear(16, 9, blocks=3), TritLinear(40, 24), TritLinear(40, 24), TritLinear(9, 6, group=3)]
+        model = nn.ModuleList(layers).cuda()
+        optimizer = TritOptimizer(model, 0.1, scale_rate=0.1, seed=5, **own)
+        keep_initial_rates([optimizer])
+        optimizer.records_moves, flips = records, []
+        for step in range(14):
+            set_rates([optimizer], 1 / (1 + step))
+            if step == 9:
+                optimizer.configure(momentum=0.5)
+            for micro in range(2):
+                grads = [normal(*layer.register.shape, seed=2 * step + micro).cuda() for layer in layers_of(model)]
+                if (step, micro) == (6, 1):
+                    grads[1][0, 0] = math.nan
+                optimizer.consume(layers_of(model), grads)
+            optimizer.step()
+            flips.append(optimizer.flips)
+        assert optimizer.step_count == 14 and optimizer.skipped == 1 and max(flips) > 0
+        assert (optimizer._moves is not None) is records
+        results.append((flips, everything(model, optimizer)))
+    assert results[0][0] == results[1][0]
+    assert_equal(results[0][1], results[1][1])
+
+
 def test_what_cannot_be_recorded_says_so():
     assert not TritOptimizer(Four(), 0.1).recordable  # a sparse table
     linear = [TritLinear(16, 8)]

@@ -30,6 +30,7 @@ from tritwise.ops import nibble
 from tritwise.ops.direction import METHODS
 from tritwise.ops.update.reference import EXPONENT_FLOOR
 from tritwise.optim.live import Live
+from tritwise.optim.moves import RecordedMoves
 from tritwise.optim.scales import make_scale_state, move_scales, scale_grads, scale_sets
 from tritwise.registers import LEAD, Key, Place, make_key, to_nibbles
 
@@ -111,6 +112,9 @@ class TritOptimizer(torch.optim.Optimizer):
         self._uncounted: Tensor | None = None  # skipped steps that the host has not read yet
         self._live: Live | None = None
         self._records = False
+        self._moves: RecordedMoves | None = None
+        self.records_moves = False
+        """Whether the moves of a step are recorded as a CUDA graph where they can be; it keeps memory for them."""
         self.version = 0
         """Counts what makes a recorded step stale: changed groups or settings, tensors in the place of others."""
         self.flips_by_layer: dict[TritModule, Tensor] = {}
@@ -230,26 +234,38 @@ class TritOptimizer(torch.optim.Optimizer):
         """Inside, `consume` and `step` take what changes from step to step from the device, and count no steps: so they
         can be recorded in a CUDA graph. Before each replay call `before_replay`. Yields every tensor that they change,
         for whoever tries a step first and wants to take it back. Only for optimizers that are `recordable`."""
-        if self._live is None:  # several recordings read the same numbers
-            self._live = Live(next(iter(self._layers)).device, len(self.param_groups))
-        self._live.write(self.step_count, [group["lr"] for group in self.param_groups])
+        self._tell()
         if self._uncounted is None:
-            self._uncounted = torch.zeros(1, dtype=torch.int64, device=self._live.device)
+            self._uncounted = torch.zeros(1, dtype=torch.int64, device=self._numbers().device)
         changed = [self._uncounted]
         for group in self.param_groups:
             for layer in (self._layers[register] for register in group["params"]):
                 state = self._state_of(layer, group["scale_rate"] > 0 and layer.learns_scale)
                 changed += [layer.register, *layer.exponents(), *state.values()]
+        with self._reading_the_device():
+            yield changed
+
+    @contextmanager
+    def _reading_the_device(self) -> Iterator[None]:
+        self._numbers()
         self._records = True
         try:
-            yield changed
+            yield
         finally:
             self._records = False
 
+    def _numbers(self) -> Live:
+        if self._live is None:  # all recordings read the same numbers
+            self._live = Live(next(iter(self._layers)).device, len(self.param_groups))
+        return self._live
+
+    def _tell(self) -> None:
+        """Tell the device the step's number and rates."""
+        self._numbers().write(self.step_count, [group["lr"] for group in self.param_groups])
+
     def before_replay(self) -> None:
         """Tell the device the step's number and rates, and count the step that a replay now takes."""
-        assert self._live is not None
-        self._live.write(self.step_count, [group["lr"] for group in self.param_groups])
+        self._tell()
         for group in self.param_groups:
             group["step"] += 1
 
@@ -260,7 +276,7 @@ class TritOptimizer(torch.optim.Optimizer):
         return [make_key(*place) for place in places]
 
     def _phase(self, phase: int) -> int | Tensor:
-        """What a compact layer's rounding takes as its phase; a group that is recorded moves at every step."""
+        """What a compact layer's rounding takes as its phase, where one is counted at every step."""
         return phase if self._live is None or not self._records else self._live.step
 
     def _state_of(self, layer: TritModule, scales: bool) -> dict[str, Tensor]:
@@ -354,7 +370,6 @@ class TritOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.flips_by_layer = {}
         go = torch.cat(self._taken).all() if self._taken else None
         known = True  # whether something may move, as far as the host knows without asking a GPU
         if go is not None and go.is_cuda:
@@ -365,17 +380,38 @@ class TritOptimizer(torch.optim.Optimizer):
             known = False
             for group in self.param_groups:
                 group["skipped"] += 1
-        for index, group in enumerate(self.param_groups):
-            rate = self._live.rates[index] if self._live is not None and self._records else group["lr"]
-            if known:
-                for batch in self._batches(group):
-                    self._move(batch, group, rate * group["interval"], go)
-            if not self._records:
+        self.flips_by_layer = {}
+        if known and go is not None and self._moves_are_recorded(go):
+            if self._moves is None:
+                self._moves = RecordedMoves(go.device)
+            key = tuple(group["step"] % group["interval"] for group in self.param_groups)
+            given = self._move_all, self._reading_the_device, self._tell
+            self.flips_by_layer = self._moves.make(key, self.version, go, *given)
+        elif known:
+            self.flips_by_layer = self._move_all(go)
+        if not self._records:
+            for group in self.param_groups:
                 group["step"] += 1
         self._received.clear()
         self._taken.clear()
         self._touched.clear()
         return loss
+
+    def _moves_are_recorded(self, go: Tensor) -> bool:
+        """Whether this step's moves can be recorded, or come from a recording: those of every layer, on a GPU."""
+        if not self.records_moves or self._records or not go.is_cuda or len(self._received) < len(self._layers):
+            return False
+        alike = len({group["step"] for group in self.param_groups}) == 1
+        return alike and not any(layer.sparse for layer in self._layers.values())
+
+    def _move_all(self, go: Tensor | None) -> dict[TritModule, Tensor]:
+        """Move every layer whose turn it is; returns the flips of each."""
+        flips: dict[TritModule, Tensor] = {}
+        for index, group in enumerate(self.param_groups):
+            rate = self._live.rates[index] if self._live is not None and self._records else group["lr"]
+            for batch in self._batches(group):
+                flips |= self._move(batch, group, rate * group["interval"], go)
+        return flips
 
     def _batches(self, group: dict[str, Any]) -> Iterator[list[TritModule]]:
         """The layers of a group that move at this step, in lots that move in one call."""
@@ -394,8 +430,10 @@ class TritOptimizer(torch.optim.Optimizer):
         if batch:
             yield batch
 
-    def _move(self, layers: list[TritModule], group: dict[str, Any], rate: float | Tensor, go: Tensor | None) -> None:
-        """Move the registers and the scales of layers that are all dense, or of one sparse layer."""
+    def _move(
+        self, layers: list[TritModule], group: dict[str, Any], rate: float | Tensor, go: Tensor | None
+    ) -> dict[TritModule, Tensor]:
+        """Move the registers and the scales of layers that are all dense, or of one sparse layer; returns the flips."""
         step, registers = group["step"], [layer.register for layer in layers]
         states = [self._state_of(layer, scales=False) for layer in layers]
         exponents, rows = [s["row_exponent"] for s in states], None
@@ -409,13 +447,14 @@ class TritOptimizer(torch.optim.Optimizer):
         if layers[0].sparse:
             rows = self._touched[registers[0]].nonzero()[:, 0]
             if not rows.numel():
-                return
+                return {}
             registers, momenta, exponents = [registers[0][rows]], [momenta[0][rows]], [exponents[0][rows]]
             levels = [level[rows] for level in levels]
         blocks, how = [layer.blocks for layer in layers], (group["direction"], group["steps"])
         directions = ops.direction_many(momenta, exponents, *how, blocks, levels, group["row_memory"], go)
         if group["compact"]:
-            phase = self._phase(step // group["interval"])
+            phase = self._phase(step)
+            phase = phase // group["interval"] if group["interval"] > 1 else phase
             keys = [make_key(group["seed"], _NO_STEP, self._number[layer.register], _MOVE) for layer in layers]
             rates = rate.expand(len(layers)) if isinstance(rate, Tensor) else [rate] * len(layers)
             flips = ops.move_nibbles_many(registers, directions, rates, keys, phase, go)
@@ -428,12 +467,12 @@ class TritOptimizer(torch.optim.Optimizer):
             layers[0].register[rows] = registers[0]
             for state, level in zip(states, levels, strict=False):
                 state["row_level"][rows] = level
-        self.flips_by_layer.update(zip(layers, flips, strict=True))
         if group["scale_rate"] > 0 and layers[0].learns_scale:  # a group has one role, and vectors have their own
             # Scales follow the schedule of the rate; at a rate of 0 they stay.
             initial = group.get("initial_lr", group["lr"])
             octaves = group["scale_rate"] * rate / initial if initial else 0.0
             self._move_scales(layers, group["seed"], step, octaves, rows, go)
+        return dict(zip(layers, flips, strict=True))
 
     def _move_scales(
         self,
