@@ -376,6 +376,7 @@ def evaluate(loss_fn: Any, val: np.ndarray, batch: int, ctx: int, device: torch.
 
 def plain_functions() -> None:
     """Norms and rotation as compositions that autograd differentiates, in place of the package's own backward."""
+    import tritwise.models.block
     import tritwise.models.byte_lm
     import tritwise.nn.attention
     import tritwise.nn.mlp
@@ -383,9 +384,10 @@ def plain_functions() -> None:
     def rms_norm(x: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(x, (x.shape[-1],), eps=1e-6)
 
+    tritwise.models.block.rms_norm = rms_norm
     tritwise.models.byte_lm.rms_norm = rms_norm
     tritwise.nn.attention.rms_norm = rms_norm
-    tritwise.nn.mlp.relu_squared_norm = lambda h: rms_norm(torch.relu(h).square())
+    tritwise.nn.mlp.relu_squared_norm = lambda h, leak=0.0: rms_norm(torch.nn.functional.leaky_relu(h, leak).square())
     tritwise.nn.attention._Rotate.apply = tritwise.nn.attention._rotate  # type: ignore[method-assign]
 
 
