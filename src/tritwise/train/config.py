@@ -37,6 +37,7 @@ class TrainConfig:
     momentum       decay of the momentum (beta1 of AdamW)
     momentum_start, momentum_warmup   momentum at the first step, and steps until it has risen to `momentum`; 0: at once
     direction      balanced, newton_schulz, row_column, rms or sign, for matrices
+    row_memory     decay of the running mean of squares by which rows of matrices are steadied; 0: they are not
     interval       a matrix moves at every interval-th step, by interval times as much, and matrices take turns;
                    0: as often as keeps the directions near a seventh of the time of a step, 8 at the most
     scale_rate     step of a scale in octaves; 0: scales stay as they start
@@ -81,6 +82,7 @@ class TrainConfig:
     momentum_start: float = 0.0
     momentum_warmup: int = 0
     direction: str = "newton_schulz"
+    row_memory: float = 0.0
     interval: int = 0
     scale_rate: float = 0.0
     embedding_rate: float = 0.0
@@ -137,7 +139,7 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} is {value}; it must be a finite number, 0 or more")
-        for name in ("momentum", "momentum_start"):
+        for name in ("momentum", "momentum_start", "row_memory"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
         for name in ("decay", "average_from"):
