@@ -82,7 +82,7 @@ class TrainConfig:
     momentum_start: float = 0.0
     momentum_warmup: int = 0
     direction: str = "newton_schulz"
-    row_memory: float = 0.0
+    row_memory: float = 0.95
     interval: int = 0
     scale_rate: float = 0.0
     embedding_rate: float = 0.0

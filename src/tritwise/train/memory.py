@@ -126,7 +126,7 @@ def memory_by_role(
     report = audit(model, optimizers)
     for row in report["tensors"]:
         if row["role"] != "port":
-            is_float = row["role"] != "table" and row["dtype"] != "int8"
+            is_float = row["role"] != "table" and not row["dtype"].startswith("int")
             found["floats" if is_float else names.get(row["role"], "registers")] += row["bytes"]
     gradients, peak = gradient_bytes(model, together=together), report["peak_bytes"]
     on_gpu = next(model.parameters()).is_cuda
