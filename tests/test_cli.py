@@ -173,7 +173,7 @@ def test_audit(trained: Path, cli):
     done = cli("audit", trained, "--json")
     assert done.code == 0 and len(done.out.splitlines()) == 1
     assert done.json["float_trainable"] == 0 and done.json["float_state_bytes"] == 0
-    assert done.json["state_bytes_per_weight"] <= 2.06 + 2 / 64  # rows this short; 2.05 from width 64 on: see test_train
+    assert done.json["state_bytes_per_weight"] <= 2.06 + 2 / 64  # 2.05 from width 64 on: see test_train
     names = {row["name"] for row in done.json["tensors"]}
     assert {"embed.register", "embed.exponent", "embed.momentum", "blocks.1.mlp.down.row_exponent"} <= names
     for row in done.json["tensors"]:
