@@ -4,7 +4,7 @@
     90/5/5                       percentages, in order: train, val, test (they add up to 100; 99.5/0.5 is fine too)
     first:90000000,last:5000000  byte counts: train is the first part of the data, val the last; the rest is unused
     all                          everything is val; for scoring a file that no one trained on
-    named                        of shards of tokens only: files are parts by the train, val or test in their names
+    named                        of shards of tokens: files are parts by the train, val or test in their names
 
 A percentage boundary is the floor of the exact product, computed in integers: 90/10 of tinyshakespeare is 1,003,854 and
 111,540 bytes, 90/5/5 of enwik8 is 90, 5 and 5 million.
