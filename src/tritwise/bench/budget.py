@@ -21,8 +21,12 @@ from tritwise.train.device import device_called, dtype_called
 from tritwise.train.progress import Display
 
 
-def run_record(config: Config, folder: Path, display: Display | None = None) -> dict[str, Any]:
+def run_record(
+    config: Config, folder: Path, display: Display | None = None, parts: Sequence[str] = ("val", "test")
+) -> dict[str, Any]:
     """Train `config` in `folder`, or go on where it stopped; its record, as plain JSON. A finished one is only read.
+
+    parts: of the text that are scored, if it has them; val must be one.
 
     Raises UserError for a folder with another config, and for a model that does not fit its budget.
     """
@@ -36,12 +40,12 @@ def run_record(config: Config, folder: Path, display: Display | None = None) -> 
         result = train(config, folder, resume=begun, display=display)
         if result.get("interrupted"):
             raise UserError(f"stopped at step {result['steps']}; the same command goes on from its checkpoint")
-    record = recorded(config, run)
+    record = recorded(config, run, parts)
     write_json(place, record)
     return record
 
 
-def recorded(config: Config, run: RunFolder) -> dict[str, Any]:
+def recorded(config: Config, run: RunFolder, wanted: Sequence[str] = ("val", "test")) -> dict[str, Any]:
     """What can be said of a finished run, from its files."""
     result, manifest = run.read("result"), run.read("manifest")
     device = device_called(config.train.device)
@@ -50,7 +54,7 @@ def recorded(config: Config, run: RunFolder) -> dict[str, Any]:
     tokenizer = tokenizer_of(config)[1]
     parts = open_parts(config.train.data, config.train.split, tokenizer)
     scores = {}
-    for part in ("val", "test"):
+    for part in wanted:
         if part in parts:
             ways = (("sliding", config.train.stride), ("chunked", model.context))
             for name, stride in ways if part == "val" else ways[:1]:
