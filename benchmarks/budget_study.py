@@ -85,12 +85,12 @@ class Study:
 
     def tune(self) -> list[Config]:
         """The rates of every contestant that has its own, on a part of val; to ship in many ways would take time."""
-        short = {"split": "90/1/9", "eval_interval": 0}
+        short: dict[str, Any] = {"split": "90/1/9", "eval_interval": 0}
         names = list(RATES)
         middle_first = [(name, rates[at]) for at in (1, 0, 2) for name in names for rates in (RATES[name],)]
         cells = []
         for name, rate in middle_first:
-            more = short | ({"ship_as": "int6"} if name == "recurrent-float" else {})
+            more: dict[str, Any] = short | ({"ship_as": "int6"} if name == "recurrent-float" else {})
             cells.append(self.cell(name, 16_000_000, self.tuning, rate=rate, **more))
         return cells
 
@@ -252,6 +252,8 @@ def write_tables(study: Study, stage: str, configs: list[Config]) -> None:
     write_json(study.out / f"{stage}.json", {"stage": stage, "cells": len(configs), "records": records})
     head, rows = list(HEAD), table_of(records)
     lines = [*about(records), ""]
+    if stage in ("main", "main4", "seeds"):
+        lines.insert(1, f"Rates: the best of each contestant's three after {study.tuning:g} s at 16,000,000 bytes.")
     lines += ["| " + " | ".join(cells) + " |" for cells in (head, ["--"] * len(head), *rows)]
     if stage in ("ablate", "small"):
         lines += ["", "| variant | bpb, val, sliding | seeds |", "| -- | -- | -- |", *ablation_rows(study, configs)]
@@ -311,6 +313,7 @@ def run(arguments: list[str] | None = None) -> int:
                 raise UserError(f"there is no stage {stage!r}; choose of {', '.join(STAGES)}")
         if given.cell:
             return run_cell(study, stages[0], given.cell)
+        make_folder(study.out)
         describe(data)  # unpacked once, before the cells need it
         for wave in waves(stages):
             if left := run_wave(study, wave, ends, console, more, given.slim):
