@@ -140,6 +140,9 @@ def test_parts_by_name_or_by_rule(tmp_path):
     write_shards(np.arange(100, 150, dtype=np.uint16), tmp_path, "web_val")
     named = open_shards(tmp_path, "named", VOCAB)
     assert {name: len(part) for name, part in named.items()} == {"train": 100, "val": 50} and named["val"][0] == 100
+    retrieval = write_shards(np.arange(100, dtype=np.uint16), tmp_path, "retrieval_test")  # val is no word of it
+    assert {n: len(part) for n, part in open_shards(tmp_path, "named", VOCAB).items()}["val"] == 50
+    retrieval[0].unlink()
     cut = open_shards(tmp_path, "90/10", VOCAB)
     assert cut["val"].tolist() == list(range(135, 150))
     with pytest.raises(UserError, match="no shards for val"):
@@ -274,6 +277,8 @@ def test_a_run_on_shards_ships_its_tokenizer_and_scores_bytes(run, cli, shards, 
     assert nats * (len(TEXT) - 36_000) == pytest.approx(costs.sum())
     losses = [line["loss"] for line in map(json.loads, (run / "metrics.jsonl").open()) if "loss" in line]
     assert max(losses) < 1.2 * math.log(VOCAB) / 1.5  # per byte, in training as in evaluations
+    again = cli("ship", run, "--out", run / "again.tritwise", "--score-bytes", 500, "--json").json
+    assert again["streams"]["tokenizer"] > 0 and again["bpb_reread"] == again["bpb_before"] and again["scored"] > 500
     # A text is read with the tokenizer, and its bytes count.
     part = cli("score", artifact, "--data", text_file, "--split", "val", "--json").json
     assert part["bytes"] == 4000 and part["ladder"] and part["declared"]["tokens"] < 4000

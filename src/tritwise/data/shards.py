@@ -4,9 +4,10 @@
     2·N bytes     the tokens, uint16, little-endian; a begin or end token stands before every document
 
 A folder of shards is read in the order of their names. By the split rule `named` its files are parts by their names:
-those with `train`, `val` or `test` in them. Any other rule cuts all tokens, one after the other.
+those with the word `train`, `val` or `test` in them. Any other rule cuts all tokens, one after the other.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def open_shards(
     files = shard_files(data)
     if rule != NAMED:
         return split(_joined(files, vocabulary, cache), rule)
-    groups = {name: [file for file in files if name in file.stem] for name in NAMES}
+    groups = {name: [file for file in files if name in _words(file)] for name in NAMES}
     parts = {name: _joined(own, vocabulary, cache) for name, own in groups.items() if own}
     if "val" not in parts or any(len(part) < SHORTEST for part in parts.values()):
         raise UserError(f"no shards for val in {data}; put val into a file's name, or use a split such as 90/10")
@@ -102,6 +103,12 @@ def _joined(files: list[Path], vocabulary: int, cache: Path | str | None) -> np.
         return shards[0]
     joined = once(files, (piece.tobytes() for shard in shards for piece in _pieces(shard)), cache=cache)
     return np.memmap(joined, dtype="<u2", mode="r")
+
+
+def _words(file: Path) -> list[str]:
+    """The words of a file's name: fineweb_train_000001.bin has fineweb and train, and no val."""
+    words = re.split(r"[^a-z]+", file.stem.lower())
+    return ["val" if word == "validation" else word for word in words]
 
 
 def _pieces(shard: np.ndarray) -> Iterator[np.ndarray]:

@@ -17,7 +17,7 @@ class ModelConfig:
 
     width      channels; the size of a head is 32 below width 128, else 64
     depth      blocks
-    ctx        bytes a position can look back on, itself included
+    ctx        bytes (tokens, with a tokenizer) a position can look back on, itself included
     heads      attention heads; 0: width / size of a head
     kv_heads   key-value heads, a divisor of heads; 0: heads
     mlp_ratio  hidden size of the MLP over width

@@ -50,7 +50,7 @@ class TrainConfig:
     clip           largest norm of all float gradients together; 0: none
     average_every, average_from   every so many steps, from that share of the run, at full depth, the weights are added
                    to a mean, which is scored beside the last ones; 0: never
-    eval_bytes     bytes of val scored at an evaluation during training; 0: all
+    eval_bytes     bytes of val (tokens, with a tokenizer) scored at an evaluation during training; 0: all
     stride         of the final score's window; 0: half the context
     budget         bytes that the shipped file may have; 0: any number
     ship_as        how float weights ship: int8, int7, int6, int8+zlib, auto: the first of the first three that fits the

@@ -115,7 +115,7 @@ def _train(
         return [task.batch(device, at, micro) for micro in micros]
 
     bytes_a_step = task.bytes_a_step
-    meter, since, first = Meter(model), 0, step
+    meter, since, first = Meter(model, task.scale), 0, step
     # What is compiled and recorded is one kind of batch of one shape: rows of captions and sounds differ in length.
     settled = task.kinds in (("text",), ("diffusion",)) and not settings.preserve_state
     speed = speed_of(settings.compile, model, len(micros)) if settled else Speed(False, False)
@@ -186,7 +186,7 @@ def _train(
                 now = time.perf_counter()
                 seconds = now - began
                 if crew.first:
-                    meter.add(loss * task.scale, bytes_a_step, now - step_began, optimizers[0])
+                    meter.add(loss, bytes_a_step, now - step_began, optimizers[0])
                     if len(task.kinds) > 1:
                         kinds = (task.kind(step - 1, micro) for micro in micros)
                         meter.add_by_kind(zip(kinds, stepper.shares, strict=True), settings.accum)
