@@ -110,13 +110,13 @@ def score(
         return score_stream(stream, data, documents=documents, separator=separator, into=into)
     begins = _begins(data, documents, separator)
     windows = windows_of(begins, len(data), window, stride)
-    tally, start = Tally(len(data), into), START if alphabet is None else alphabet.start
-    told = check_predictor(model, data, windows, device, start)
+    tally, start_id = Tally(len(data), into), START if alphabet is None else alphabet.start
+    told = check_predictor(model, data, windows, device, start_id)
     guarded = time.perf_counter() - began
     with torch.inference_mode():
         for first, last in _batches(windows):
             group = windows[first:last]
-            rows = torch.from_numpy(rows_of(data, group, start).astype(np.int64)).to(device)
+            rows = torch.from_numpy(rows_of(data, group, start_id).astype(np.int64)).to(device)
             log_probs = model.log_probs(rows[:, :-1])
             byte = group[:, :1] + np.arange(log_probs.shape[1])
             check_sums(log_probs, first, (byte >= group[:, 2:3]) & (byte < group[:, 1:2]))
