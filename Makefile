@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "installing torch (the largest part by far) ..."; \
 	  $(PIP_INSTALL) torch; }
 	@echo "installing tritwise and its tools ..."
-	@$(PIP_INSTALL) -qq -e '.[report,hf,media,dev]'
+	@$(PIP_INSTALL) -qq -e '.[report,hf,media,sentencepiece,dev]'
 	@touch $@
 	@echo "ready: $(BIN)/tritwise --help"
 

@@ -1,37 +1,48 @@
 """The runs behind the table of models under a budget of bytes: rates tuned, contestants compared, parts taken away.
 
-    python benchmarks/budget_study.py STAGE[,STAGE…] --data ENWIK8 --out FOLDER [--minutes M] [--tiny]
+    python benchmarks/budget_study.py STAGE[,STAGE…] --data ENWIK8 --out FOLDER [--minutes M] [--seconds S] [--tuning T]
 
 Stages, each a list of cells in order of importance:
 
-    tune     every contestant at each of its rates for a quarter of the time, 16,000,000 bytes
-    main     every contestant for 400 s at the best rate that `tune` found (else its own), 16,000,000 bytes
+    tune     every contestant at each of its three rates for T seconds, 16,000,000 bytes, scored on 1 MB of val
+    main     every contestant for S seconds at the best rate that `tune` found (else its own), 16,000,000 bytes
     main4    the same for 4,000,000 bytes
     seeds    two more seeds of the best float and the best ternary contestant of `main`
     ablate   recurrent ternary, 4,000,000 bytes, 800 steps at full depth: as it is and without each part, two seeds
     small    the same parts on CPU cores: any text, width 64, 3 blocks of which one repeats 3 times, 300 steps,
              and beside them flat and progressive models of the same blocks, flat ones in float; two seeds
 
-A cell is thought to take nine minutes on one H100 at the most, of which 400 s are training; not yet measured. One whose
-record is in FOLDER is not run again, and with --minutes none begins that would not end in time, so a study can be cut
-into pieces as short as that. One that was cut off goes on from its last thousand steps, or with its scores. After every
-cell FOLDER holds STAGE.md, a table, and STAGE.json, the records. --tiny: the same cells in seconds, on a CPU.
+Every cell is a process of its own, one a GPU, side by side on all GPUs that there are. A cell whose record is in FOLDER
+is not run again, and with --minutes none begins that would not end in time, so a study can be cut into calls as short
+as that: the same command goes on, and must name the same S and T. Whatever still runs when the minutes are over is told
+to stop, and goes on next time from where it was. After every cell FOLDER holds STAGE.md, a table, and STAGE.json, the
+records; --slim leaves no shipped models. All others wait for tune, and seeds for main. --tiny: the same cells in
+seconds.
+
+GPU-minutes, with 50 s around a cell of `tune` and 95 s around others (thought, not measured; a call learns from those
+before it): with S = 400 and T = 100 tune 30, main 41, main4 41, seeds 33, ablate 47, in all 192. Two calls of 9.7
+minutes on two GPUs, 38 GPU-minutes, hold the table of 16,000,000 bytes with S = 90 and T = 35: tune 17, main 15; a
+third call has room for main4, 15.
 """
 
 import argparse
+import os
+import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from tritwise.bench.budget import HEAD, folder_name, run_record, table_of
 from tritwise.bench.entries import ENTRIES, PARTS, base_config, entry
+from tritwise.data.source import describe, locate
 from tritwise.errors import UserError
-from tritwise.files import atomic_write, read_json, write_json
+from tritwise.files import atomic_write, make_folder, read_json, write_json
 from tritwise.train import Config, override
 from tritwise.train.progress import PlainLines
 
@@ -49,14 +60,16 @@ ABLATIONS = {
     **{f"no {p}": off for p, off in OFF.items()},
 }
 STAGES = ("tune", "main", "main4", "seeds", "ablate", "small")
-OVERHEAD = 140.0  # seconds of a cell that are not training: building, compiling, shipping, scoring 10 MB
+OVERHEAD = {"tune": 50.0}  # seconds of a cell that are not training: building, compiling, shipping, scoring
+OTHERS, STEPPED = 95.0, 60.0  # those of other stages; the training of a cell that goes by steps
+GRACE = 20.0  # seconds in which a cell that was told to stop saves what it has
 
 
 class Study:
-    """Cells of one text in one folder. `tiny` shrinks all of them."""
+    """Cells of one text in one folder: `seconds` of training each, `tuning` in the stage tune. `tiny` shrinks all."""
 
-    def __init__(self, data: str, out: Path, tiny: bool) -> None:
-        self.data, self.out, self.tiny = data, out, tiny
+    def __init__(self, data: str, out: Path, tiny: bool, seconds: float = 400.0, tuning: float = 100.0) -> None:
+        self.data, self.out, self.tiny, self.seconds, self.tuning = data, out, tiny, seconds, tuning
 
     def cell(self, name: str, budget: int, seconds: float, steps: int = 10**9, seed: int = 0, **changes: Any) -> Config:
         """One contestant. seconds 0: by steps."""
@@ -66,19 +79,24 @@ class Study:
             budget, seconds, steps = 150_000, seconds / 200, min(steps, 10**9 if seconds else 4)
             changes = {"ship_small": 500, **changes}
         base = base_config(self.data, steps=steps, seconds=seconds, seed=seed, **shape)
-        settings = {"eval_interval": 500, "eval_bytes": 262_144, "save_interval": 1000, "keep": 1, "softcap": 30.0}
+        settings = {"eval_interval": 500, "eval_bytes": 262_144, "save_interval": 0, "keep": 1, "softcap": 30.0}
         config = entry(name, override(base, settings), budget, changes)
         return Config(config.recipe, config.model, replace(config.train, log_interval=100))
 
     def tune(self) -> list[Config]:
-        """The rates of every contestant that has its own."""
+        """The rates of every contestant that has its own, on a part of val; to ship in many ways would take time."""
+        short: dict[str, Any] = {"split": "90/1/9", "eval_interval": 0}
         names = list(RATES)
         middle_first = [(name, rates[at]) for at in (1, 0, 2) for name in names for rates in (RATES[name],)]
-        return [self.cell(name, 16_000_000, 100.0, rate=rate) for name, rate in middle_first]
+        cells = []
+        for name, rate in middle_first:
+            more: dict[str, Any] = short | ({"ship_as": "int6"} if name == "recurrent-float" else {})
+            cells.append(self.cell(name, 16_000_000, self.tuning, rate=rate, **more))
+        return cells
 
-    def main(self, budget: int = 16_000_000, seconds: float = 400.0) -> list[Config]:
+    def main(self, budget: int = 16_000_000) -> list[Config]:
         """Every contestant at its best rate."""
-        return [self.cell(name, budget, seconds, rate=self.best_rate(name)) for name in ENTRIES]
+        return [self.cell(name, budget, self.seconds, rate=self.best_rate(name)) for name in ENTRIES]
 
     def main4(self) -> list[Config]:
         """The same with a quarter of the bytes."""
@@ -93,7 +111,7 @@ class Study:
         if len(best) < 2:
             raise UserError("seeds needs the records of main; run main first")
         pairs = [(name, seed) for seed in (1, 2) for name in best.values()]
-        return [self.cell(name, 16_000_000, 400.0, seed=seed, rate=self.best_rate(name)) for name, seed in pairs]
+        return [self.cell(name, 16_000_000, self.seconds, seed=seed, rate=self.best_rate(name)) for name, seed in pairs]
 
     def ablate(self) -> list[Config]:
         """Each part taken away from the recurrent ternary model of one width, at full depth, for the same steps."""
@@ -134,29 +152,98 @@ class Study:
         """Where a cell's files lie."""
         return self.out / "records" / folder_name(config)
 
+    def open(self, config: Config) -> bool:
+        """Whether a cell is still to be run: it has no record, and has not failed for good."""
+        return self.record(config) is None and not (self.folder(config) / "failed.json").exists()
 
-def estimated(config: Config) -> float:
-    """Seconds that a cell takes on one H100, generously."""
-    return config.train.seconds + OVERHEAD if config.train.seconds else 100 + OVERHEAD
+
+def estimated(config: Config, stage: str, walls: dict[str, float]) -> float:
+    """Seconds that a cell takes: its training, and what the stage's cells took beside it so far, a little more."""
+    around = 1.1 * walls[stage] if stage in walls else OVERHEAD.get(stage, OTHERS)
+    return (config.train.seconds or STEPPED) + around
 
 
-def run_stage(study: Study, stage: str, ends: float, console: Console) -> int:
-    """Run the cells of a stage that end in time; returns how many are left."""
-    cells: Callable[[], list[Config]] = getattr(study, stage)
-    left = 0
-    for config in cells():
-        if study.record(config) is None:
-            if time.monotonic() + (0 if study.tiny else estimated(config)) > ends:
-                left += 1
-                continue
+def run_cell(study: Study, stage: str, name: str) -> int:
+    """One cell in this process, by the name of its folder: 0, or 1 if it failed for good, with the reason beside it."""
+    config = next(config for config in getattr(study, stage)() if folder_name(config) == name)
+    parts = ("val",) if stage == "tune" else ("val", "test")
+    try:
+        run_record(config, study.folder(config), PlainLines(Console(highlight=False, soft_wrap=True)), parts)
+    except UserError as error:  # one that does not fit, or diverged, is told and does not end the others
+        if (study.folder(config) / "config.json").exists() and not str(error).startswith("stopped at step"):
+            write_json(study.folder(config) / "failed.json", {"error": str(error)})
+        print(f"FAILED: {error}")
+        return 1
+    return 0
+
+
+def waves(stages: list[str]) -> list[list[str]]:
+    """Stages that may run beside each other, in order: what they need to know is found in the waves before."""
+    found: list[list[str]] = []
+    for stage in stages:
+        if found and stage != "seeds" and not {"tune", "seeds"} & {*found[-1]}:
+            found[-1].append(stage)
+        else:
+            found.append([stage])
+    return found
+
+
+def run_wave(
+    study: Study, stages: list[str], ends: float, console: Console, more: list[str], slim: bool = False
+) -> int:
+    """Run the cells of these stages that end in time, one a GPU; returns how many are left. more: flags for each."""
+    known = study.out / "walls.json"
+    walls: dict[str, float] = read_json(known) if known.exists() else {}
+    cells = {stage: getattr(study, stage)() for stage in stages}
+    waiting = [(stage, config) for stage in stages for config in cells[stage] if study.open(config)]
+    free = list(range(max(1, torch.cuda.device_count())))
+    running: dict[int, tuple[subprocess.Popen[bytes], str, Config, float]] = {}
+    for stage in stages:
+        write_tables(study, stage, cells[stage])
+    while True:
+        now = time.monotonic()
+        fits = [(s, c) for s, c in waiting if now < ends and (study.tiny or now + estimated(c, s, walls) <= ends)]
+        while free and fits:
+            (stage, config), gpu = fits.pop(0), free.pop(0)
+            waiting.remove((stage, config))
             console.print(f"{stage}: {config.recipe} rate {config.train.rate:g} seed {config.train.seed}", markup=False)
-            try:
-                run_record(config, study.folder(config), PlainLines(console))
-            except UserError as error:  # one that does not fit, or diverged, is told and does not end the others
-                console.print(f"FAILED {config.recipe}: {error}", markup=False)
-                left += 1
-        write_tables(study, stage, cells())
-    return left
+            running[gpu] = (start_cell(study, stage, config, gpu, more), stage, config, now)
+        if not running:
+            return sum(study.open(config) for stage in stages for config in cells[stage])
+        for gpu, (process, stage, config, began) in list(running.items()):
+            if process.poll() is None and now >= ends:
+                process.terminate() if now < ends + GRACE else process.kill()
+            if process.poll() is None:
+                continue
+            del running[gpu]
+            free.append(gpu)
+            took, record = time.monotonic() - began, study.record(config)
+            told = f"not done, see {log_of(study, config)}" if record is None else "done"
+            console.print(f"{stage}: {config.recipe} {told}, {took:.0f} s in all", markup=False)
+            if record is not None:
+                walls[stage] = max(walls.get(stage, 0.0), took - record["seconds"])
+                write_json(known, walls)
+                shutil.rmtree(study.folder(config) / "checkpoints", ignore_errors=True)
+                if slim:
+                    (study.folder(config) / record["file"]).unlink(missing_ok=True)
+            write_tables(study, stage, cells[stage])
+        time.sleep(0.2)
+
+
+def start_cell(study: Study, stage: str, config: Config, gpu: int, more: list[str]) -> "subprocess.Popen[bytes]":
+    """The process of a cell on one of the GPUs that this process sees; what it prints goes to a file."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    numbers = seen.split(",") if seen else [str(number) for number in range(torch.cuda.device_count())]
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": numbers[gpu]} if torch.cuda.device_count() else {})
+    command = [sys.executable, __file__, stage, "--cell", folder_name(config), "--out", str(study.out), *more]
+    make_folder(log_of(study, config).parent)
+    with log_of(study, config).open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+
+def log_of(study: Study, config: Config) -> Path:
+    """What a cell's process prints."""
+    return study.out / "logs" / f"{folder_name(config)}.log"
 
 
 def write_tables(study: Study, stage: str, configs: list[Config]) -> None:
@@ -164,10 +251,29 @@ def write_tables(study: Study, stage: str, configs: list[Config]) -> None:
     records = [record for config in configs if (record := study.record(config)) is not None]
     write_json(study.out / f"{stage}.json", {"stage": stage, "cells": len(configs), "records": records})
     head, rows = list(HEAD), table_of(records)
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["--"] * len(head), *rows)]
+    lines = [*about(records), ""]
+    if stage in ("main", "main4", "seeds"):
+        lines.insert(1, f"Rates: the best of each contestant's three after {study.tuning:g} s at 16,000,000 bytes.")
+    lines += ["| " + " | ".join(cells) + " |" for cells in (head, ["--"] * len(head), *rows)]
     if stage in ("ablate", "small"):
         lines += ["", "| variant | bpb, val, sliding | seeds |", "| -- | -- | -- |", *ablation_rows(study, configs)]
     atomic_write(study.out / f"{stage}.md", ("\n".join(lines) + "\n").encode())
+
+
+def about(records: list[dict[str, Any]]) -> list[str]:
+    """What the rows of a table have in common, in words."""
+    if not records:
+        return ["No cell has been run."]
+    first = records[0]
+    shape, settings = first["config"]["model"], first["config"]["train"]
+    asked = settings["seconds"]
+    length = f"{asked:g} s of training" if asked else f"{settings['steps']} steps"
+    compiled = sum(record["compiled_in_clock"] or 0 for record in records)
+    return [
+        f"{settings['data']}, split {settings['split']}, ctx {shape['ctx']}, batch {settings['batch']}, {length}, "
+        f"{first['budget']:,} bytes, {first['device']}, torch {first['torch']}, commit {str(first['commit'])[:10]}; "
+        f"{compiled} graphs compiled inside the clock. Bits per byte of val."
+    ]
 
 
 def ablation_rows(study: Study, configs: list[Config]) -> list[str]:
@@ -189,15 +295,29 @@ def run(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", required=True, help="enwik8, plain or packed")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--minutes", type=float, default=1e9, help="no cell begins that would not end within these")
+    parser.add_argument("--seconds", type=float, default=400.0, help="training of a cell of main, main4 and seeds")
+    parser.add_argument("--tuning", type=float, default=100.0, help="training of a cell of tune")
+    parser.add_argument("--slim", action="store_true", help="keep no shipped models, only what is said of them")
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU, to see that everything runs")
+    parser.add_argument("--cell", help="one cell, in this process: the name of its folder")
     given = parser.parse_args(arguments)
     ends, console = time.monotonic() + 60 * given.minutes, Console(highlight=False, soft_wrap=True)
-    study, left = Study(given.data, given.out, given.tiny), 0
+    data = str(locate(given.data).resolve()) if Path(given.data).exists() else given.data
+    study, left = Study(data, given.out, given.tiny, given.seconds, given.tuning), 0
+    more = ["--data", data, "--seconds", str(given.seconds), "--tuning", str(given.tuning)]
+    more += ["--tiny"] if given.tiny else []
     try:
-        for stage in given.stages.split(","):
+        stages = given.stages.split(",")
+        for stage in stages:
             if stage not in STAGES:
                 raise UserError(f"there is no stage {stage!r}; choose of {', '.join(STAGES)}")
-            left += run_stage(study, stage, ends, console)
+        if given.cell:
+            return run_cell(study, stages[0], given.cell)
+        make_folder(study.out)
+        describe(data)  # unpacked once, before the cells need it
+        for wave in waves(stages):
+            if left := run_wave(study, wave, ends, console, more, given.slim):
+                break
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

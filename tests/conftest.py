@@ -155,8 +155,14 @@ class Outcome:
 
 
 @pytest.fixture
-def cli() -> Callable[..., Outcome]:
+def cli(cli_once: Callable[..., Outcome]) -> Callable[..., Outcome]:
     """cli("score", run, "--json"): the command line in this process."""
+    return cli_once
+
+
+@pytest.fixture(scope="session")
+def cli_once() -> Callable[..., Outcome]:
+    """What `cli` is, for fixtures that live longer than a test."""
 
     def call(*arguments: object) -> Outcome:
         out, err = io.StringIO(), io.StringIO()

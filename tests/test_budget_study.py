@@ -27,29 +27,92 @@ def test_cells_are_the_contest_and_fit_into_nine_minutes(study, tmp_path):
     assert [config.recipe for config in cells.main()] == list(ENTRIES)
     assert {config.train.seconds for config in cells.main4()} == {400}
     assert {config.train.budget for config in cells.main4()} == {4_000_000}
-    assert len(cells.tune()) == 12
-    assert all(study.estimated(config) <= 540 for stage in (cells.tune, cells.main, cells.ablate) for config in stage())
+    assert len(cells.tune()) == 12 and {config.train.seconds for config in cells.tune()} == {100}
+    for stage in ("tune", "main", "ablate"):
+        assert all(study.estimated(config, stage, {}) <= 540 for config in getattr(cells, stage)())
+    assert study.estimated(cells.main()[0], "main", {"main": 50.0}) == pytest.approx(455)
     ablated = cells.ablate()
     assert len(ablated) == 2 * (2 + len(PARTS)) and len({study.folder_name(c) for c in ablated}) == len(ablated)
     assert len({(c.model.width, c.model.depth, c.train.steps, c.train.depth_plan) for c in ablated}) == 1
     assert not any(ablated[2 + at].model == ablated[0].model for at in range(len(PARTS)))
     with pytest.raises(study.UserError, match="run main first"):
         cells.seeds()
+    assert study.waves(["tune", "main", "main4", "seeds", "ablate"]) == [
+        ["tune"],
+        ["main", "main4"],
+        ["seeds"],
+        ["ablate"],
+    ]
 
 
-def test_the_tuned_rate_is_taken_and_a_study_goes_on(study, small_text, tmp_path, capsys):
-    words = ["--data", str(small_text), "--out", str(tmp_path), "--tiny"]
-    assert study.run(["tune", *words, "--minutes", "-1"]) == 3
-    assert "12 cells are left" in capsys.readouterr().out
-    cells = study.Study(str(small_text), tmp_path, tiny=True)
+def test_two_calls_of_two_gpus_hold_the_table(study, tmp_path):
+    """The plan that the script's first lines tell: what it thinks a cell takes, dealt out to two GPUs."""
+    cells = study.Study("shakespeare", tmp_path, tiny=False, seconds=90, tuning=35)
+    for stage in ("tune", "main", "main4"):
+        busy = [0.0, 0.0]
+        for config in getattr(cells, stage)():
+            busy[busy.index(min(busy))] += study.estimated(config, stage, {})
+        assert max(busy) <= 9.5 * 60
+
+
+def tuned(study, folder, small_text):
+    """A tiny study whose stage tune has been run: records of made-up scores."""
+    cells = study.Study(str(small_text), folder, tiny=True)
     for config, bpb in zip(cells.tune(), (3.0, 3.0, 3.0, 3.0, 2.5, 3.5, 2.0, 3.1, 2.9, 2.1, 2.7, 3.0), strict=True):
         record = {"recipe": config.recipe, "rate": config.train.rate, "scores": {"val_sliding": {"bpb": bpb}}}
         write_json(make_folder(cells.folder(config)) / "record.json", record)
+    return cells
+
+
+def test_the_best_rate_is_taken(study, small_text, tmp_path, capsys):
+    words = ["--data", str(small_text), "--out", str(tmp_path / "new"), "--tiny"]
+    assert study.run(["tune", *words, "--minutes", "-1"]) == 3
+    assert "12 cells are left" in capsys.readouterr().out
+    cells = tuned(study, tmp_path, small_text)
     assert cells.best_rate("flat-ternary") == 0.02 and cells.best_rate("recurrent-ternary-constant") == 0.045
     assert cells.best_rate("flat-float") == 0.01
-    cells.main = lambda *_: [cells.cell("flat-ternary", 16_000_000, 0.0, rate=cells.best_rate("flat-ternary"))]  # type: ignore[method-assign]
-    assert study.run_stage(cells, "main", 1e18, study.Console(quiet=True)) == 0
-    told = read_json(tmp_path / "main.json")
-    assert [record["rate"] for record in told["records"]] == [0.02] and told["records"][0]["ship_gap"] == 0
-    assert "| flat-ternary | 0.02 |" in (tmp_path / "main.md").read_text()
+    assert {config.train.rate for config in cells.main() if config.recipe == "flat-float"} == {0.01}
     assert study.run(["everything", *words]) == 2
+
+
+def test_cells_run_side_by_side_each_on_a_gpu_of_its_own(study, small_text, tmp_path, monkeypatch):
+    """Two processes at once, each told of another GPU; what they left is in the table, without what is large."""
+    cells, given = tuned(study, tmp_path, small_text), []
+    own = [
+        cells.cell(name, 16_000_000, 0.0, rate=rate) for name, rate in (("flat-ternary", 0.02), ("flat-float", 0.01))
+    ]
+    monkeypatch.setattr(cells, "main", lambda *_: own)
+    monkeypatch.setattr(study.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+
+    def started(command, *, env, **rest):
+        stage, name = command[2], command[command.index("--cell") + 1]
+        given.append(env["CUDA_VISIBLE_DEVICES"])
+        code = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import budget_study as b\n"
+        code += f"from pathlib import Path\ns = b.Study({str(small_text)!r}, Path({str(tmp_path)!r}), True)\n"
+        code += "own = [s.cell(n, 16_000_000, 0.0, rate=r) for n, r in (('flat-ternary', .02), ('flat-float', .01))]\n"
+        code += f"s.main = lambda *_: own\nsys.exit(b.run_cell(s, {stage!r}, {name!r}))"
+        return Popen([sys.executable, "-c", code], env=env, **rest)
+
+    Popen = study.subprocess.Popen
+    monkeypatch.setattr(study.subprocess, "Popen", started)
+    assert study.run_wave(cells, ["main"], 1e18, study.Console(quiet=True), [], slim=True) == 0
+    assert given == ["5", "7"]
+    told = read_json(tmp_path / "main.json")
+    assert [record["rate"] for record in told["records"]] == [0.02, 0.01] and told["records"][0]["ship_gap"] == 0
+    table = (tmp_path / "main.md").read_text()
+    assert (
+        "three after 100 s" in table and "| flat-ternary | 0.02 |" in table and "4 steps, 150,000 bytes, cpu" in table
+    )
+    folder = cells.folder(own[0])
+    assert not (folder / "checkpoints").exists() and not (folder / "model.tritwise").exists()
+    assert read_json(tmp_path / "walls.json")["main"] > 0
+
+
+def test_a_cell_that_cannot_work_is_not_tried_again(study, small_text, tmp_path, capsys):
+    cells = study.Study(str(small_text), tmp_path, tiny=True)
+    config = cells.tune()[0]
+    write_json(make_folder(cells.folder(config)) / "config.json", config.as_dict() | {"recipe": "another"})
+    assert cells.open(config) and study.run_cell(cells, "tune", study.folder_name(config)) == 1
+    assert "is a run with other settings" in read_json(cells.folder(config) / "failed.json")["error"]
+    assert not cells.open(config)

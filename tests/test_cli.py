@@ -31,6 +31,7 @@ COMMANDS = (
     "ship",
     "compress",
     "decompress",
+    "tokenize",
     "audit",
     "report",
     "doctor",

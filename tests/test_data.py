@@ -248,7 +248,7 @@ def test_a_home_folder_that_cannot_be_found(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "expanduser", nowhere)
     with pytest.raises(UserError, match="write the path in full"):
         open_bytes("~/text")
-    monkeypatch.setattr(source, "_locate", Path)
+    monkeypatch.setattr(source, "locate", Path)
     with pytest.raises(UserError, match=r"no cache folder: .*; set TRITWISE_CACHE"):
         open_bytes(file)
 

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tritwise import load
 from tritwise.bench import entries
+from tritwise.data import open_bytes
 from tritwise.errors import UserError
 from tritwise.models import AtDepth, Block, ByteLM, Layer, ModelConfig, generate
 from tritwise.nn import FloatVector, TritVector, rms_norm, tensor_roles, trit_modules
@@ -16,7 +18,7 @@ from tritwise.nn.attention import without_own
 from tritwise.optim import TritOptimizer
 from tritwise.score import score
 from tritwise.ship import read_artifact, write_artifact
-from tritwise.train import audit
+from tritwise.train import audit, train
 
 PARTS = entries.PARTS | {"exclusive": 2}
 PLAIN = ModelConfig(width=32, depth=4, ctx=16, prelude=1, coda=1, loops=3)
@@ -328,3 +330,29 @@ def test_a_shipped_model_has_the_same_logits_at_every_depth(tmp_path):
     assert info.streams["vectors"] <= numbers and info.weights == sum(
         layer.register.numel() for _, layer in trit_modules(model)
     )
+
+
+def test_a_model_is_scored_and_sampled_at_another_depth(cli, small_config, trained, tmp_path):
+    """--loops reaches forward: what comes out is the model at that depth, and nothing else is told for other models."""
+    run = tmp_path / "deep"
+    train(small_config(depth=3, prelude=1, coda=1, loops=3, loop_embedding=True), run)
+    model, data = load(run).model, open_bytes(small_config().train.data)[-300:]
+    assert isinstance(model, ByteLM)
+    whole = cli("score", run, "--json").json
+    assert cli("score", run, "--loops", 3, "--json").json["bpb"] == whole["bpb"]
+    shallow = cli("score", run, "--loops", 1, "--json").json
+    assert shallow["bpb"] == score(model.at(1), data).bpb != whole["bpb"]
+    streamed = cli("score", run, "--loops", 1, "--mode", "stream", "--json").json
+    assert streamed["bpb"] == score(model.at(1), data, mode="stream").bpb
+    for loops in (1, 2, 3):
+        told = cli("sample", run, "--prompt", "To", "--bytes", 12, "--loops", loops, "--json").json["text"]
+        assert told.encode() == bytes(generate(model.at(loops), b"To", 12)).decode(errors="replace").encode()
+    for words, said in (
+        (("score", run, "--loops", 4), "1 to 3 times, not 4"),
+        (("score", trained, "--loops", 2), "does not repeat; leave --loops out"),
+        (("sample", trained, "--loops", 1), "does not repeat; leave --loops out"),
+        (("score", "ngram:3", "--data", "shakespeare", "--loops", 2), "does not repeat"),
+        (("score", run, "--loops", 2, "--adapt", "all"), "leave --loops out"),
+    ):
+        done = cli(*words)
+        assert done.code == 2 and said in done.err and done.err.count("\n") == 1

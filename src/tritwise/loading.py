@@ -1,6 +1,5 @@
 """`tritwise.load`: a trained model from a run folder or an artifact, ready to score and to sample from."""
 
-import builtins
 import difflib
 from collections.abc import Callable
 from pathlib import Path
@@ -9,27 +8,32 @@ from typing import Any
 import numpy as np
 import torch
 
+from tritwise.data.corpus import open_parts, tokens_of
 from tritwise.data.media import read_image, read_sound
-from tritwise.data.source import open_bytes
 from tritwise.data.split import named_part
 from tritwise.data.split import split as split_data
+from tritwise.data.tokenizer import Tokenizer
 from tritwise.encoders.frozen import RATE
 from tritwise.errors import UserError
-from tritwise.models import Arb, ByteLM, draw
-from tritwise.models import generate as generate_bytes
+from tritwise.models import Arb, AtDepth, ByteLM, draw
 from tritwise.score import Score
 from tritwise.score import score as score_text
-from tritwise.ship import read_artifact
-from tritwise.train import load_run
+from tritwise.ship import read_artifact, read_tokenizer
+from tritwise.train import RunFolder, load_run
 from tritwise.train.sources import encoder_for
 from tritwise.train.telling import tell
+from tritwise.train.writing import generate_text
 
 
 class LoadedModel:
-    """A model and where it came from. `model` is the ByteLM or Arb, `about` what the file says of itself."""
+    """A model and where it came from. `model` is the ByteLM or Arb, `about` what the file says of itself, `tokenizer`
+    what a model of tokens reads with, `reader` the model at the depth that `at` chose."""
 
-    def __init__(self, model: ByteLM | Arb, path: Path, about: dict[str, Any]) -> None:
-        self.model, self.path, self.about = model, path, about
+    def __init__(
+        self, model: ByteLM | Arb, path: Path, about: dict[str, Any], tokenizer: Tokenizer | None = None
+    ) -> None:
+        self.model, self.path, self.about, self.tokenizer = model, path, about, tokenizer
+        self.reader: ByteLM | AtDepth | Arb = model
         self._encoders: dict[tuple[str, str], Any] = {}
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "LoadedModel":
@@ -38,14 +42,24 @@ class LoadedModel:
         self.model.dtype = dtype or self.model.dtype
         return self
 
+    def at(self, loops: int) -> "LoadedModel":
+        """Score and sample with `loops` repeats of the core from now on; returns self.
+
+        Raises UserError for a model that does not repeat, or not so often.
+        """
+        if not isinstance(self.model, ByteLM) or self.model.config.loops == 1:
+            raise UserError(f"the model of {self.path} does not repeat; leave --loops out")
+        self.reader = self.model.at(loops)
+        return self
+
     def generate(
         self, prompt: str | bytes = b"", bytes: int = 200, *, seed: int = 0, temperature: float = 0.8, top_k: int = 0
     ) -> bytes:
         """`bytes` bytes that continue `prompt`; the prompt is not repeated. The same seed gives the same bytes."""
         # A command line's bytes that are not UTF-8 reach us as lone surrogates; this makes them bytes again.
         raw = prompt.encode("utf-8", errors="surrogateescape") if isinstance(prompt, str) else prompt
-        chosen = generate_bytes(self.model, raw, bytes, seed=seed, temperature=temperature, top_k=top_k)
-        return builtins.bytes(chosen)
+        how = {"temperature": temperature, "top_k": top_k}
+        return generate_text(self.reader, raw, bytes, self.tokenizer, seed=seed, **how)
 
     def score(
         self,
@@ -60,14 +74,15 @@ class LoadedModel:
 
         split: "train", "val" or "test" scores that part of the split `rule`; None scores everything.
         """
+        device = next(self.model.parameters()).device
+        how: dict[str, Any] = {"window": window, "stride": stride, "device": device, "alphabet": self.tokenizer}
         if isinstance(data, str | Path):
-            array = open_bytes(data)
-        else:
-            array = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+            parts = open_parts(data, rule if split is not None else "all", self.tokenizer)
+            return score_text(self.reader, named_part(parts, split or "val"), **how)
+        array = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
         if split is not None:
             array = named_part(split_data(array, rule), split)
-        device = next(self.model.parameters()).device
-        return score_text(self.model, array, window=window, stride=stride, device=device)
+        return score_text(self.reader, array if self.tokenizer is None else tokens_of(array, self.tokenizer), **how)
 
     def caption(self, image: np.ndarray | str | Path, *, encoder: str = "", most: int = 80) -> str:
         """What an image shows: uint8 [H, W, 3], or the path of a file. encoder: where the frozen encoder lies now.
@@ -140,7 +155,9 @@ def load(path: Path | str) -> LoadedModel:
     place = Path(path)
     if place.is_dir():
         config, model, _, checkpoint = load_run(place)
+        tokenizer = Tokenizer.open(RunFolder(place).tokenizer) if config.train.tokenizer else None
         about = {"recipe": config.recipe, "steps": checkpoint.step, "train": config.as_dict()["train"]}
-        return LoadedModel(model, place, about)
+        return LoadedModel(model, place, about, tokenizer)
     model, header = read_artifact(place)
-    return LoadedModel(model, place, header["about"])
+    raw = read_tokenizer(place)
+    return LoadedModel(model, place, header["about"], Tokenizer(raw, f"the tokenizer of {place}") if raw else None)

@@ -10,23 +10,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tritwise.data.source import describe
-from tritwise.data.split import split
+from tritwise.data.corpus import open_parts
 from tritwise.errors import UserError
 from tritwise.files import atomic_write, canonical_json, read_json, sha256_of, write_json
 from tritwise.score import score
 from tritwise.ship import read_artifact
 from tritwise.train import Config, RunFolder, train
+from tritwise.train.config import tokenizer_of
 from tritwise.train.device import device_called, dtype_called
 from tritwise.train.progress import Display
 
 
-def run_record(config: Config, folder: Path, display: Display | None = None) -> dict[str, Any]:
+def run_record(
+    config: Config, folder: Path, display: Display | None = None, parts: Sequence[str] = ("val", "test")
+) -> dict[str, Any]:
     """Train `config` in `folder`, or go on where it stopped; its record, as plain JSON. A finished one is only read.
+
+    parts: of the text that are scored, if it has them; val must be one.
 
     Raises UserError for a folder with another config, and for a model that does not fit its budget.
     """
-    place, run = folder / "record.json", RunFolder(folder)
+    config, place, run = tokenizer_of(config)[0], folder / "record.json", RunFolder(folder)
     if (folder / "config.json").exists() and run.config() != config:
         raise UserError(f"{folder} is a run with other settings; choose another --out, or give its settings")
     if place.exists():
@@ -36,27 +40,29 @@ def run_record(config: Config, folder: Path, display: Display | None = None) -> 
         result = train(config, folder, resume=begun, display=display)
         if result.get("interrupted"):
             raise UserError(f"stopped at step {result['steps']}; the same command goes on from its checkpoint")
-    record = recorded(config, run)
+    record = recorded(config, run, parts)
     write_json(place, record)
     return record
 
 
-def recorded(config: Config, run: RunFolder) -> dict[str, Any]:
+def recorded(config: Config, run: RunFolder, wanted: Sequence[str] = ("val", "test")) -> dict[str, Any]:
     """What can be said of a finished run, from its files."""
     result, manifest = run.read("result"), run.read("manifest")
     device = device_called(config.train.device)
     model, _ = read_artifact(run.artifact)
     model.to(device).dtype = dtype_called(config.train.dtype, device)
-    parts = split(describe(config.train.data).data, config.train.split)
+    tokenizer = tokenizer_of(config)[1]
+    parts = open_parts(config.train.data, config.train.split, tokenizer)
     scores = {}
-    for part in ("val", "test"):
+    for part in wanted:
         if part in parts:
             ways = (("sliding", config.train.stride), ("chunked", model.context))
             for name, stride in ways if part == "val" else ways[:1]:
-                told = score(model, parts[part], stride=stride, device=device)
+                told = score(model, parts[part], stride=stride, device=device, alphabet=tokenizer)
                 scores[f"{part}_{name}"] = {"bpb": told.bpb, "bytes": told.bytes, "stride": told.stride}
     settings = config.as_dict()
-    settings["train"]["data"] = Path(settings["train"]["data"]).name  # where a text lies is nobody's business
+    for key in ("data", "tokenizer"):
+        settings["train"][key] = Path(settings["train"][key]).name  # where they lie is nobody's business
     before = result.get("before", result["val"])["bpb"]
     return {
         "recipe": config.recipe,

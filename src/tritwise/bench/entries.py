@@ -12,6 +12,7 @@ directions of ternary ones have a fixed size. Those here are starting points: tu
 """
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 from tritwise.errors import UserError
@@ -20,6 +21,7 @@ from tritwise.registers import packed_bytes
 from tritwise.ship.budget import A_LAYER, HEADER
 from tritwise.ship.floats import METHODS, SEARCHED, code_bytes
 from tritwise.train import Config, TrainConfig, override
+from tritwise.train.config import tokenizer_of
 
 _FLOAT = {
     "weights": "float",
@@ -81,6 +83,8 @@ def entry(name: str, base: Config, budget: int, changes: dict[str, Any]) -> Conf
     if name not in ENTRIES:
         near = difflib.get_close_matches(name, ENTRIES, n=1)
         raise UserError(f"there is no recipe {name!r}; {f'did you mean {near[0]}' if near else ', '.join(ENTRIES)}?")
+    if changes.get("tokenizer"):
+        base = tokenizer_of(override(base, {"tokenizer": changes["tokenizer"]}))[0]  # the vocabulary takes room too
     own = {**ENTRIES[name], **changes, "budget": budget}
     if "width" not in changes:
         own["width"] = _widest(override(base, own), budget)
@@ -110,13 +114,14 @@ def shape_bytes(config: Config) -> int:
     """About how many bytes a model of this shape takes when shipped, told without building it."""
     c, settings = config.model, config.train
     shapes, vectors = shapes_of(c)
+    extra = HEADER + (Path(settings.tokenizer).stat().st_size if settings.tokenizer else 0)
     if c.weights == "trit":
         numbers = sum(rows * columns for rows, columns in shapes)
         scales = sum(rows * -(-columns // c.group) + columns * c.column_scales for rows, columns in shapes)
-        return packed_bytes(numbers) + scales + vectors + HEADER + A_LAYER * len(shapes)
+        return packed_bytes(numbers) + scales + vectors + extra + A_LAYER * len(shapes)
     # auto is sized for the smallest of its ways, and a float that does not ship for nothing.
     bits = {"auto": METHODS[SEARCHED[-1]].bits, "none": 8}.get(settings.ship_as) or METHODS[settings.ship_as].bits
-    total = vectors * 2.0 + HEADER
+    total = vectors * 2.0 + extra
     for rows, columns in shapes:
         large = rows * columns > settings.ship_small
         total += rows * (columns * code_bytes(bits, columns) + 2) if large else 2 * rows * columns

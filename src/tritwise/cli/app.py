@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tritwise._version import __version__
-from tritwise.cli import arb, bench, commands, compress
+from tritwise.cli import arb, bench, commands, compress, tokens
 from tritwise.errors import UserError, is_out_of_memory
 from tritwise.files import explain
 
@@ -37,6 +37,7 @@ for command in (
     commands.ship,
     compress.compress,
     compress.decompress,
+    tokens.tokenize,
     commands.audit,
     commands.report,
     commands.doctor,

@@ -35,6 +35,7 @@ Log = Annotated[int | None, option("Steps between log lines.")]
 Evaluate = Annotated[int | None, option("Steps between evaluations.")]
 Save = Annotated[int | None, option("Steps between checkpoints.")]
 NoSave = Annotated[bool, option("Write no checkpoint.", "--no-save")]
+Loops = Annotated[int, typer.Option(min=0, help="Repeats of a recurrent model's core; 0: as trained.")]
 Set = Annotated[list[str] | None, option("Any other setting, KEY=VALUE; may be repeated.", "--set")]
 
 
@@ -45,6 +46,7 @@ def train(
     recipe: Annotated[str | None, option("Named run to start from [shakespeare].")] = None,
     data: Data = None,
     encoder: Encoder = None,
+    tokenizer: Annotated[str | None, option("SentencePiece model whose tokens are learned, of text or shards.")] = None,
     steps: Steps = None,
     batch: Batch = None,
     ctx: Context = None,
@@ -79,6 +81,7 @@ def train(
         "seed": seed,
         "max_moe_iters": max_moe_iters,
         "preserve_state": preserve_state or None,
+        "tokenizer": tokenizer,
         "log_interval": log_interval,
         "eval_interval": eval_interval,
         "save_interval": save_interval,
@@ -115,7 +118,7 @@ def start_run(
     from tritwise.train import train as run_training
     from tritwise.train.progress import make_display
 
-    for key in ("data", "images", "sounds", "pictures", "vision_encoder", "audio_encoder", "start"):
+    for key in ("data", "images", "sounds", "pictures", "vision_encoder", "audio_encoder", "start", "tokenizer"):
         if changes.get(key) and changes[key] not in BUNDLED_NAMES and Path(changes[key]).exists():
             changes[key] = str(Path(changes[key]).resolve())  # so that resume and ship find it from any folder
     if out is not None and run is not None:
@@ -204,6 +207,7 @@ def score(
     mix_train: Annotated[bool, option("Count the train part first.", "--mix-train")] = False,
     compare: Annotated[bool, option("Score two models: the paired difference and its interval.", "--compare")] = False,
     ladder: Annotated[bool | None, typer.Option(help="Beside simple baselines [texts up to 16 MB].")] = None,
+    loops: Loops = 0,
     device: Annotated[str, option("Where models compute: auto, cpu or cuda.")] = "auto",
     json: Json = False,
 ) -> None:
@@ -221,6 +225,7 @@ def score(
         part=split,
         rule=rule,
         ladder_wanted=ladder,
+        loops=loops,
         device=device,
         as_json=json,
     )
@@ -233,12 +238,16 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same text.")] = 0,
     temperature: Annotated[float, typer.Option(help="0: the likeliest byte; 1: as the model says.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Only the k likeliest bytes; 0: all.")] = 0,
+    loops: Loops = 0,
     json: Json = False,
 ) -> None:
     """Continue a text."""
     from tritwise.loading import load
 
-    written = load(model).generate(prompt, bytes, seed=seed, temperature=temperature, top_k=top_k)
+    loaded = load(model)
+    if loops:
+        loaded.at(loops)
+    written = loaded.generate(prompt, bytes, seed=seed, temperature=temperature, top_k=top_k)
     text = written.decode("utf-8", errors="replace")
     if json:
         output.print_json({"prompt": prompt, "text": text, "bytes": len(written), "seed": seed})

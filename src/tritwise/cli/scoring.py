@@ -9,9 +9,12 @@ import numpy as np
 import torch
 
 from tritwise.cli import output
-from tritwise.data.source import describe
-from tritwise.data.split import named_part
+from tritwise.data.corpus import open_parts, tokens_of
+from tritwise.data.shards import looks_like_shards
+from tritwise.data.source import describe, locate
+from tritwise.data.split import NAMED, named_part
 from tritwise.data.split import split as split_data
+from tritwise.data.tokenizer import Tokenizer
 from tritwise.errors import UserError
 from tritwise.loading import load
 from tritwise.score import Score, ladder, score
@@ -20,6 +23,7 @@ from tritwise.score.hf import HFTokens, load_hf
 from tritwise.score.learning import Learning, score_learning
 from tritwise.score.ngram import ngram_predictor
 from tritwise.score.protocol import device_of
+from tritwise.score.scorer import spread
 from tritwise.train.device import device_called
 
 LADDER_LIMIT = 16_000_000  # bytes of a text beside which the ladder is drawn unasked
@@ -42,29 +46,38 @@ class Reading:
 
 
 class Text(NamedTuple):
-    """What is scored, which part of what, and the train part of the same text (empty where there is none)."""
+    """What is scored, which part of what, and the train part of the same text (empty where there is none).
+
+    data: uint8 [bytes], or the tokens of shards, uint16 [tokens]. bytes: that the part has; size: that all parts have,
+    0 where that is not known.
+    """
 
     data: np.ndarray
     source: str
     part: str
     train: np.ndarray
     size: int
+    bytes: int
 
 
 class Entrant(NamedTuple):
-    """A model by the word that names it. about: its "train" section or {}. predictor: made once the text is known."""
+    """A model by the word that names it. about: its "train" section or {}. predictor: made once the text is known.
+    tokenizer: of a model of tokens."""
 
     name: str
     about: dict[str, Any]
     predictor: Callable[[Text], Any]
+    tokenizer: Tokenizer | None = None
 
 
-def entrant(name: str, device: torch.device) -> Entrant:
+def entrant(name: str, device: torch.device, loops: int = 0) -> Entrant:
     """hf:FOLDER-OR-NAME, ngram:ORDER, or the path of a run or artifact. UserError as their loaders raise it.
 
-    device: where it computes; an n-gram stays on the CPU.
+    device: where it computes; an n-gram stays on the CPU. loops: repeats of a recurrent model; 0: as trained.
     """
     kind, colon, rest = name.partition(":")
+    if loops and colon and kind in ("hf", "ngram"):
+        raise UserError(f"{name} does not repeat; leave --loops out")
     if colon and kind == "hf":
         model = load_hf(rest, device)
         return Entrant(name, {}, lambda _: model)
@@ -73,7 +86,9 @@ def entrant(name: str, device: torch.device) -> Entrant:
             raise UserError(f"{name} names no n-gram; write for example ngram:5")
         return Entrant(name, {}, lambda text: _counted(name, int(rest), text))
     loaded = load(Path(name)).to(device)
-    return Entrant(name, loaded.about.get("train", {}), lambda _: loaded.model)
+    if loops:
+        loaded.at(loops)
+    return Entrant(name, loaded.about.get("train", {}), lambda _: loaded.reader, loaded.tokenizer)
 
 
 def _counted(name: str, order: int, text: Text) -> Any:
@@ -89,13 +104,30 @@ def text_for(entrants: list[Entrant], data: str | None, part: str | None, rule: 
         raise UserError(f"{entrants[0].name} does not say what it was trained on; name a text with --data")
     if data is None:
         part = part or "val"
-    source = describe(data or trained["data"])
-    rules = [rule, *(e.about.get("split") for e in entrants), "90/10"]
-    parts = split_data(source.data, next(r for r in rules if r)) if part else {"all": source.data}
+    where = data or trained["data"]
+    sharded = looks_like_shards(where)
+    own = [e.about.get("split") for e in entrants]
+    # A model of shards that were cut by name can be scored on a text, which cannot.
+    cut = rule or next((r for r in own if r and (sharded or r != NAMED)), "90/10")
+    if sharded:
+        tokenizer = _common_tokenizer(entrants, where)
+        tokens = named_part(open_parts(where, cut if part else "all", tokenizer), part or "val")
+        size = int(tokenizer.sizes(tokens).sum(dtype=np.int64))
+        return Text(tokens, locate(where).name, part or "all", np.empty(0, np.uint8), 0, size)
+    source = describe(where)
+    parts = split_data(source.data, cut) if part else {"all": source.data}
     part = part or "all"
     scored = named_part(parts, part)
     train = parts["train"] if part in ("val", "test") and "train" in parts else np.empty(0, np.uint8)
-    return Text(scored, source.name, part, train, len(source.data))
+    return Text(scored, source.name, part, train, len(source.data), len(scored))
+
+
+def _common_tokenizer(entrants: list[Entrant], where: str) -> Tokenizer:
+    """The tokenizer of all of them. Raises UserError if there is none."""
+    tokenizers = [e.tokenizer for e in entrants if e.tokenizer is not None]
+    if len(tokenizers) < len(entrants) or len({tokenizer.digest for tokenizer in tokenizers}) > 1:
+        raise UserError(f"{where} holds tokens, and not all models have their tokenizer; name a text with --data")
+    return tokenizers[0]
 
 
 def scored(entrant: Entrant, text: Text, reading: Reading, into: np.ndarray | None = None) -> Score:
@@ -107,7 +139,9 @@ def scored(entrant: Entrant, text: Text, reading: Reading, into: np.ndarray | No
         if reading.separator or reading.learns:
             raise UserError(f"{entrant.name} reads tokens: leave --separator, --adapt and --mix out")
         return model.score(text.data, mode=mode, **settings)
-    separator = _unescaped(reading.separator)
+    if entrant.tokenizer is not None:
+        return _scored_tokens(model, entrant, text, reading, into)
+    separator = unescaped(reading.separator)
     if not reading.learns:
         return score(model, text.data, mode=mode, separator=separator, device=device_of(model), **settings)
     if reading.mode not in (None, "stream"):
@@ -116,7 +150,29 @@ def scored(entrant: Entrant, text: Text, reading: Reading, into: np.ndarray | No
     return score_learning(model, text.data, reading.how, train=train, separator=separator, **settings)
 
 
-def _unescaped(separator: str) -> bytes:
+def _scored_tokens(model: Any, entrant: Entrant, text: Text, reading: Reading, into: np.ndarray | None) -> Score:
+    if reading.separator or reading.learns:
+        raise UserError(f"{entrant.name} reads tokens: leave --separator, --adapt and --mix out")
+    alphabet = entrant.tokenizer
+    assert alphabet is not None
+    ids = text.data if text.data.dtype == np.uint16 else tokens_of(text.data, alphabet)
+    costs, mode = np.empty(len(ids)), reading.mode or "sliding"
+    result = score(
+        model,
+        ids,
+        mode=mode,  # pyright: ignore[reportArgumentType]  # score refuses other words itself
+        window=reading.window,
+        stride=reading.stride,
+        into=costs,
+        device=device_of(model),
+        alphabet=alphabet,
+    )
+    if into is not None:
+        spread(costs, np.cumsum(alphabet.sizes(ids), dtype=np.int64), into)
+    return result
+
+
+def unescaped(separator: str) -> bytes:
     r"""The bytes of --separator, in which \n, \t, \0 and \xff stand for what they do in Python."""
     try:
         raw = separator.encode("utf-8", errors="surrogateescape")
@@ -180,6 +236,7 @@ def run_score(
     part: str | None,
     rule: str | None,
     ladder_wanted: bool | None,
+    loops: int,
     device: str,
     as_json: bool,
 ) -> None:
@@ -194,18 +251,22 @@ def run_score(
             "--adapt-rate, --adapt-piece and --no-guard are about --adapt; add --adapt all or --adapt scales"
         )
     on = device_called(device, "--device cpu")
-    entrants = [entrant(name, on) for name in names]
+    if loops and reading.how.adapt != "none":
+        raise UserError("--adapt trains a model at the depth it was trained at; leave --loops out")
+    entrants = [entrant(name, on, loops) for name in names]
     text = text_for(entrants, data, part, rule)
     if reading.mix_train and not len(text.train):
         raise UserError(
             "--mix-train counts the train part of the text, and there is none; choose a part with --split val"
         )
     if compared:
-        costs = [np.empty(len(text.data)) for _ in entrants]
+        costs = [np.empty(text.bytes) for _ in entrants]
         results = [scored(one, text, reading, into) for one, into in zip(entrants, costs, strict=True)]
         print_comparison(entrants, results, compare(*costs), text, as_json)
         return
     result = scored(entrants[0], text, reading)
-    wanted = ladder_wanted or (ladder_wanted is None and text.size <= LADDER_LIMIT)
+    if ladder_wanted and not text.size:
+        raise UserError("a ladder is made of bytes, and shards hold tokens; leave --ladder out")
+    wanted = ladder_wanted or (ladder_wanted is None and 0 < text.size <= LADDER_LIMIT)
     rungs: list[Any] = list(ladder(text.train, text.data)) if wanted else []
     print_score("this model", result, text, rungs, as_json)

@@ -32,7 +32,7 @@ from tritwise.errors import UserError
 from tritwise.files import atomic_write, explain, read_bytes, sha256_of
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.score.protocol import fit_window
-from tritwise.ship import read_artifact
+from tritwise.ship import read_artifact, read_tokenizer
 
 LANE_BYTES, LANE_CONTEXTS = 1 << 13, 64  # text a lane gets at least: the first, or the second times the context
 LANES = {"cpu": 256, "cuda": 1024}
@@ -105,6 +105,8 @@ def compress(
     _require_new(out)
     length = _size_of(source)
     byte_lm, artifact = read_artifact(model)[0].to(device), read_bytes(model)
+    if read_tokenizer(model):
+        raise UserError(f"{model} is a model of tokens, and files are coded byte by byte; give one that reads bytes")
     window, stride = fit_window(byte_lm, window, stride)
     lanes = lanes or choose_lanes(length, byte_lm.config, device)
     if not 1 <= lanes <= head.MOST_LANES:

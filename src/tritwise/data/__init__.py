@@ -1,4 +1,4 @@
-"""What a model reads: bytes through a memory map, a split rule, a sampler that resumes exactly, and the vocabulary.
+"""What a model reads: bytes through a memory map or tokens of shards, splits, an exact sampler, the vocabulary.
 
 The function `split` stays in `tritwise.data.split`: lifted up here it would hide the module of the same name.
 """

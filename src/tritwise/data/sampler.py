@@ -30,7 +30,7 @@ WINDOWS, ORDER, OFFSET = range(3)  # what a draw is for: streams that never shar
 
 
 class Sampler:
-    """Batches of windows over `data` (uint8, [bytes]).
+    """Batches of windows over `data` (uint8 [bytes], or uint16 [tokens]).
 
     batch, ctx: rows and bytes per row. seed: 0 to 2^64 − 1. mode: one of MODES. accum: micro-batches per step;
     the epoch mode needs it to know how far a step moves on.
@@ -41,7 +41,7 @@ class Sampler:
     def __init__(
         self, data: np.ndarray, batch: int, ctx: int, seed: int, mode: str = "random", *, accum: int = 1
     ) -> None:
-        assert data.dtype == np.uint8 and data.ndim == 1
+        assert data.dtype in (np.uint8, np.uint16) and data.ndim == 1
         for name, value in (("batch", batch), ("ctx", ctx), ("accum", accum)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1: got {value}; give a positive whole number")

@@ -68,7 +68,7 @@ class Source:
 
 def describe(path: Path | str, *, cache: Path | str | None = None) -> Source:
     """Opens `path` as `open_bytes` does and keeps its name beside the bytes. Raises UserError."""
-    located, data = _locate(path), open_bytes(path, cache=cache)
+    located, data = locate(path), open_bytes(path, cache=cache)
     name = "tinyshakespeare" if located == BUNDLED else located.resolve().name
     return Source(name, located, data)
 
@@ -81,7 +81,7 @@ def open_bytes(path: Path | str, *, cache: Path | str | None = None) -> np.ndarr
     Raises UserError: the path is missing, empty, unreadable, not a file or folder, of an unsupported type, or
     corrupted; a folder or zip holds no files; or the cache cannot be written.
     """
-    located = _locate(path)
+    located = locate(path)
     status = _status(located)
     if stat.S_ISDIR(status.st_mode):
         files = _listing(located)
@@ -93,9 +93,20 @@ def open_bytes(path: Path | str, *, cache: Path | str | None = None) -> np.ndarr
         _refuse_packed(file, file.name)
     if files == [located] and (status.st_size == 0 or located.suffix.lower() not in COMPRESSED):
         return _map(located)
-    target = cache_folder(cache) / _cache_name(files)
-    _write_once(target, _joined(part for file in files for part in _parts(file)), located)
-    return _map(target)
+    pieces = _joined(part for file in files for part in _parts(file))
+    return _map(once(files, _not_empty(pieces, located), cache=cache))
+
+
+def once(key: list[Path] | str, pieces: Iterator[bytes], *, cache: Path | str | None = None) -> Path:
+    """The file in the cache that holds `pieces`, written if it is not there. key: the files that they are made of, as
+    they are now, or words that name the content. Raises UserError, and what `pieces` raises."""
+    if isinstance(key, str):
+        digest = hashlib.sha256(b"tritwise cache 1\0" + key.encode()).hexdigest()
+    else:
+        digest = _digest_of(key)
+    target = cache_folder(cache) / f"{digest[:32]}.bytes"
+    _write_once(target, pieces)
+    return target
 
 
 def sha256_hex(data: np.ndarray) -> str:
@@ -106,7 +117,8 @@ def sha256_hex(data: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _locate(path: Path | str) -> Path:
+def locate(path: Path | str) -> Path:
+    """Where a path or a bundled name leads. Raises UserError for an empty one."""
     if isinstance(path, str):
         if path in BUNDLED_NAMES:
             return BUNDLED
@@ -260,25 +272,25 @@ def _joined(parts: Iterable[Iterator[bytes]]) -> Iterator[bytes]:
             yield piece
 
 
-def _cache_name(files: list[Path]) -> str:
+def _digest_of(files: list[Path]) -> str:
     key = hashlib.sha256(b"tritwise cache 1")
     for file in files:
         status = _status(file)
         key.update(b"\0" + os.fsencode(file.absolute()) + f"\0{status.st_size}\0{status.st_mtime_ns}".encode())
-    return f"{key.hexdigest()[:32]}.bytes"
+    return key.hexdigest()
 
 
-def _write_once(target: Path, pieces: Iterator[bytes], source: Path) -> None:
+def _write_once(target: Path, pieces: Iterator[bytes]) -> None:
     try:
         if target.exists():
             return
     except OSError as error:
         raise explain(error, target, "write", CACHE_REMEDY) from error
     make_folder(target.parent, CACHE_REMEDY)
-    atomic_write(target, _not_empty(pieces, source), CACHE_REMEDY)
+    atomic_write(target, pieces, CACHE_REMEDY)
 
 
-def _not_empty(pieces: Iterator[bytes], source: Path) -> Iterator[bytes]:
+def _not_empty(pieces: Iterator[bytes], source: Path | str) -> Iterator[bytes]:
     written = 0
     for piece in pieces:
         written += len(piece)

@@ -4,6 +4,7 @@
     90/5/5                       percentages, in order: train, val, test (they add up to 100; 99.5/0.5 is fine too)
     first:90000000,last:5000000  byte counts: train is the first part of the data, val the last; the rest is unused
     all                          everything is val; for scoring a file that no one trained on
+    named                        of shards of tokens: files are parts by the train, val or test in their names
 
 A percentage boundary is the floor of the exact product, computed in integers: 90/10 of tinyshakespeare is 1,003,854 and
 111,540 bytes, 90/5/5 of enwik8 is 90, 5 and 5 million.
@@ -24,6 +25,7 @@ NAMES = ("train", "val", "test")
 SHORTEST = 2  # one byte to read and one to predict
 COUNTS = re.compile(r"first:([0-9]+),last:([0-9]+)", re.ASCII)
 PERCENT = re.compile(r"[0-9]+(\.[0-9]+)?", re.ASCII)
+NAMED = "named"
 GRAMMAR = "use 90/10, 90/5/5, first:BYTES,last:BYTES or all"
 
 
@@ -34,7 +36,7 @@ class Split:
     rule: str
 
     def __post_init__(self) -> None:
-        if self.rule != "all" and not COUNTS.fullmatch(self.rule):
+        if self.rule not in ("all", NAMED) and not COUNTS.fullmatch(self.rule):
             _percentages(self.rule)
 
     def bounds(self, total: int) -> dict[str, tuple[int, int]]:
@@ -42,6 +44,8 @@ class Split:
 
         Raises UserError: the data is shorter than the rule asks for, or a part would have fewer than two bytes.
         """
+        if self.rule == NAMED:
+            raise UserError(f"split {NAMED} is for shards of tokens, whose files are named; {GRAMMAR}")
         if self.rule == "all":
             bounds = {"val": (0, total)}
         elif counts := COUNTS.fullmatch(self.rule):

@@ -17,12 +17,12 @@ class ModelConfig:
 
     width      channels; the size of a head is 32 below width 128, else 64
     depth      blocks
-    ctx        bytes a position can look back on, itself included
+    ctx        bytes (tokens, with a tokenizer) a position can look back on, itself included
     heads      attention heads; 0: width / size of a head
     kv_heads   key-value heads, a divisor of heads; 0: heads
     mlp_ratio  hidden size of the MLP over width
     window     sliding attention window in bytes; 0: none
-    vocab      symbols, 256 bytes
+    vocab      symbols, 256 bytes; a tokenizer sets it
     softcap    logits are softcap * tanh(z / softcap)
     group      inputs that share one scale exponent
     column_scales  inputs of every ternary matrix have scales of their own, which learn; float matrices need none

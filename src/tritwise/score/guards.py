@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from tritwise.errors import UserError
-from tritwise.score.protocol import Predictor, Stream
+from tritwise.score.protocol import START, Predictor, Stream
 from tritwise.score.windows import rows_of
 
 CONDITIONS = {
@@ -105,12 +105,13 @@ def check_sums(log_probs: Tensor, seed: int, where: np.ndarray | None = None) ->
 
 @torch.inference_mode()
 def check_predictor(
-    model: Predictor, data: np.ndarray, windows: np.ndarray, device: torch.device | str
+    model: Predictor, data: np.ndarray, windows: np.ndarray, device: torch.device | str, start_id: int = START
 ) -> dict[int, np.ndarray]:
     """Hold a Predictor to conditions 1 to 3 on sampled windows of the text, and on short pieces of it.
 
-    windows: int64 [R, 4], those that will be scored. Returns, for some of them by number, the probabilities of their
-    bytes; when they are scored, `check_again` wants the same. UserError naming the condition that is broken.
+    windows: int64 [R, 4], those that will be scored; start_id: stands before a text. Returns, for some of them by
+    number, the probabilities of their bytes; when they are scored, `check_again` wants the same. UserError naming the
+    condition that is broken.
     """
     rng = np.random.default_rng(len(data))
     lengths = windows[:, 1] - windows[:, 0]
@@ -119,13 +120,13 @@ def check_predictor(
     # Neighbours are changed alike, so that a model which looks into the other rows of its batch is seen as well.
     numbers = np.stack((firsts, np.minimum(firsts + 1, len(windows) - 1)), axis=1)
     cuts = rng.integers(windows[firsts, 0], np.maximum(windows[numbers[:, 1], 1] - 1, windows[firsts, 0] + 1))
-    found = _probe(model, data, windows[numbers.reshape(-1)], cuts.repeat(2), rng, device)
+    found = _probe(model, data, windows[numbers.reshape(-1)], cuts.repeat(2), rng, device, start_id)
 
     size = min(SHORT, int(lengths.max()))
     starts = rng.integers(0, len(data) - size + 1, SHORTS)
     stops = starts + size
     short = np.stack((starts, stops, starts, starts == 0), axis=1)
-    _probe(model, data, short, rng.integers(starts, np.maximum(stops - 1, starts + 1)), rng, device)
+    _probe(model, data, short, rng.integers(starts, np.maximum(stops - 1, starts + 1)), rng, device, start_id)
     return dict(zip(numbers.reshape(-1).tolist(), found, strict=True))
 
 
@@ -136,10 +137,11 @@ def _probe(
     cuts_R: np.ndarray,
     rng: np.random.Generator,
     device: torch.device | str,
+    start_id: int,
 ) -> list[np.ndarray]:
     """Ask for windows as they are and with every byte from `cuts_R` on changed; p(byte) of the former, row by row."""
     starts, stops, opens = windows[:, :1], windows[:, 1:2], windows[:, 3:] > 0
-    rows = rows_of(data, windows)
+    rows = rows_of(data, windows, start_id)
     columns = np.arange(rows.shape[1])
     byte = starts - 1 + columns  # of the text, in each column
     late = (byte >= cuts_R[:, None]) & (byte < stops) & ~(opens & (columns == 0))

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tritwise.data.tokenizer import require_same_text, utf8_of
 from tritwise.errors import UserError
 from tritwise.score.guards import MOVED, Tally, broken
 from tritwise.score.protocol import fit_window
-from tritwise.score.scorer import Mode, Score
+from tritwise.score.scorer import Mode, Score, spread
 from tritwise.score.windows import windows_of
 
 LONGEST_WINDOW = 2048  # where --window is not given: contexts of 128k are more than memory holds
@@ -62,24 +63,12 @@ class HFTokens(nn.Module):
     def encode(self, data: np.ndarray) -> Tokens:
         """The tokens of a text (uint8 [bytes]), none added. Raises UserError unless they give back every byte."""
         raw = data.tobytes()
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"byte {error.start} is not UTF-8, and the model's tokenizer reads text only; cut the text elsewhere "
-                f"or choose a model that reads bytes"
-            ) from None
+        text = utf8_of(raw)
         fast = self.tokenizer.is_fast
         coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
         ids = coded["input_ids"]
         back = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).encode()
-        if back != raw:
-            same = np.frombuffer(back[: len(raw)], np.uint8) == data[: len(back)]
-            at = int(same.argmin()) if not same.all() else len(same)
-            raise UserError(
-                f"the tokenizer does not give the text back: it differs from byte {at} on ({len(back):,} bytes for "
-                f"{len(raw):,}); bits per byte would be those of another text, so the model cannot be scored on it"
-            )
+        require_same_text(raw, back, "the model cannot be scored on it")
         if max(ids) >= self.model.config.get_text_config().vocab_size:
             raise UserError("the tokenizer has tokens that the model does not know; give the model its own tokenizer")
         ends = _bytes_up_to(text, [end for _, end in coded["offset_mapping"]]) if fast else None
@@ -165,8 +154,7 @@ class HFTokens(nn.Module):
     def _spread(self, costs: np.ndarray, ends: np.ndarray | None, into: np.ndarray) -> None:
         if ends is None:
             raise UserError("this tokenizer does not say where its tokens stand in the text; give the model a fast one")
-        into[:] = 0
-        np.add.at(into, np.maximum(ends, 1) - 1, costs)
+        spread(costs, ends, into)
 
 
 def load_hf(where: str, device: torch.device | str = "cpu") -> HFBytes | HFTokens:

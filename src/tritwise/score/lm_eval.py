@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tritwise.data.vocabulary import BYTES, VOCABULARY
 from tritwise.errors import UserError
 from tritwise.score.protocol import Predictor, Stream, device_of, stream_of
 from tritwise.score.scorer import score
@@ -36,6 +37,9 @@ class ByteEval(LM):
 
     def __init__(self, model: Predictor, *, window: int = 0, stride: int = 0, seed: int = 0) -> None:
         super().__init__()
+        shape = getattr(model, "config", None)
+        if shape is not None and shape.vocab not in (BYTES, VOCABULARY):
+            raise UserError("lm-eval gives models texts in bytes, and this one reads tokens; give a model of bytes")
         self.model, self.window, self.stride, self.seed = model, window or model.context, stride, seed
         self._device = device_of(model)
 

@@ -17,7 +17,7 @@ Shape suffixes: B batch, T time, V vocabulary (256, or more for a model with spa
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tritwise.errors import UserError
 
@@ -188,5 +188,5 @@ class WindowStream(_OneAhead):
 
 def device_of(model: Any) -> torch.device:
     """Where a model's weights are; the CPU for a model that has none."""
-    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    first = next(model.parameters(), None) if hasattr(model, "parameters") else None
     return first.device if first is not None else torch.device("cpu")

@@ -10,12 +10,15 @@ reads in one of three ways.
               score a predictor that learns or mixes as it reads (`score_stream`)
 
 With documents, each is scored like a text of its own. The guards (guards.py) run with every score.
+
+A model of tokens is scored in the same way, token by token, and what all tokens cost is divided by the bytes that they
+stand for: an `Alphabet` says how many. Marks between documents cost what they cost, and stand for none.
 """
 
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -23,13 +26,22 @@ from torch import Tensor
 
 from tritwise.errors import UserError
 from tritwise.score.guards import Tally, check_again, check_predictor, check_stream, check_sums, check_told
-from tritwise.score.protocol import EndlessStream, Predictor, Stream, fit_window, stream_of
+from tritwise.score.protocol import START, EndlessStream, Predictor, Stream, fit_window, stream_of
 from tritwise.score.windows import documents_of, rows_of, windows_of
 
 BATCH_BYTES = 16384  # read at a time: their float32 log-probabilities take 16 MB
 PIECE = 4096  # bytes that a stream reads at a time
 
 Mode = Literal["sliding", "chunked", "stream", "endless"]
+
+
+class Alphabet(Protocol):
+    """Symbols that are not the bytes. start: the one before a text. sizes: integers [N] -> bytes of each, [N]."""
+
+    @property
+    def start(self) -> int: ...
+
+    def sizes(self, ids: np.ndarray) -> np.ndarray: ...
 
 
 class Score(NamedTuple):
@@ -64,6 +76,7 @@ def score(
     separator: bytes = b"",
     into: np.ndarray | None = None,
     device: torch.device | str = "cpu",
+    alphabet: Alphabet | None = None,
 ) -> Score:
     """Score `data` (uint8 [N], N >= 1).
 
@@ -71,12 +84,19 @@ def score(
     window: 0 takes the model's context. stride: 0 takes half the window, or all of it when chunked.
     documents, separator: where the model starts anew, by offsets or after these bytes; see `documents_of`.
     into: float array [N] that takes the nats of each byte.
+    alphabet: data are its symbols, uint16 [N], and so is what window, stride and into count; modes are sliding and
+    chunked then.
     Raises UserError for an empty text, a window the model cannot hold, a stride outside 1 … window, documents that are
     out of place, a model that breaks a condition of the guards, or one that finds some byte impossible.
     """
     began = time.perf_counter()
     if mode not in get_args(Mode):
         raise UserError(f"there is no mode {mode!r}; choose sliding, chunked, stream or endless")
+    if alphabet is not None and (mode not in ("sliding", "chunked") or separator):
+        raise UserError(
+            "a model that reads tokens is scored in the modes sliding and chunked, and without a separator; leave "
+            "others out"
+        )
     if mode == "endless":
         if window or stride:
             raise UserError("an endless score reads in no windows; leave window and stride out")
@@ -90,13 +110,13 @@ def score(
         return score_stream(stream, data, documents=documents, separator=separator, into=into)
     begins = _begins(data, documents, separator)
     windows = windows_of(begins, len(data), window, stride)
-    tally = Tally(len(data), into)
-    told = check_predictor(model, data, windows, device)
+    tally, start_id = Tally(len(data), into), START if alphabet is None else alphabet.start
+    told = check_predictor(model, data, windows, device, start_id)
     guarded = time.perf_counter() - began
     with torch.inference_mode():
         for first, last in _batches(windows):
             group = windows[first:last]
-            rows = torch.from_numpy(rows_of(data, group).astype(np.int64)).to(device)
+            rows = torch.from_numpy(rows_of(data, group, start_id).astype(np.int64)).to(device)
             log_probs = model.log_probs(rows[:, :-1])
             byte = group[:, :1] + np.arange(log_probs.shape[1])
             check_sums(log_probs, first, (byte >= group[:, 2:3]) & (byte < group[:, 1:2]))
@@ -106,7 +126,11 @@ def score(
                     check_again(told[number], np.exp(-row[: stop - start]))
                 tally.add(new, row[new - start : stop - start])
     about = {"mode": "chunked" if stride == window else "sliding", "window": window, "stride": stride}
-    return _result(tally, about | _reset(begins, len(data), separator), began, guarded)
+    about |= _reset(begins, len(data), separator)
+    if alphabet is None:
+        return _result(tally, about, began, guarded)
+    size = int(alphabet.sizes(data).sum(dtype=np.int64))
+    return _result(tally, about | {"unit": "tokens", "tokens": len(data)}, began, guarded, size)
 
 
 def score_stream(
@@ -141,6 +165,13 @@ def score_stream(
             tally.add(first, _costs(rows, ids.to(rows.device)))
     about |= _reset(begins, len(data), separator) | getattr(stream, "declared", {}) | (declared or {})
     return _result(tally, about, began, guarded)
+
+
+def spread(costs_N: np.ndarray, ends_N: np.ndarray, into: np.ndarray) -> None:
+    """The nats of tokens as those of bytes, in `into` [bytes]: a token's stand at its last byte, so that a stretch of
+    text has its cost up to the token that crosses its edge. ends_N: bytes of the text up to each token's end."""
+    into[:] = 0
+    np.add.at(into, np.maximum(ends_N, 1) - 1, costs_N)
 
 
 def _costs(log_probs: Tensor, targets: Tensor) -> np.ndarray:
@@ -180,8 +211,12 @@ def _varint(value: int) -> int:
     return max(1, -(-value.bit_length() // 7))
 
 
-def _result(tally: Tally, about: dict[str, Any], began: float, guarded: float) -> Score:
-    mean = tally.close() / tally.total
+def _result(tally: Tally, about: dict[str, Any], began: float, guarded: float, size: int | None = None) -> Score:
+    """size: bytes of the text, where its symbols are not the bytes."""
+    size = tally.total if size is None else size
+    if not size:
+        raise UserError("there is nothing to score: these tokens stand for no byte; score more of them")
+    mean = tally.close() / size
     seconds = time.perf_counter() - began
     declared = {"adaptation": "none"} | about | {"seconds": seconds, "guard_seconds": guarded}
-    return Score(mean, mean / math.log(2), tally.total, about["window"], about["stride"], seconds, declared)
+    return Score(mean, mean / math.log(2), size, about["window"], about["stride"], seconds, declared)

@@ -56,13 +56,13 @@ def windows_of(begins: np.ndarray, total: int, window: int, stride: int) -> np.n
     return np.concatenate(parts)
 
 
-def rows_of(data: np.ndarray, windows: np.ndarray) -> np.ndarray:
-    """uint8 [R, T + 1]: the byte before each window's first (or the newline), and the bytes that it predicts.
+def rows_of(data: np.ndarray, windows: np.ndarray, start_id: int = START) -> np.ndarray:
+    """[R, T + 1], as data: the byte before each window's first (or `start_id`), and the bytes that it predicts.
 
     Rows of shorter windows are filled with zeros at the end, where causal positions do not see them.
     """
-    rows = np.zeros((len(windows), 1 + int((windows[:, 1] - windows[:, 0]).max())), dtype=np.uint8)
+    rows = np.zeros((len(windows), 1 + int((windows[:, 1] - windows[:, 0]).max())), dtype=data.dtype)
     for row, (start, stop, _, opens) in zip(rows, windows.tolist(), strict=True):
-        row[0] = START if opens else data[start - 1]
+        row[0] = start_id if opens else data[start - 1]
         row[1 : stop - start + 1] = data[start:stop]
     return rows

@@ -2,7 +2,8 @@
 
 Streams, in the order of the model's layers: `trits`, all leading trits packed base3 in one run; `scales`, all int8
 scale exponents; `vectors`, in models that have learned vectors, their int8 fixed-point numbers; `tables`, in ARB
-models, the measured constants of their bridges, float32. The header holds the shape, the layers with their sizes, and
+models, the measured constants of their bridges, float32; `tokenizer`, of a model of tokens, since without it nobody
+could use the model. The header holds the shape, the layers with their sizes, and
 what the trainer wants to say. Evidence and momentum stay behind: they do not change a logit. Models with float weights
 ship with a loss, in one of the ways of floats.py.
 """
@@ -23,6 +24,7 @@ from tritwise.ship.floats import METHODS, fill_floats, float_streams
 from tritwise.ship.quantise import SMALL
 
 KIND, ARB = "byte_lm", "arb"
+TOKENIZER = "tokenizer"  # the stream of this name
 
 
 class OverBudgetError(UserError):
@@ -46,16 +48,18 @@ def write_artifact(
     method: str | None = None,
     small: int = SMALL,
     budget: int = 0,
+    tokenizer: bytes = b"",
 ) -> ArtifactInfo:
     """Write `model` to `path`, atomically. `about`: plain JSON kept in the header. Frozen encoders stay outside: the
     file names them, without the folder they lay in, and knows the checksum of their weights.
 
     method: for float weights, one of `ship.floats.METHODS`; small: tensors of up to so many numbers stay float16.
-    budget: bytes that the file may have; 0: any number.
+    budget: bytes that the file may have; 0: any number. tokenizer: what a model of tokens reads with.
     Raises UserError for a model with float weights and no method (it has no lossless artifact), for a file over the
     budget, of which nothing is left then, and if the file cannot be written.
     """
     header, streams, weights = _described(model, about or {}, method, small)
+    streams |= _reading(tokenizer)
     info = write_container(path, header, streams)
     size = Path(path).stat().st_size  # of the file, not of what was meant to be in it
     if budget and size > budget:
@@ -67,12 +71,23 @@ def write_artifact(
     return ArtifactInfo(Path(path), size, weights, {s.name: s.stored for s in info.streams})
 
 
-def shipped_bytes(model: ByteLM | Arb, method: str | None = None, small: int = SMALL, level: int = 3) -> int:
+def shipped_bytes(
+    model: ByteLM | Arb, method: str | None = None, small: int = SMALL, level: int = 3, tokenizer: bytes = b""
+) -> int:
     """How many bytes `model` would take now, but for what the trainer says of it, without writing a file.
 
     level: of zstd; 22 is what ships, and takes as long as it takes."""
     header, streams, _ = _described(model, {}, method, small)
-    return container_bytes(header, streams, level)
+    return container_bytes(header, streams | _reading(tokenizer), level)
+
+
+def read_tokenizer(path: Path) -> bytes:
+    """The tokenizer in the artifact `path`; b"" if its model reads bytes. UserError as `read_artifact`."""
+    return read_container(path)[1].get(TOKENIZER, b"")
+
+
+def _reading(tokenizer: bytes) -> dict[str, bytes]:
+    return {TOKENIZER: tokenizer} if tokenizer else {}
 
 
 def _described(

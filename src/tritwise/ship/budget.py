@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import zstandard
+
 from tritwise.errors import UserError
 from tritwise.models import Arb, ByteLM
 from tritwise.nn import TritVector, trit_modules
@@ -19,7 +21,7 @@ HEADER = 2_048  # a header's own bytes, without the list of layers
 A_LAYER = 100  # bytes that a header spends on a layer
 
 
-def estimate(model: ByteLM | Arb, method: str = AUTO, small: int = SMALL) -> dict[str, int]:
+def estimate(model: ByteLM | Arb, method: str = AUTO, small: int = SMALL, tokenizer: bytes = b"") -> dict[str, int]:
     """Bytes by stream that `model` will ship in, "header" and "total" among them, told from its shape alone.
 
     Ternary: never less than it will be, and close, as trits do not compress. Float: about; auto is the smallest way.
@@ -35,6 +37,8 @@ def estimate(model: ByteLM | Arb, method: str = AUTO, small: int = SMALL) -> dic
         }
     else:
         sizes = float_estimate(model, SEARCHED[-1] if method == AUTO else method, small) | {"header": HEADER}
+    if tokenizer:
+        sizes["tokenizer"] = len(zstandard.compress(tokenizer))
     return sizes | {"total": sum(sizes.values())}
 
 
@@ -51,20 +55,27 @@ def require_room(model: ByteLM | Arb, budget: int) -> None:
 
 
 def ship_within(
-    model: ByteLM | Arb, path: Path, about: dict[str, Any], budget: int = 0, method: str = AUTO, small: int = SMALL
+    model: ByteLM | Arb,
+    path: Path,
+    about: dict[str, Any],
+    budget: int = 0,
+    method: str = AUTO,
+    small: int = SMALL,
+    tokenizer: bytes = b"",
 ) -> tuple[ArtifactInfo, str]:
     """Write the artifact, of at most `budget` bytes (0: any number), and say how: base3, or the way of `WAYS` taken.
 
     Raises UserError if it does not fit, with the bytes that are too many; no file is left then.
     """
     if model.config.weights == "trit" or method == "none":  # the latter is refused there
-        return write_artifact(model, path, about, budget=budget), "base3"
+        return write_artifact(model, path, about, budget=budget, tokenizer=tokenizer), "base3"
     if method not in WAYS:
         raise UserError(f"there is no way {method!r} to ship float weights; choose one of {', '.join(WAYS)}")
     ways = SEARCHED if method == AUTO else (method,)
+    rest: dict[str, Any] = {"small": small, "budget": budget, "tokenizer": tokenizer}
     for way in ways[:-1]:
         try:
-            return write_artifact(model, path, about, method=way, small=small, budget=budget), way
+            return write_artifact(model, path, about, method=way, **rest), way
         except OverBudgetError:
             continue
-    return write_artifact(model, path, about, method=ways[-1], small=small, budget=budget), ways[-1]
+    return write_artifact(model, path, about, method=ways[-1], **rest), ways[-1]

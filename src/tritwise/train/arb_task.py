@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from tritwise.data.collections import open_collection
+from tritwise.data.tokenizer import Tokenizer
 from tritwise.encoders import Features
 from tritwise.errors import UserError
 from tritwise.models import Arb
@@ -22,6 +23,9 @@ from tritwise.train.tasks import Records, Say, TextTask
 
 class ArbTask:
     """Batches and evaluations of the kinds that config.media names."""
+
+    scale = 1.0
+    tokenizer: Tokenizer | None = None
 
     def __init__(self, config: Config, say: Say) -> None:
         media, settings = config.media, config.train

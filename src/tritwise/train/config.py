@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from tritwise.data.split import Split
+from tritwise.data.tokenizer import MOST, Tokenizer
 from tritwise.data.vocabulary import VOCABULARY
 from tritwise.errors import UserError
 from tritwise.models import ModelConfig, PartsConfig
@@ -23,7 +24,8 @@ class TrainConfig:
     """How a model is trained. Raises UserError for a value that cannot work.
 
     data           text to learn: a file or folder (plain, .gz, .zst, .xz, .zip), or "shakespeare", the bundled text
-    split          how train, val and test are cut from it, e.g. 90/10 or 90/5/5
+    split          how train, val and test are cut from it, e.g. 90/10 or 90/5/5; named: by the names of shards
+    tokenizer      SentencePiece model whose tokens are learned, of a text or of shards (.bin); empty: bytes
     steps          optimizer steps; batch: sequences a step and micro-batch; accum: micro-batches a step
     preserve_state rows read on from step to step, and what a model remembers (an LSTM's state, the ledger of a sliding
                    window) goes on with them; false: random windows, each read from nothing
@@ -48,7 +50,7 @@ class TrainConfig:
     clip           largest norm of all float gradients together; 0: none
     average_every, average_from   every so many steps, from that share of the run, at full depth, the weights are added
                    to a mean, which is scored beside the last ones; 0: never
-    eval_bytes     bytes of val scored at an evaluation during training; 0: all
+    eval_bytes     bytes of val (tokens, with a tokenizer) scored at an evaluation during training; 0: all
     stride         of the final score's window; 0: half the context
     budget         bytes that the shipped file may have; 0: any number
     ship_as        how float weights ship: int8, int7, int6, int8+zlib, auto: the first of the first three that fits the
@@ -69,6 +71,7 @@ class TrainConfig:
 
     data: str = "shakespeare"
     split: str = "90/10"
+    tokenizer: str = ""
     steps: int = 1000
     seconds: float = 0.0
     depth_plan: str = ""
@@ -200,7 +203,11 @@ class Config:
             raise UserError("ship_average needs a mean; set average_every, for example to 50")
         plan_of_depth(self.train.depth_plan, self.model.loops)  # says what is wrong with a plan before anything runs
         needed, of = (VOCABULARY, "an ARB model") if self.media.task else (256, "a model of bytes")
-        if self.model.vocab != needed:
+        if self.train.tokenizer and (self.media.task or not 2 <= self.model.vocab <= MOST):
+            raise UserError(
+                f"vocab is {self.model.vocab}; a model of tokens has 2 to {MOST:,}, and an ARB model has no tokenizer"
+            )
+        if self.model.vocab != needed and not self.train.tokenizer:
             raise UserError(f"vocab is {self.model.vocab}; {of} needs {needed}")
         if self.media.task and (self.train.depth_plan or self.train.average_every):
             raise UserError("an ARB model has one depth and no mean; leave depth_plan and average_every out")
@@ -228,6 +235,21 @@ class Config:
             return Config(values["recipe"], **{name: cls(**told[name]) for name, cls in _PARTS.items()})
         except (KeyError, TypeError) as error:
             raise UserError(f"this run's config is damaged or from another version ({error}); train again") from None
+
+
+def tokenizer_of(config: Config) -> tuple[Config, Tokenizer | None]:
+    """The config with the number of tokens of its tokenizer as vocab, and that tokenizer; None for bytes.
+
+    Raises UserError for a tokenizer that cannot be read, and a vocab that is another's.
+    """
+    if not config.train.tokenizer:
+        return config, None
+    tokenizer = Tokenizer.open(config.train.tokenizer)
+    if config.model.vocab not in (ModelConfig.vocab, tokenizer.size):
+        raise UserError(
+            f"vocab is {config.model.vocab}, and {config.train.tokenizer} has {tokenizer.size} tokens; leave vocab out"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab=tokenizer.size)), tokenizer
 
 
 def flat(config: Config) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tritwise.data.source import BUNDLED_NAMES, describe
-from tritwise.data.split import split
+from tritwise.data.corpus import open_parts
+from tritwise.data.source import BUNDLED_NAMES
+from tritwise.data.tokenizer import Tokenizer
 from tritwise.errors import UserError
 from tritwise.models import Arb, ByteLM
 from tritwise.nn import trit_modules
@@ -17,7 +18,7 @@ from tritwise.score import Score, ladder, score
 from tritwise.ship import ArtifactInfo, read_artifact, ship_within, shipped_bytes
 from tritwise.train.audit import audit
 from tritwise.train.average import Average, changed_trits
-from tritwise.train.config import Config, TrainConfig
+from tritwise.train.config import Config, TrainConfig, tokenizer_of
 from tritwise.train.restore import averaged_of, load_run
 from tritwise.train.run import RunFolder
 
@@ -34,6 +35,7 @@ def finish(
     device: torch.device,
     memory: dict[str, int | None],
     average: Average | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
     """Write ladder, audit, histogram, artifact and result into the run folder; returns the result.
 
@@ -43,7 +45,7 @@ def finish(
     """
     began = time.perf_counter()
     val = parts["val"]
-    short = len(parts["train"]) + len(val) <= LADDER_BYTES
+    short = tokenizer is None and len(parts["train"]) + len(val) <= LADDER_BYTES
     rows = ladder(parts["train"], val) if short else []
     folder.write("ladder", {"split": "val", "bytes": len(val), "rows": rows})
     folder.write("audit", audit(model, optimizers) | {"memory": memory})
@@ -55,11 +57,11 @@ def finish(
         folder.write("histogram", {"step": done["steps"], "layers": register_histogram(model)})
 
     def scored(whose: ByteLM | Arb, stride: int = config.train.stride) -> Score:
-        return score(whose, val, stride=stride, device=device)
+        return score(whose, val, stride=stride, device=device, alphabet=tokenizer)
 
     before = None if ternary else scored(going)  # ternary weights lose nothing: their file has the same logits
     if ternary or config.train.ship_as != "none":
-        info, way, final = ship_and_reread(going, folder.artifact, config, val, done, device)
+        info, way, final = ship_and_reread(going, folder.artifact, config, val, done, device, tokenizer=tokenizer)
         result["artifact"] = {"path": str(info.path), "bytes": info.bytes, "bpb_reread": final.bpb, "way": way}
         result["artifact"]["streams"] = info.streams
         result["weights"] = info.weights
@@ -101,10 +103,12 @@ def ship_and_reread(
     *,
     budget: int | None = None,
     ship_as: str | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> tuple[ArtifactInfo, str, Score]:
     """Write the artifact, read it back, hold its logits against the model's if it is ternary, and score what was read.
 
-    budget, ship_as: other than the config's. Returns what was written, the way it was, and the score.
+    budget, ship_as: other than the config's. tokenizer: of the symbols of val; it ships too. Returns what was written,
+    the way it was, and the score.
     """
     settings = config.train
     # Where a private text lies is nobody's business; the bundled one can be named.
@@ -113,18 +117,24 @@ def ship_and_reread(
         trained["data"] = settings.data
     told = {"recipe": config.recipe, "train": trained, **about}
     limit, way = settings.budget if budget is None else budget, ship_as or settings.ship_as
-    info, way = ship_within(model, path, told, limit, way, settings.ship_small)
+    info, way = ship_within(model, path, told, limit, way, settings.ship_small, raw_of(tokenizer))
     reread, _ = read_artifact(path)
     reread.to(device).dtype = model.dtype
     if config.model.weights == "trit":
         require_same_logits(model, reread, val, device)
-    return info, way, score(reread, val, stride=settings.stride, device=device)
+    return info, way, score(reread, val, stride=settings.stride, device=device, alphabet=tokenizer)
 
 
-def size_now(model: ByteLM | Arb, settings: TrainConfig) -> int:
+def raw_of(tokenizer: Tokenizer | None) -> bytes:
+    """What of a tokenizer is part of the shipped file."""
+    return b"" if tokenizer is None else tokenizer.raw
+
+
+def size_now(model: ByteLM | Arb, settings: TrainConfig, tokenizer: Tokenizer | None = None) -> int:
     """Bytes that the model would ship in now, quickly compressed: a little more than it will be."""
     way = {"none": "int6", "auto": "int6"}.get(settings.ship_as, settings.ship_as)
-    return shipped_bytes(model, None if model.config.weights == "trit" else way, settings.ship_small)
+    way = None if model.config.weights == "trit" else way
+    return shipped_bytes(model, way, settings.ship_small, tokenizer=raw_of(tokenizer))
 
 
 def told_sizes(sizes: dict[str, int]) -> str:
@@ -163,11 +173,13 @@ def ship_run(
     if config.train.ship_average:
         mean = averaged_of(checkpoint, model)
         model = mean if mean is not None else model
-    val = split(describe(config.train.data).data, config.train.split)["val"][: count or None]
+    tokenizer = tokenizer_of(config)[1]
+    val = open_parts(config.train.data, config.train.split, tokenizer)["val"][: count or None]
     about = {"steps": checkpoint.step, "seconds": checkpoint.meta["seconds"]}
-    before = score(model, val, stride=config.train.stride)
+    before = score(model, val, stride=config.train.stride, alphabet=tokenizer)
+    cpu = torch.device("cpu")
     info, way, final = ship_and_reread(
-        model, Path(out), config, val, about, torch.device("cpu"), budget=budget, ship_as=ship_as
+        model, Path(out), config, val, about, cpu, budget=budget, ship_as=ship_as, tokenizer=tokenizer
     )
     return {
         "path": str(info.path),

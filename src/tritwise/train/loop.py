@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tritwise.errors import UserError
-from tritwise.files import JsonLines
+from tritwise.files import JsonLines, atomic_write
 from tritwise.models import Arb
 from tritwise.optim import TritOptimizer
 from tritwise.ship import estimate, require_room
@@ -20,7 +20,7 @@ from tritwise.train.config import Config
 from tritwise.train.course import Course
 from tritwise.train.crew import Crew
 from tritwise.train.device import Pace, Speed, build_model, device_called, speed_of, wait_for
-from tritwise.train.finish import size_now, told_sizes
+from tritwise.train.finish import raw_of, size_now, told_sizes
 from tritwise.train.memory import activation_bytes, memory_by_role
 from tritwise.train.meter import Meter
 from tritwise.train.optimizers import build_optimizers, set_momentum, set_rates
@@ -86,6 +86,8 @@ def _train(
     if crew.first:
         # A resumed run may have been given more steps, and the next resume must know: they are part of the schedule.
         folder.write("config", config.as_dict())
+        if task.tokenizer is not None:
+            atomic_write(folder.tokenizer, task.tokenizer.raw)
         folder.write_manifest(config, device)
 
     def save() -> None:
@@ -113,7 +115,7 @@ def _train(
         return [task.batch(device, at, micro) for micro in micros]
 
     bytes_a_step = task.bytes_a_step
-    meter, since, first = Meter(model), 0, step
+    meter, since, first = Meter(model, task.scale), 0, step
     # What is compiled and recorded is one kind of batch of one shape: rows of captions and sounds differ in length.
     settled = task.kinds in (("text",), ("diffusion",)) and not settings.preserve_state
     speed = speed_of(settings.compile, model, len(micros)) if settled else Speed(False, False)
@@ -150,7 +152,8 @@ def _train(
         if warmed is not None:
             event(f"warmed {', '.join(map(str, course.depths))} repeats in {warmed:.1f} s, before the clock")
         if settings.budget:
-            sizes = estimate(model, settings.ship_as if settings.ship_as != "none" else "auto", settings.ship_small)
+            way = settings.ship_as if settings.ship_as != "none" else "auto"
+            sizes = estimate(model, way, settings.ship_small, raw_of(task.tokenizer))
             event(f"about {sizes['total']:,} bytes when shipped, of {settings.budget:,}: {told_sizes(sizes)}")
         display.start(step, settings.steps, settings.seconds)
         depth = 0
@@ -202,7 +205,7 @@ def _train(
                         for record in task.evaluate(shown, folder, where(), device):
                             log(record | at if record["kind"] == "eval" else record)
                         if settings.budget:
-                            log({"kind": "size", **where(), "bytes": size_now(model, settings)})
+                            log({"kind": "size", **where(), "bytes": size_now(model, settings, task.tokenizer)})
                     seconds = time.perf_counter() - began
                 if settings.save and settings.save_interval and step % settings.save_interval == 0:
                     save()

@@ -13,9 +13,11 @@ from tritwise.registers import REGISTER_LIMIT, zero_fraction
 
 
 class Meter:
-    """Gathers steps until `records` turns them into lines of metrics.jsonl and starts again."""
+    """Gathers steps until `records` turns them into lines of metrics.jsonl and starts again. scale: turns the loss of a
+    position into one of a byte."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, scale: float = 1.0) -> None:
+        self.scale = scale
         # Learned vectors have no trits that could flip.
         self.layers = {name: layer for name, layer in trit_modules(model) if layer.role != "vector"}
         self._clear()
@@ -27,7 +29,7 @@ class Meter:
         self.moved: list[tuple[list[TritModule], Tensor]] = []  # at each step: the layers that moved, and their flips
 
     def add(self, loss: float | Tensor, count: int, seconds: float, optimizer: torch.optim.Optimizer) -> None:
-        """One step: its loss in nats per byte, the bytes it read, how long it took, and the optimizer that moved.
+        """One step: its loss in nats per position, the bytes it read, how long it took, and the optimizer that moved.
 
         Nothing waits for a GPU here; `records` does.
         """
@@ -46,7 +48,7 @@ class Meter:
     def records(self, steps: int, where: dict[str, Any], rate: float, skipped: int) -> list[dict[str, Any]]:
         """The "train" line and, for ternary models, the "layers" line of the last `steps` steps."""
         losses = [loss for loss in map(float, self.losses) if math.isfinite(loss)]
-        loss = sum(losses) / len(losses) if losses else math.nan
+        loss = self.scale * sum(losses) / len(losses) if losses else math.nan
         record: dict[str, Any] = {
             "kind": "train",
             **where,

@@ -58,6 +58,11 @@ class RunFolder:
         """The shipped model."""
         return self.path / "model.tritwise"
 
+    @property
+    def tokenizer(self) -> Path:
+        """What a model of tokens reads with: a copy."""
+        return self.path / "tokenizer.model"
+
     def store(self, keep: int = 2) -> CheckpointStore:
         """The run's checkpoints."""
         return CheckpointStore(self.path / "checkpoints", keep)

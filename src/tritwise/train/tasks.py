@@ -6,17 +6,20 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from tritwise.data.corpus import open_parts
 from tritwise.data.sampler import Sampler
-from tritwise.data.source import describe
-from tritwise.data.split import split
+from tritwise.data.tokenizer import Tokenizer
 from tritwise.errors import UserError
-from tritwise.models import Arb, AtDepth, ByteLM, generate
+from tritwise.models import Arb, AtDepth, ByteLM
 from tritwise.score import score
 from tritwise.train.average import Average
-from tritwise.train.config import Config
+from tritwise.train.config import Config, tokenizer_of
 from tritwise.train.device import batch_on
 from tritwise.train.finish import finish
 from tritwise.train.run import RunFolder
+from tritwise.train.writing import generate_text
+
+LOOKED_AT = 1 << 20  # tokens of train that tell how many bytes one has
 
 Records = list[dict[str, Any]]
 Say = Callable[[str], None]
@@ -24,11 +27,14 @@ Say = Callable[[str], None]
 
 class Task(Protocol):
     """One kind of run. `config` has what was read off the data and the encoders filled in; `kinds` are the kinds of its
-    batches, ("text",) for a byte LM; `bytes_a_step` are the positions that a step reads, at most."""
+    batches, ("text",) for a byte LM; `bytes_a_step` are the bytes that a step reads, at most, and `scale` turns the
+    loss of a position into that of a byte: 1, or less where positions are tokens of `tokenizer`."""
 
     config: Config
     kinds: tuple[str, ...]
     bytes_a_step: int
+    scale: float
+    tokenizer: Tokenizer | None
 
     def begin(self, model: Any) -> None:
         """A new run starts: take weights over from another run, if the config names one."""
@@ -73,19 +79,22 @@ class Task(Protocol):
 
 
 class TextTask:
-    """Bytes in, the next byte out."""
+    """Bytes in, the next byte out; or tokens."""
 
     kinds: tuple[str, ...] = ("text",)
 
     def __init__(self, config: Config) -> None:
-        settings = config.train
-        self.config = config
-        self.parts = split(describe(settings.data).data, settings.split)
+        config, self.tokenizer = tokenizer_of(config)
+        self.config, settings = config, config.train
+        self.parts = open_parts(settings.data, settings.split, self.tokenizer)
         if "train" not in self.parts:
             raise UserError(f"split {settings.split} leaves nothing to train on; use 90/10")
         train, mode = self.parts["train"], "stream" if settings.preserve_state else "random"
         self.sampler = Sampler(train, settings.batch, config.model.ctx, settings.seed, mode, accum=settings.accum)
-        self.bytes_a_step = settings.batch * settings.accum * config.model.ctx
+        self.scale = 1.0
+        if self.tokenizer is not None:
+            self.scale /= max(1e-9, float(self.tokenizer.sizes(train[:LOOKED_AT]).mean()))
+        self.bytes_a_step = round(settings.batch * settings.accum * config.model.ctx / self.scale)
 
     def begin(self, model: ByteLM) -> None:
         """Nothing is taken over."""
@@ -109,9 +118,9 @@ class TextTask:
         self, model: ByteLM | AtDepth | Arb, folder: RunFolder, where: dict[str, Any], device: torch.device
     ) -> Records:
         settings = self.config.train
-        records = [evaluated(model, self.parts, settings.eval_bytes, where, device)]
+        records = [evaluated(model, self.parts, settings.eval_bytes, where, device, self.tokenizer)]
         if settings.sample_bytes:
-            text = bytes(generate(model, b"\n", settings.sample_bytes, seed=settings.seed))
+            text = generate_text(model, b"\n", settings.sample_bytes, self.tokenizer, seed=settings.seed)
             told = {"prompt": "\n", "text": text.decode("utf-8", errors="replace")}
             records.append({"kind": "sample", **where, **told})
         return records
@@ -126,14 +135,19 @@ class TextTask:
         memory: dict[str, int | None],
         average: Average,
     ) -> dict[str, Any]:
-        return finish(self.config, folder, model, optimizers, self.parts, done, device, memory, average)
+        return finish(self.config, folder, model, optimizers, self.parts, done, device, memory, average, self.tokenizer)
 
 
 def evaluated(
-    model: ByteLM | AtDepth | Arb, parts: dict[str, np.ndarray], count: int, where: dict[str, Any], device: torch.device
+    model: ByteLM | AtDepth | Arb,
+    parts: dict[str, np.ndarray],
+    count: int,
+    where: dict[str, Any],
+    device: torch.device,
+    tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
-    """Chunked score (stride = window) of the first `count` bytes of val: quick, and the same bytes every time."""
-    result = score(model, parts["val"][: count or None], stride=model.context, device=device)
+    """Chunked score (stride = window) of the first `count` symbols of val: quick, and the same every time."""
+    result = score(model, parts["val"][: count or None], stride=model.context, device=device, alphabet=tokenizer)
     return {"kind": "eval", **where, "split": "val", "loss": result.nats, "bpb": result.bpb, "scored": result.bytes}
 
 
