@@ -27,6 +27,7 @@ MARKS = {
     "audio": (Special.AUDIO_BEGIN, Special.AUDIO_SLOT, Special.AUDIO_END),
 }
 MEASURED = 500  # examples from which the channels' means and deviations are taken, or up to twice as many
+EVEN = 32  # rows that are recorded have a multiple of so many positions
 SPAN = 5  # features that are hidden together in a sound
 UNLABELLED = 0.1  # share of pictures whose class is hidden, so that "any" is learned
 Batch = tuple[Any, ...]
@@ -53,15 +54,26 @@ class MediaStream:
     """
 
     def __init__(
-        self, kind: str, features: Features, *, batch: int, ctx: int, stride: int, seed: int, noise: float, hide: float
+        self,
+        kind: str,
+        features: Features,
+        *,
+        batch: int,
+        ctx: int,
+        stride: int,
+        seed: int,
+        noise: float,
+        hide: float,
+        garble: float = 0.0,
     ) -> None:
         self.kind, self.features, self.batch, self.ctx, self.stride = kind, features, batch, ctx, stride
-        self.seed, self.noise, self.hide = seed, noise, hide
+        self.seed, self.noise, self.hide, self.garble = seed, noise, hide, garble
         train = features.part("train")
         fits = [index for index in train if features.length(index) // stride + 4 <= ctx]
         self.left_out = len(train) - len(fits)
         if not fits:
             raise UserError(f"no {kind} example fits ctx {ctx}; raise --ctx, or give shorter media")
+        self.letters = torch.tensor(sorted(set("".join(features.examples[index].text for index in fits).encode())))
         lengths = torch.tensor([features.length(index) for index in fits])
         self.groups = [torch.tensor(fits)[lengths == length].tolist() for length in lengths.unique().tolist()]
         self._shares = torch.tensor([float(len(group)) for group in self.groups])
@@ -88,7 +100,13 @@ class MediaStream:
             spans = -(-x_BFD.shape[1] // span)
             seen = (torch.rand(len(chosen), spans, generator=g) >= self.hide).repeat_interleave(span, dim=1)
             x_BFD = torch.where(seen[:, : x_BFD.shape[1], None], x_BFD, self.mean_D)
-        return (*batch[:3], x_BFD, *batch[4:])
+        ids_BT = batch[1]
+        if self.garble:
+            letter_BT = (batch[2] != IGNORED) & (ids_BT < BYTES)
+            spoiled_BT = letter_BT & (torch.rand(ids_BT.shape, generator=g) < self.garble)
+            others = self.letters[torch.randint(len(self.letters), ids_BT.shape, generator=g)]
+            ids_BT = torch.where(spoiled_BT, others, ids_BT)
+        return (self.kind, ids_BT, batch[2], x_BFD, *batch[4:])
 
     def rows(self, indices: Sequence[int]) -> Batch:
         """The batch of these examples, which have as many features each, unspoiled."""
@@ -117,6 +135,20 @@ class MediaStream:
         for index in indices:
             by_length.setdefault(self.features.length(index), []).append(index)
         return [own[at : at + most] for own in by_length.values() for at in range(0, len(own), most)]
+
+
+def evened(tensors: Sequence[Tensor], ctx: int) -> list[Tensor]:
+    """ids, targets, features [, letters, their number] of a media batch with rows as long as the next multiple of EVEN,
+    at most ctx: what is added is padding, which costs and changes nothing. Letters are no positions: they have no most.
+    """
+    ids_BT, targets_BT, x_BFD, *spelled = tensors
+    longer = [_longer(ids_BT, int(Special.PAD), ctx), _longer(targets_BT, IGNORED, ctx), x_BFD]
+    return [*longer, _longer(spelled[0], BYTES - 1), *spelled[1:]] if spelled else longer
+
+
+def _longer(rows: Tensor, filler: int, most: int = 1 << 30) -> Tensor:
+    length = min(most, -(-rows.shape[1] // EVEN) * EVEN)
+    return torch.nn.functional.pad(rows, (0, max(0, length - rows.shape[1])), value=filler)
 
 
 class PictureStream:

@@ -24,11 +24,15 @@ Say = Callable[[str], None]
 
 class Task(Protocol):
     """One kind of run. `config` has what was read off the data and the encoders filled in; `kinds` are the kinds of its
-    batches, ("text",) for a byte LM; `bytes_a_step` are the positions that a step reads, at most."""
+    batches, ("text",) for a byte LM; `bytes_a_step` are the positions that a step reads, at most. `shapes` says whether
+    all batches have "one" shape, or a "few" that can be recorded, or "many", whose steps are eager. Where `even` is
+    set, rows are padded to few lengths, because every length has a recording of its own."""
 
     config: Config
     kinds: tuple[str, ...]
     bytes_a_step: int
+    shapes: str
+    even: bool
 
     def begin(self, model: Any) -> None:
         """A new run starts: take weights over from another run, if the config names one."""
@@ -76,6 +80,7 @@ class TextTask:
     """Bytes in, the next byte out."""
 
     kinds: tuple[str, ...] = ("text",)
+    shapes, even = "one", False
 
     def __init__(self, config: Config) -> None:
         settings = config.train
