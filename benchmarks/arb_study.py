@@ -45,7 +45,8 @@ Settings = dict[str, Any]
 
 TINY: Settings = {"width": 32, "depth": 1, "batch": 4, "draw_width": 32, "draw_depth": 1, "draw_steps": 2}
 TINY |= {"eval_examples": 8, "limit": 200}
-TRIT: Settings = {"rate": 0.03, "direction": "balanced", "decay": 1.0, "interval": 1}
+TRIT: Settings = {"rate": 0.015, "direction": "balanced", "decay": 1.0, "interval": 1}
+TRIT |= {"scale_rate": 0.005, "column_scales": True}
 FLOAT: Settings = {"weights": "float", "optimizer": "adamw", "rate": 1e-3, "decay": 1.0}
 EMOJI: Settings = {"task": "vision", "images": "emoji", "ctx": 96, "noise": 0.3, "hide": 0.2}
 EMOJI |= {"width": 256, "depth": 4, "batch": 64, "steps": 5000}
@@ -117,7 +118,7 @@ def pack(features: list[Path], pictures: Path) -> None:
         for kind, head in (("images-idx3", 16), ("labels-idx1", 8)):
             raw = gzip.decompress((pictures / f"{part}-{kind}-ubyte.gz").read_bytes())
             (total,) = struct.unpack(">I", raw[4:8])
-            each = (len(raw) - head) // total
+            each, count = (len(raw) - head) // total, min(count, total)
             kept_bytes = raw[:4] + struct.pack(">I", count) + raw[8:head] + raw[head : head + count * each]
             (target / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(kept_bytes, 9))
     size = sum(file.stat().st_size for file in CARRY.rglob("*") if file.is_file())
@@ -230,8 +231,8 @@ def run_item(name: str, out: Path, seconds: float, size: str, tiny: bool) -> Non
 
 
 KEPT = {
-    "model": ("width", "depth", "ctx", "weights"),
-    "train": ("steps", "batch", "accum", "seed", "optimizer", "rate", "direction", "decay", "interval", "compile"),
+    "model": ("width", "depth", "ctx", "weights", "column_scales"),
+    "train": ("steps", "batch", "accum", "seed", "optimizer", "rate", "direction", "decay", "interval", "scale_rate"),
     "parts": ("vision_layer", "vision_grid", "audio_stride", "bridge_depth", "ctc", "draw_width", "draw_depth"),
     "media": ("task", "mixture", "noise", "hide", "garble", "draw_steps", "guidance"),
 }
@@ -292,7 +293,7 @@ def run_all(names: list[str], out: Path, seconds: float, others: list[str], tiny
                 continue
             gpu = free.pop(0)
             command = [sys.executable, __file__, "--item", name, "--out", str(out), "--seconds", str(seconds), *others]
-            places = {"CUDA_VISIBLE_DEVICES": str(gpu)} if gpu >= 0 else {}
+            places = {"CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": "4"} if gpu >= 0 else {}
             log = (make_folder(out / "runs") / f"{name}.log").open("wb")
             running[name] = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | places), gpu
         for name, (process, gpu) in list(running.items()):
