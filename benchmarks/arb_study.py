@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import gzip
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -207,25 +208,28 @@ def pace_of(settings: Settings, data: Path) -> float:
     return clock.seconds
 
 
-def run_item(name: str, out: Path, seconds: float, size: str, tiny: bool) -> None:
+def run_item(name: str, out: Path, seconds: float, size: str, tiny: bool, eager: bool) -> None:
     """Train one item in at most its share of `seconds` (0: in its steps, however long they take), note its row."""
     settings, began = settings_of(name, size, tiny), time.perf_counter()
+    if eager:
+        settings |= {"compile": "false"} | ({"interval": 4} if "direction" in settings else {})
     steps, share = settings["steps"], ITEMS[name][0] * seconds / 500
     if share:
         try:
             pace = pace_of(settings, out / "data")
-        except Exception as error:  # recordings have many ways to fail; eager steps are only slower
-            if settings.get("compile") == "false":
+        except Exception as error:
+            if eager or not torch.cuda.is_available():
                 raise
+            # Recordings have many ways to fail; eager steps are only slower. A new process has forgotten the failure.
             print(f"not recorded: {type(error).__name__}: {error}", flush=True)
-            settings = {**settings, "compile": "false", "interval": 4 if "direction" in settings else 0}
-            pace = pace_of(settings, out / "data")
+            os.execv(sys.executable, [sys.executable, *sys.argv, "--eager"])
         left = share - (time.perf_counter() - began) - (25 if "judge_pictures" in settings else 18)
         steps = max(60, min(steps, int(0.8 * left / pace)))
         print(f"{1000 * pace:.1f} ms a step, {steps} steps", flush=True)
     if tiny:
         steps = min(steps, 60)
     run = out / "runs" / name
+    shutil.rmtree(run, ignore_errors=True)
     train(config_of(settings, out / "data", steps), run)
     write_json(run / "row.json", row_of(run))
 
@@ -325,6 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--only", default=",".join(ITEMS))
     parser.add_argument("--item")
+    parser.add_argument("--eager", action="store_true", help="of an item: nothing is recorded")
     parser.add_argument("--tiny", action="store_true", help="to try it out: nothing is learned")
     given = parser.parse_args(arguments)
     if given.pack:
@@ -336,7 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
         keep(summary, list((rows | {run.name: row_of(run) for run in given.collect}).values()))
         return 0
     if given.item:
-        run_item(given.item, given.out, given.seconds, given.size, given.tiny)
+        run_item(given.item, given.out, given.seconds, given.size, given.tiny, given.eager)
         return 0
     unknown = set(given.only.split(",")) - set(ITEMS)
     if unknown:

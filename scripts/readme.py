@@ -1,4 +1,4 @@
-"""Fills the generated blocks of README and of docs/RULE.md, SCORING.md and ARB.md from benchmarks/results, with pictures.
+"""Fills the generated blocks of README, docs/RULE.md, SCORING.md and ARB.md from benchmarks/results, with pictures.
 
 python scripts/readme.py            draw docs/*.png, docs/images/*.png and write the blocks
 python scripts/readme.py --check    change nothing; say what is stale and exit 1

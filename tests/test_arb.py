@@ -73,6 +73,19 @@ def test_every_kind_of_batch_has_a_loss_that_falls(weights):
     assert all(last < 0.9 * first for first, last in zip(losses[0], losses[-1], strict=True)), (losses[0], losses[-1])
 
 
+def test_activations_of_every_part_have_the_model_s_type():
+    net = model()
+    ids = torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(5))
+    z, t, label = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.8]), torch.tensor([0, 1])
+    assert net.diffusion is not None
+    wide = net(ids), net.hidden_of("audio", batch("audio")[3]), net.diffusion(z, t, label)
+    net.dtype = torch.bfloat16
+    narrow = net(ids), net.hidden_of("audio", batch("audio")[3]), net.diffusion(z, t, label)
+    assert [x.dtype for x in narrow] == [torch.float32, torch.bfloat16, torch.float32]
+    for a, b in zip(wide, narrow, strict=True):
+        assert 0 < (a - b.float()).abs().max() < 0.1 * a.abs().max()
+
+
 @pytest.mark.parametrize("kind", ["vision", "audio"])
 def test_rows_padded_to_even_lengths_cost_the_same(kind):
     net = model()
