@@ -49,11 +49,10 @@ TINY |= {"eval_examples": 8, "limit": 200}
 TRIT: Settings = {"rate": 0.015, "direction": "balanced", "decay": 1.0, "interval": 1}
 TRIT |= {"scale_rate": 0.005, "column_scales": True}
 FLOAT: Settings = {"weights": "float", "optimizer": "adamw", "rate": 1e-3, "decay": 1.0}
-EMOJI: Settings = {"task": "vision", "images": "emoji", "ctx": 96, "noise": 0.3, "hide": 0.2}
+EMOJI: Settings = {"task": "vision", "images": "emoji", "ctx": 96, "noise": 0.15, "hide": 0.1}
 EMOJI |= {"width": 256, "depth": 4, "batch": 64, "steps": 5000}
 PROMPTS: Settings = {"task": "audio", "sounds": "prompts", "ctx": 192, "ctc": True, "bridge_depth": 3, "noise": 0.2}
 PROMPTS |= {"hide": 0.15, "width": 256, "depth": 2, "batch": 16, "steps": 1400}
-DIGIT: Settings = {"task": "audio", "sounds": "digits", "ctx": 96, "width": 256, "depth": 2, "batch": 32, "steps": 300}
 DRAWN: Settings = {"task": "diffusion", "pictures": "fashion-mnist", "draw_width": 256, "draw_depth": 6, "steps": 6000}
 DRAWN |= {"batch": 256, "width": 64, "depth": 1, "judge_pictures": 1000, "guidance": 3.0}
 MIXED: Settings = {"width": 256, "depth": 4, "batch": 32, "ctx": 96, "images": "emoji", "sounds": "digits", "hide": 0.1}
@@ -65,7 +64,6 @@ SMALL: Settings = {"width": 128, "depth": 2, "batch": 32, "interval": 4, "draw_w
 CPU: dict[str, Settings] = {
     "emoji": {"depth": 4, "steps": 3000},
     "prompts": {"depth": 1, "ctx": 96, "bridge_depth": 2, "batch": 8, "steps": 900},
-    "digits": {"steps": 200},
     "drawn": {"batch": 64, "steps": 2000, "draw_steps": 10},
     "mixture": {"batch": 16, "steps": 600},
     "alone": {"batch": 16, "steps": 200},
@@ -76,8 +74,8 @@ def items_of() -> dict[str, tuple[float, Settings]]:
     """name -> (seconds of 500 that one of WORKERS processes may take, settings), the most wanted first."""
     seeded: list[tuple[str, float, Settings]] = [
         ("drawn_trit", 190, {**DRAWN, **TRIT}),
-        ("prompts_trit", 170, {**PROMPTS, **TRIT, "interval": 4}),
-        ("emoji_trit", 120, {**EMOJI, **TRIT}),
+        ("prompts_trit", 170, {**PROMPTS, **TRIT, "rate": 0.03, "interval": 4}),
+        ("emoji_trit", 120, {**EMOJI, **TRIT, "rate": 0.03}),
         ("drawn_float", 150, {**DRAWN, **FLOAT}),
         ("prompts_float", 130, {**PROMPTS, **FLOAT}),
         ("emoji_float", 100, {**EMOJI, **FLOAT}),
@@ -87,8 +85,7 @@ def items_of() -> dict[str, tuple[float, Settings]]:
         ("alone_audio", 50, {**ALONE, "task": "audio"}),
         ("prompts_float3", 130, {**PROMPTS, **FLOAT, "rate": 3e-3}),
         ("emoji_float3", 100, {**EMOJI, **FLOAT, "rate": 3e-3}),
-        ("digits_trit", 60, {**DIGIT, **TRIT}),
-        ("digits_float", 50, {**DIGIT, **FLOAT}),
+        ("emoji_trit_spoiled", 120, {**EMOJI, **TRIT, "rate": 0.03, "noise": 0.4, "hide": 0.2}),
     ]
     return {f"{name}_seed{seed}": (share, {**own, "seed": seed}) for seed in range(3) for name, share, own in seeded}
 
@@ -238,7 +235,7 @@ KEPT = {
     "model": ("width", "depth", "ctx", "weights", "column_scales"),
     "train": ("steps", "batch", "accum", "seed", "optimizer", "rate", "direction", "decay", "interval", "scale_rate"),
     "parts": ("vision_layer", "vision_grid", "audio_stride", "bridge_depth", "ctc", "draw_width", "draw_depth"),
-    "media": ("task", "mixture", "noise", "hide", "garble", "draw_steps", "guidance"),
+    "media": ("task", "mixture", "noise", "hide", "draw_steps", "guidance"),
 }
 
 

@@ -4,15 +4,13 @@ import pytest
 import torch
 
 from tritwise import TritOptimizer
-from tritwise.data.collections import Example
-from tritwise.encoders import Features
 from tritwise.models import Arb, Denoiser, ModelConfig, PartsConfig, draw
 from tritwise.models.arb import IGNORED
 from tritwise.models.denoiser import centred, pixels_of
 from tritwise.train import audit
 from tritwise.train.judge import confusion, tiled
 from tritwise.train.stepper import Stepper
-from tritwise.train.streams import MediaStream, evened
+from tritwise.train.streams import evened
 from tritwise.train.telling import collapsed, consensus, edits, marks, nearest, tell, told_by_trunk
 
 PARTS = PartsConfig(
@@ -95,19 +93,6 @@ def test_rows_padded_to_even_lengths_cost_the_same(kind):
     assert kind == "vision" or longer[3].shape == (2, 32)
     assert torch.allclose(net.loss(name, *longer), net.loss(name, *tensors), atol=1e-5)
     assert [t.shape[1] for t in evened(tensors, 64)[:2]] == [32, 32]
-
-
-def test_garbled_letters_are_read_and_not_told():
-    texts = ["a red flag", "a bell", "the bag"] * 4
-    examples = [Example(str(number), text, "train", -1) for number, text in enumerate(texts)]
-    features = Features("vision", torch.randn(24, 5), [*range(0, 25, 2)], examples, (), {}, {})
-    how = {"batch": 12, "ctx": 32, "stride": 1, "seed": 0, "noise": 0.0, "hide": 0.0}
-    (_, plain, targets, *_), (_, spoiled, same, *_) = (
-        MediaStream("vision", features, **how, garble=garble).batch_at(3) for garble in (0.0, 0.5)
-    )
-    changed = plain != spoiled
-    assert torch.equal(targets, same) and 0.3 < changed.sum() / ((targets != IGNORED) & (plain < 256)).sum() < 0.5
-    assert not changed[targets == IGNORED].any() and set(spoiled[changed].tolist()) <= set("".join(texts).encode())
 
 
 @pytest.mark.gpu

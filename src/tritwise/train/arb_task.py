@@ -47,7 +47,6 @@ class ArbTask:
                 seed=settings.seed,
                 noise=media.noise,
                 hide=media.hide,
-                garble=media.garble,
             )
             if stream.left_out:
                 say(f"{stream.left_out} {kind} examples do not fit ctx {config.model.ctx} and are left out")

@@ -21,8 +21,6 @@ class MediaConfig:
     start          a run folder whose weights this run starts from; empty: new ones
     noise          normal noise on features, in units of the deviation of their channels
     hide           share of the features, in spans, that a batch does not see
-    garble         share of the letters of captions and transcripts that are read as another one, while what is to be
-                   told stays: so that the medium is asked, and not the text so far alone
     eval_examples  examples of val that an evaluation during training looks at; 0: all
     judge_pictures pictures that a classifier, trained for it at the end, is to recognise; 0: none
     guidance, draw_steps   of the pictures drawn at evaluations: how far beyond "any" picture, and in how many steps
@@ -37,7 +35,6 @@ class MediaConfig:
     start: str = ""
     noise: float = 0.1
     hide: float = 0.1
-    garble: float = 0.0
     eval_examples: int = 64
     judge_pictures: int = 0
     guidance: float = 1.5
@@ -49,7 +46,7 @@ class MediaConfig:
         for name, least in (("limit", 0), ("eval_examples", 0), ("judge_pictures", 0), ("draw_steps", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        for name, most in (("noise", 10.0), ("hide", 0.9), ("garble", 0.9), ("guidance", 100.0)):
+        for name, most in (("noise", 10.0), ("hide", 0.9), ("guidance", 100.0)):
             value = getattr(self, name)
             if not (math.isfinite(value) and 0 <= value <= most):
                 raise UserError(f"{name} is {value}; it must be between 0 and {most:g}")

@@ -54,26 +54,15 @@ class MediaStream:
     """
 
     def __init__(
-        self,
-        kind: str,
-        features: Features,
-        *,
-        batch: int,
-        ctx: int,
-        stride: int,
-        seed: int,
-        noise: float,
-        hide: float,
-        garble: float = 0.0,
+        self, kind: str, features: Features, *, batch: int, ctx: int, stride: int, seed: int, noise: float, hide: float
     ) -> None:
         self.kind, self.features, self.batch, self.ctx, self.stride = kind, features, batch, ctx, stride
-        self.seed, self.noise, self.hide, self.garble = seed, noise, hide, garble
+        self.seed, self.noise, self.hide = seed, noise, hide
         train = features.part("train")
         fits = [index for index in train if features.length(index) // stride + 4 <= ctx]
         self.left_out = len(train) - len(fits)
         if not fits:
             raise UserError(f"no {kind} example fits ctx {ctx}; raise --ctx, or give shorter media")
-        self.letters = torch.tensor(sorted(set("".join(features.examples[index].text for index in fits).encode())))
         lengths = torch.tensor([features.length(index) for index in fits])
         self.groups = [torch.tensor(fits)[lengths == length].tolist() for length in lengths.unique().tolist()]
         self._shares = torch.tensor([float(len(group)) for group in self.groups])
@@ -100,13 +89,7 @@ class MediaStream:
             spans = -(-x_BFD.shape[1] // span)
             seen = (torch.rand(len(chosen), spans, generator=g) >= self.hide).repeat_interleave(span, dim=1)
             x_BFD = torch.where(seen[:, : x_BFD.shape[1], None], x_BFD, self.mean_D)
-        ids_BT = batch[1]
-        if self.garble:
-            letter_BT = (batch[2] != IGNORED) & (ids_BT < BYTES)
-            spoiled_BT = letter_BT & (torch.rand(ids_BT.shape, generator=g) < self.garble)
-            others = self.letters[torch.randint(len(self.letters), ids_BT.shape, generator=g)]
-            ids_BT = torch.where(spoiled_BT, others, ids_BT)
-        return (self.kind, ids_BT, batch[2], x_BFD, *batch[4:])
+        return (*batch[:3], x_BFD, *batch[4:])
 
     def rows(self, indices: Sequence[int]) -> Batch:
         """The batch of these examples, which have as many features each, unspoiled."""
