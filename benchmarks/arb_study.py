@@ -1,15 +1,16 @@
 """Captions, transcripts, drawn pictures and a mixture, ternary beside float, from frozen features packed beforehand.
 
     python benchmarks/arb_study.py --pack FEATURES.json … --pictures DATA/fashion-mnist   # fills .carry/, below 64 MiB
-    python benchmarks/arb_study.py --out FOLDER [--seconds 500] [--only NAME,…] [--size gpu|cpu]
+    python benchmarks/arb_study.py --out FOLDER [--work FOLDER] [--seconds 500] [--only NAME,…] [--size gpu|cpu]
     python benchmarks/arb_study.py --collect RUN… --out FOLDER      # rows of runs that were made by hand
 
 `--pack` writes features as int8 in steps of a twelfth of their channel's deviation, a part of the spoken digits, and
 20,000 pictures of Fashion-MNIST. Every item is a process of its own; WORKERS of them run side by side on each GPU (one
 on a CPU), the first ones first. An item takes the steps that it is given, or as many as its share of the seconds allows
-by the pace of its first ones. What has come of them is one file, FOLDER/study.json, written anew whenever an item ends;
-what is in it is not done again, so that the same command goes on. An item that no longer fits into the seconds is not
-begun. Runs stay below FOLDER/runs.
+by the pace of its first ones. What has come of them is one file, FOLDER/study.json, written anew whenever an item ends,
+beside a grid of pictures of each item that draws. Runs, logs and a copy of the file are in the folder --work
+(FOLDER/work); what is in either file is not done again, so that the same command goes on. An item that no longer fits
+into the seconds is not begun.
 """
 
 import argparse
@@ -205,7 +206,7 @@ def pace_of(settings: Settings, data: Path) -> float:
     return clock.seconds
 
 
-def run_item(name: str, out: Path, seconds: float, size: str, tiny: bool, eager: bool) -> None:
+def run_item(name: str, work: Path, seconds: float, size: str, tiny: bool, eager: bool) -> None:
     """Train one item in at most its share of `seconds` (0: in its steps, however long they take), note its row."""
     settings, began = settings_of(name, size, tiny), time.perf_counter()
     if eager:
@@ -213,7 +214,7 @@ def run_item(name: str, out: Path, seconds: float, size: str, tiny: bool, eager:
     steps, share = settings["steps"], ITEMS[name][0] * seconds / 500
     if share:
         try:
-            pace = pace_of(settings, out / "data")
+            pace = pace_of(settings, work / "data")
         except Exception as error:
             if eager or not torch.cuda.is_available():
                 raise
@@ -225,9 +226,9 @@ def run_item(name: str, out: Path, seconds: float, size: str, tiny: bool, eager:
         print(f"{1000 * pace:.1f} ms a step, {steps} steps", flush=True)
     if tiny:
         steps = min(steps, 60)
-    run = out / "runs" / name
+    run = work / "runs" / name
     shutil.rmtree(run, ignore_errors=True)
-    train(config_of(settings, out / "data", steps), run)
+    train(config_of(settings, work / "data", steps), run)
     write_json(run / "row.json", row_of(run))
 
 
@@ -275,12 +276,14 @@ def keep(summary: Path, rows: list[dict[str, Any]]) -> None:
     write_json(summary, {"rows": rows})
 
 
-def run_all(names: list[str], out: Path, seconds: float, others: list[str], tiny: bool) -> int:
+def run_all(names: list[str], out: Path, work: Path, seconds: float, others: list[str], tiny: bool) -> int:
     """Every item in a process of its own, the first ones first; returns how many failed."""
     for name in ("emoji", "prompts", "digits"):
-        unpack(name, make_folder(out / "data"))
-    summary = out / "study.json"
-    rows: list[dict[str, Any]] = read_json(summary)["rows"] if summary.exists() else []
+        unpack(name, make_folder(work / "data"))
+    summary, copy = make_folder(out) / "study.json", work / "study.json"
+    known = [row for file in (copy, summary) if file.exists() for row in read_json(file)["rows"]]
+    rows = list({row["name"]: row for row in known}.values())
+    keep(summary, rows)
     waiting = [name for name in names if name not in {row["name"] for row in rows}]
     gpus = torch.cuda.device_count()
     free = [gpu for _ in range(WORKERS) for gpu in range(gpus)] or [-1]
@@ -293,9 +296,19 @@ def run_all(names: list[str], out: Path, seconds: float, others: list[str], tiny
                 print(f"{gone:6.1f} s  {name} does not fit any more", flush=True)
                 continue
             gpu = free.pop(0)
-            command = [sys.executable, __file__, "--item", name, "--out", str(out), "--seconds", str(seconds), *others]
+            command = [
+                sys.executable,
+                __file__,
+                "--item",
+                name,
+                "--work",
+                str(work),
+                "--seconds",
+                str(seconds),
+                *others,
+            ]
             places = {"CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": "4"} if gpu >= 0 else {}
-            log = (make_folder(out / "runs") / f"{name}.log").open("wb")
+            log = (make_folder(work / "runs") / f"{name}.log").open("wb")
             running[name] = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | places), gpu
         for name, (process, gpu) in list(running.items()):
             if process.poll() is not None:
@@ -304,10 +317,15 @@ def run_all(names: list[str], out: Path, seconds: float, others: list[str], tiny
                 if process.returncode:
                     failed.append(name)
                     print(f"{time.perf_counter() - began:6.1f} s  {name} failed ({process.returncode})")
-                    print((out / "runs" / f"{name}.log").read_text(errors="replace")[-1500:])
+                    print((work / "runs" / f"{name}.log").read_text(errors="replace")[-1500:])
                 else:
-                    row = read_json(out / "runs" / name / "row.json")
-                    keep(summary, rows := [*rows, row])
+                    run = work / "runs" / name
+                    row = read_json(run / "row.json")
+                    rows.append(row)
+                    for file in (copy, summary):
+                        keep(file, rows)
+                    for grid in sorted((run / "pictures").glob("diffusion_*.npy"))[-1:]:
+                        shutil.copyfile(grid, out / f"{name}.npy")
                     print(
                         f"{time.perf_counter() - began:6.1f} s  {name}: {row['steps']} steps, {row['val']}", flush=True
                     )
@@ -322,6 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pictures", type=Path)
     parser.add_argument("--collect", nargs="*", type=Path, default=[])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--work", type=Path)
     parser.add_argument("--seconds", type=float, default=500.0, help="0: as long as the steps take")
     parser.add_argument("--size", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--only", default=",".join(ITEMS))
@@ -338,13 +357,14 @@ def main(arguments: list[str] | None = None) -> int:
         keep(summary, list((rows | {run.name: row_of(run) for run in given.collect}).values()))
         return 0
     if given.item:
-        run_item(given.item, given.out, given.seconds, given.size, given.tiny, given.eager)
+        run_item(given.item, given.work, given.seconds, given.size, given.tiny, given.eager)
         return 0
     unknown = set(given.only.split(",")) - set(ITEMS)
     if unknown:
         parser.error(f"there is no item {sorted(unknown)[0]}; choose from {', '.join(ITEMS)}")
     others = ["--size", given.size, *(["--tiny"] if given.tiny else [])]
-    return run_all(given.only.split(","), given.out, given.seconds, others, given.tiny)
+    work = given.work or given.out / "work"
+    return run_all(given.only.split(","), given.out, work, given.seconds, others, given.tiny)
 
 
 if __name__ == "__main__":
