@@ -8,9 +8,9 @@
 20,000 pictures of Fashion-MNIST. Every item is a process of its own; WORKERS of them run side by side on each GPU (one
 on a CPU), the first ones first. An item takes the steps that it is given, or as many as its share of the seconds allows
 by the pace of its first ones. What has come of them is one file, FOLDER/study.json, written anew whenever an item ends,
-beside a grid of pictures of each item that draws. Runs, logs and a copy of the file are in the folder --work
-(FOLDER/work); what is in either file is not done again, so that the same command goes on. An item that no longer fits
-into the seconds is not begun.
+beside a grid of pictures of each first item that draws, and a file of rows of each part of layers_study.py. Runs, logs
+and a copy of the file are in the folder --work (FOLDER/work); what is in either file is not done again, so the same
+command goes on. An item that no longer fits into the seconds is not begun.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from tritwise.train.progress import Quiet
 CARRY = Path(".carry")
 WORKERS = 3  # on one GPU: small models keep it waiting for Python, more of them for one another
 PICTURES, DIGITS = 20_000, 4
+LATE = 45  # seconds after which what still runs is ended
 PACE = 60  # steps that tell the pace
 LINES = 60  # of the course of losses that a row keeps
 Settings = dict[str, Any]
@@ -92,6 +93,9 @@ def items_of() -> dict[str, tuple[float, Settings]]:
 
 
 ITEMS = items_of()
+LAYERS = {"layers_lstm": 140, "layers_graph": 170, "layers_moe": 260}
+"""Parts of benchmarks/layers_study.py and their seconds of 500: after the first seed of ITEMS, in files of their own."""
+FIRST = [name for name in ITEMS if name.endswith("seed0")]
 
 
 def pack(features: list[Path], pictures: Path) -> None:
@@ -288,11 +292,12 @@ def run_all(names: list[str], out: Path, work: Path, seconds: float, others: lis
     gpus = torch.cuda.device_count()
     free = [gpu for _ in range(WORKERS) for gpu in range(gpus)] or [-1]
     running: dict[str, tuple[subprocess.Popen[bytes], int]] = {}
-    failed, began = [], time.perf_counter()
+    failed, late, began = [], [], time.perf_counter()
     while waiting or running:
         while waiting and free:
             name, gone = waiting.pop(0), time.perf_counter() - began
-            if seconds and not tiny and gone + ITEMS[name][0] * seconds / 500 > seconds + 5:
+            share = (LAYERS[name] if name in LAYERS else ITEMS[name][0]) * seconds / 500
+            if seconds and not tiny and gone + share > seconds + 5:
                 print(f"{gone:6.1f} s  {name} does not fit any more", flush=True)
                 continue
             gpu = free.pop(0)
@@ -307,6 +312,8 @@ def run_all(names: list[str], out: Path, work: Path, seconds: float, others: lis
                 str(seconds),
                 *others,
             ]
+            if name in LAYERS:
+                command = layers_command(name, out, gpu >= 0, tiny)
             places = {"CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": "4"} if gpu >= 0 else {}
             log = (make_folder(work / "runs") / f"{name}.log").open("wb")
             running[name] = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | places), gpu
@@ -314,23 +321,36 @@ def run_all(names: list[str], out: Path, work: Path, seconds: float, others: lis
             if process.poll() is not None:
                 del running[name]
                 free.append(gpu)
-                if process.returncode:
+                if process.returncode and name not in late:
                     failed.append(name)
                     print(f"{time.perf_counter() - began:6.1f} s  {name} failed ({process.returncode})")
                     print((work / "runs" / f"{name}.log").read_text(errors="replace")[-1500:])
-                else:
+                elif name in ITEMS and name not in late:
                     run = work / "runs" / name
                     row = read_json(run / "row.json")
                     rows.append(row)
                     for file in (copy, summary):
                         keep(file, rows)
-                    for grid in sorted((run / "pictures").glob("diffusion_*.npy"))[-1:]:
+                    for grid in sorted((run / "pictures").glob("diffusion_*.npy"))[-1:] if name in FIRST else ():
                         shutil.copyfile(grid, out / f"{name}.npy")
                     print(
                         f"{time.perf_counter() - began:6.1f} s  {name}: {row['steps']} steps, {row['val']}", flush=True
                     )
+        if seconds and time.perf_counter() - began > seconds + LATE and not late:
+            late += running
+            print(f"{', '.join(late)} took too long and end here", flush=True)
+            for process, _ in running.values():
+                process.terminate()
         time.sleep(0.2)
     return len(failed)
+
+
+def layers_command(name: str, out: Path, gpu: bool, tiny: bool) -> list[str]:
+    """How to run a part of the study of layers, whose rows go to a file of its own in `out` as they are made."""
+    script = Path(__file__).with_name("layers_study.py")
+    size = ["--device", "cuda", "--size", "gpu"] if gpu else []
+    words = [name.removeprefix("layers_"), "--out", out / f"{name}.json", *size, *(["--quick"] if tiny else [])]
+    return [sys.executable, *map(str, [script, *words])]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -343,7 +363,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--seconds", type=float, default=500.0, help="0: as long as the steps take")
     parser.add_argument("--size", choices=("gpu", "cpu"), default="gpu")
-    parser.add_argument("--only", default=",".join(ITEMS))
+    parser.add_argument("--only", default=",".join([*FIRST, *LAYERS, *(name for name in ITEMS if name not in FIRST)]))
     parser.add_argument("--item")
     parser.add_argument("--eager", action="store_true", help="of an item: nothing is recorded")
     parser.add_argument("--tiny", action="store_true", help="to try it out: nothing is learned")
@@ -359,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.item:
         run_item(given.item, given.work, given.seconds, given.size, given.tiny, given.eager)
         return 0
-    unknown = set(given.only.split(",")) - set(ITEMS)
+    unknown = set(given.only.split(",")) - {*ITEMS, *LAYERS}
     if unknown:
         parser.error(f"there is no item {sorted(unknown)[0]}; choose from {', '.join(ITEMS)}")
     others = ["--size", given.size, *(["--tiny"] if given.tiny else [])]
