@@ -94,7 +94,7 @@ def items_of() -> dict[str, tuple[float, Settings]]:
 
 ITEMS = items_of()
 LAYERS = {"layers_lstm": 140, "layers_graph": 170, "layers_moe": 260}
-"""Parts of benchmarks/layers_study.py and their seconds of 500: after the first seed of ITEMS, in files of their own."""
+"""Parts of layers_study.py and their seconds of 500: after the first seed of ITEMS, each in a file of its own."""
 FIRST = [name for name in ITEMS if name.endswith("seed0")]
 
 
