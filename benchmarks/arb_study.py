@@ -225,7 +225,8 @@ def run_item(name: str, work: Path, seconds: float, size: str, tiny: bool, eager
             # Recordings have many ways to fail; eager steps are only slower. A new process has forgotten the failure.
             print(f"not recorded: {type(error).__name__}: {error}", flush=True)
             os.execv(sys.executable, [sys.executable, *sys.argv, "--eager"])
-        left = share - (time.perf_counter() - began) - (25 if "judge_pictures" in settings else 18)
+        after = 45 if settings.get("ctc") else 25  # seconds: its sounds, of many lengths, are told a few at a time
+        left = share - (time.perf_counter() - began) - after
         steps = max(60, min(steps, int(0.8 * left / pace)))
         print(f"{1000 * pace:.1f} ms a step, {steps} steps", flush=True)
     if tiny:
