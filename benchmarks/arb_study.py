@@ -322,6 +322,9 @@ def run_all(names: list[str], out: Path, work: Path, seconds: float, others: lis
             if process.poll() is not None:
                 del running[name]
                 free.append(gpu)
+                if name in LAYERS:
+                    parts = [read_json(file)["rows"] for file in sorted(out.glob("layers_*.json"))]
+                    write_json(out / "layers.json", {"rows": [row for part in parts for row in part]})
                 if process.returncode and name not in late:
                     failed.append(name)
                     print(f"{time.perf_counter() - began:6.1f} s  {name} failed ({process.returncode})")

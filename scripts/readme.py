@@ -12,7 +12,8 @@ KIND_YYYY-MM-DD.json or .jsonl; the newest of a kind, by name, counts:
                      for what is not in the same file, and grid_h100 of `tritwise bench optimizer-grid`
     score_study_cpu2, score_study_h100, score_slice_cpu2, score_small_cpu2
                      the study.json of benchmarks/score_study.py: one model and one text each, or the beginning of one
-    arb_cpu2, arb_h100   the study.json of benchmarks/arb_study.py: a row for each run of an ARB model
+    arb_cpu2, arb_h100, layers_cpu2, layers_h100
+                     {"rows": […]} of benchmarks/arb_study.py, one for each run of an ARB model, and of layers_study.py
 
 README has all of its blocks. docs/RULE.md, if it is there, has any of `RULE_BLOCKS`, docs/SCORING.md of `SCORE_BLOCKS`,
 docs/ARB.md of `ARB_BLOCKS`.
@@ -45,6 +46,7 @@ RULE_BLOCKS = tuple(f"rules_{name}" for name in (*RULE_TABLES, *RULE_PLOTS))
 SCORE_STUDIES = ("score_study_cpu2", "score_study_h100", "score_slice_cpu2", "score_small_cpu2")
 SCORE_BLOCKS = tuple(f"score_{name}" for name in ("sources", *TABLES))
 ARB_STUDIES = ("arb_cpu2", "arb_h100")
+LAYER_STUDIES = ("layers_cpu2", "layers_h100")
 ARB_BLOCKS = tuple(f"arb_{name}" for name in ("sources", *arb_tables.TABLES))
 DATE = "[0-9]" * 4 + "-[0-9][0-9]-[0-9][0-9]"
 
@@ -101,13 +103,16 @@ def score_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
 
 def arb_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
     """Each wanted block of docs/ARB.md -> its text; names that are not in ARB_BLOCKS are left out."""
-    files = [file for study in ARB_STUDIES if (file := newest(root, study))]
-    rows = [row for file in files for row in _read(file)["rows"]]
+    runs, layers = (
+        [file for study in studies if (file := newest(root, study))] for studies in (ARB_STUDIES, LAYER_STUDIES)
+    )
+    files = [*runs, *layers]
     links = ", ".join(f"[{file.name}](../{file.relative_to(root).as_posix()})" for file in files)
     made = {}
     for block in dict.fromkeys(wanted):
         name = block.removeprefix("arb_")
         if block in ARB_BLOCKS:
+            rows = [row for file in (layers if name == "layers" else runs) for row in _read(file)["rows"]]
             made[block] = f"All rows: {links or 'none yet'}." if name == "sources" else arb_tables.arb_table(name, rows)
     return made
 

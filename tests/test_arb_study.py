@@ -95,5 +95,8 @@ def test_tables_gather_seeds_and_hold_a_mixture_against_its_parts():
     assert quarter_loss(alone[0]) == 3.0
     text, audio = arb_table("mixture", [mixture, *alone]).splitlines()[2:]
     assert "| text | 3.000 | 2.500 | yes |" in text and "| audio | 3.000 | 3.500 | **no** |" in audio
+    layer = {"study": "vq", "steps": 9, "device": "gpu", "weights": 7, "float_trainable": 0, "used": 1.0}
+    layers = [layer | {"item": f"ternary, seed {seed}", "squared_error": 0.06 + seed / 100} for seed in (0, 1)]
+    assert "| codebook | ternary | 2 | squared error 0.065 (0.060 … 0.070); 100.0 % (100" in arb_table("layers", layers)
     for name in TABLES:
         assert "Nothing has been recorded" in arb_table(name, []) and json.dumps(rows)

@@ -1,4 +1,4 @@
-"""Tables of docs/ARB.md, made from the rows of `benchmarks/arb_study.py`: one file of rows for each machine."""
+"""Tables of docs/ARB.md, made from the rows of `benchmarks/arb_study.py` and `layers_study.py`, of every machine."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import mean
@@ -131,6 +131,42 @@ def quarter_loss(row: Row) -> float:
     return next(line[1] for line in reversed(row["losses"]) if line[0] <= row["steps"] / 4)
 
 
+STUDIES = {"lstm": "LSTM", "vq": "codebook", "graph": "graph", "moe": "experts", "stream": "sliding window"}
+
+
+def _layers(rows: Sequence[Row]) -> Iterator[list[str]]:
+    """Rows of benchmarks/layers_study.py."""
+    found: dict[tuple[str, str, str, int], list[Row]] = {}
+    for row in rows:
+        item = row["item"].split(", seed ")[0]
+        found.setdefault((row["study"], item, _machine({"surroundings": row}), row.get("steps", 0)), []).append(row)
+    for (study, item, machine, steps), own in sorted(found.items(), key=lambda pair: list(STUDIES).index(pair[0][0])):
+        yield [
+            STUDIES[study],
+            item,
+            str(len(own)),
+            _figure(own),
+            f"{steps:,}" if steps else "",
+            f"{own[0]['weights']:,}" if "weights" in own[0] else "",
+            f"{own[0]['float_trainable']:,}" if "weights" in own[0] else "",
+            machine,
+        ]
+
+
+def _figure(rows: Sequence[Row]) -> str:
+    def told(key: str, percent: bool = False) -> str:
+        return _spread([row[key] for row in rows], percent)
+
+    if "squared_error" in rows[0]:
+        return f"squared error {told('squared_error')}; {told('used', True)} of the codes used"
+    if "largest_difference" in rows[0]:
+        return f"no byte differs by more than {max(row['largest_difference'] for row in rows):.1e} nats"
+    loads = (
+        f"; an expert's load {told('load_least')} to {told('load_most')} of its share" if "load_most" in rows[0] else ""
+    )
+    return f"{told('val_nats')} nats a byte{loads}"
+
+
 _COMMON = ["steps", "weights", "floats trained", "machine"]
 TABLES: dict[str, tuple[Callable[[Sequence[Row]], Iterator[list[str]]], list[str], str]] = {
     "told": (
@@ -143,6 +179,7 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], Iterator[list[str]]], list[str
         ["how", "seeds", "recognised", "of", "the classifier on real ones", "loss", "sampler, guidance", *_COMMON],
         "<>>>>>>>>><",
     ),
+    "layers": (_layers, ["layer", "item", "seeds", "figure", *_COMMON], "<<><>>><"),
     "mixture": (
         _mixture,
         [
