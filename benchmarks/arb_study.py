@@ -1,19 +1,23 @@
-"""Captions, transcripts, drawn pictures and a mixture, ternary beside float, on one GPU in five minutes.
+"""Captions, transcripts, drawn pictures and a mixture, ternary beside float, from frozen features packed beforehand.
 
-    python benchmarks/arb_study.py --pack FEATURES.json … --pictures DATA/fashion-mnist     # here: fills .carry/
-    python benchmarks/arb_study.py --out FOLDER [--seconds 270] [--only NAME,…]              # on the GPU: trains
+    python benchmarks/arb_study.py --pack FEATURES.json … --pictures DATA/fashion-mnist   # fills .carry/, below 64 MiB
+    python benchmarks/arb_study.py --out FOLDER [--work FOLDER] [--seconds 500] [--only NAME,…] [--size gpu|cpu]
+    python benchmarks/arb_study.py --collect RUN… --out FOLDER      # rows of runs that were made by hand
 
-`--pack` writes features as int8 with a scale for each channel, and 20,000 of the pictures, so that all of it is below
-60 MiB. Every item is a process of its own; WORKERS of them run side by side, because small models keep a GPU waiting
-for Python. Each takes as many steps as its share of the seconds allows, measured at its start. What has come of them is
-one file, FOLDER/study.json, written anew whenever an item ends; what is in it is not done again. Runs stay below
-FOLDER/runs.
+`--pack` writes features as int8 in steps of a twelfth of their channel's deviation, a part of the spoken digits, and
+20,000 pictures of Fashion-MNIST. Every item is a process of its own; WORKERS of them run side by side on each GPU (one
+on a CPU), the first ones first. An item takes the steps that it is given, or as many as its share of the seconds allows
+by the pace of its first ones. What has come of them is one file, FOLDER/study.json, written anew whenever an item ends,
+beside a grid of pictures of each first item that draws, and a file of rows of each part of layers_study.py. Runs, logs
+and a copy of the file are in the folder --work (FOLDER/work); what is in either file is not done again, so the same
+command goes on. An item that no longer fits into the seconds is not begun.
 """
 
 import argparse
 import dataclasses
 import gzip
-import json
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -27,6 +31,7 @@ import torch
 
 from tritwise.data.collections import Example
 from tritwise.encoders import Features
+from tritwise.errors import UserError
 from tritwise.files import make_folder, read_json, read_json_lines, write_json
 from tritwise.models import ModelConfig, PartsConfig
 from tritwise.train import Config, TrainConfig, train
@@ -34,39 +39,63 @@ from tritwise.train.media_config import MediaConfig
 from tritwise.train.progress import Quiet
 
 CARRY = Path(".carry")
-WORKERS = 3
-TINY = {"width": 32, "depth": 1, "batch": 4, "draw_width": 32, "draw_depth": 1, "draw_steps": 2, "eval_examples": 8}
-PICTURES = 20_000
-FLOAT = {"weights": "float", "optimizer": "adamw"}
+WORKERS = 3  # on one GPU: small models keep it waiting for Python, more of them for one another
+PICTURES, DIGITS = 20_000, 4
+LATE = 45  # seconds after which what still runs is ended
+PACE = 60  # steps that tell the pace
+LINES = 60  # of the course of losses that a row keeps
+Settings = dict[str, Any]
 
-# Matrices move at every fourth step, by four times as much: on a GPU their directions are most of a step.
-TRUNK = {"width": 256, "depth": 4, "batch": 64, "interval": 4}
-EMOJI: dict[str, Any] = {"task": "vision", "images": "emoji", "ctx": 96, "bridge_depth": 1, **TRUNK}
-PROMPTS: dict[str, Any] = {"task": "audio", "sounds": "prompts", "ctx": 192, "ctc": True, "bridge_depth": 3, **TRUNK}
-PROMPTS |= {"depth": 2, "batch": 16}
-DRAWN: dict[str, Any] = {"task": "diffusion", "pictures": "fashion-mnist", "draw_width": 256, "draw_depth": 6}
-DRAWN |= {"batch": 256, "width": 64, "depth": 1, "judge_pictures": 1000, "interval": 4, "compile": "auto"}
-MIXED: dict[str, Any] = {"width": 256, "depth": 4, "batch": 32, "ctx": 192, "images": "emoji", "sounds": "prompts"}
-MIXED |= {"bridge_depth": 2, "ctc": True, "interval": 4}
+TINY: Settings = {"width": 32, "depth": 1, "batch": 4, "draw_width": 32, "draw_depth": 1, "draw_steps": 2}
+TINY |= {"eval_examples": 8, "limit": 200}
+TRIT: Settings = {"rate": 0.015, "direction": "balanced", "decay": 1.0, "interval": 1}
+TRIT |= {"scale_rate": 0.005, "column_scales": True}
+FLOAT: Settings = {"weights": "float", "optimizer": "adamw", "rate": 1e-3, "decay": 1.0}
+EMOJI: Settings = {"task": "vision", "images": "emoji", "ctx": 96, "noise": 0.15, "hide": 0.1}
+EMOJI |= {"width": 256, "depth": 4, "batch": 64, "steps": 5000}
+PROMPTS: Settings = {"task": "audio", "sounds": "prompts", "ctx": 192, "ctc": True, "bridge_depth": 3, "noise": 0.2}
+PROMPTS |= {"hide": 0.15, "width": 256, "depth": 2, "batch": 16, "steps": 1400}
+DRAWN: Settings = {"task": "diffusion", "pictures": "fashion-mnist", "draw_width": 256, "draw_depth": 6, "steps": 6000}
+DRAWN |= {"batch": 256, "width": 64, "depth": 1, "judge_pictures": 1000, "guidance": 3.0}
+MIXED: Settings = {"width": 256, "depth": 4, "batch": 32, "ctx": 96, "images": "emoji", "sounds": "digits", "hide": 0.1}
+MIXED |= {"noise": 0.1, "steps": 900, **TRIT}
+ALONE: Settings = {**MIXED, "steps": 300}  # as many batches of its kind as the mixture has on average
 
-# name -> (share of a worker's seconds, settings). A share of 1 is one of WORKERS processes for the whole time.
-ITEMS: dict[str, tuple[float, dict[str, Any]]] = {
-    "drawn_trit": (0.75, {**DRAWN, "rate": 0.015}),
-    "drawn_float": (0.75, {**DRAWN, **FLOAT, "rate": 1e-3}),
-    "emoji_trit": (0.33, {**EMOJI, "rate": 0.015}),
-    "emoji_trit_slow": (0.33, {**EMOJI, "rate": 0.008, "noise": 0.3, "hide": 0.3}),
-    "emoji_trit_noise": (0.33, {**EMOJI, "rate": 0.015, "noise": 0.3, "hide": 0.3}),
-    "emoji_float": (0.33, {**EMOJI, **FLOAT, "rate": 1e-3, "noise": 0.3, "hide": 0.3}),
-    "prompts_trit": (0.33, {**PROMPTS, "rate": 0.015}),
-    "prompts_trit_noise": (0.33, {**PROMPTS, "rate": 0.015, "noise": 0.3, "hide": 0.2}),
-    "prompts_trit_slow": (0.33, {**PROMPTS, "rate": 0.008, "noise": 0.3, "hide": 0.2}),
-    "prompts_float": (0.33, {**PROMPTS, **FLOAT, "rate": 1e-3}),
-    "prompts_float_noise": (0.33, {**PROMPTS, **FLOAT, "rate": 1e-3, "noise": 0.3, "hide": 0.2}),
-    "mixture": (0.5, {**MIXED, "task": "mixture", "mixture": "text=1,vision=1,audio=1", "rate": 0.015}),
-    "alone_text": (0.17, {**MIXED, "task": "text", "rate": 0.015}),
-    "alone_vision": (0.17, {**MIXED, "task": "vision", "rate": 0.015}),
-    "alone_audio": (0.17, {**MIXED, "task": "audio", "rate": 0.015}),
+# On a CPU steps cost their arithmetic: smaller models, and matrices move at every fourth step, by four times as much.
+SMALL: Settings = {"width": 128, "depth": 2, "batch": 32, "interval": 4, "draw_width": 128, "draw_depth": 4}
+CPU: dict[str, Settings] = {
+    "emoji": {"depth": 4, "steps": 3000},
+    "prompts": {"depth": 1, "ctx": 96, "bridge_depth": 2, "batch": 8, "steps": 900},
+    "drawn": {"batch": 64, "steps": 2000, "draw_steps": 10},
+    "mixture": {"batch": 16, "steps": 600},
+    "alone": {"batch": 16, "steps": 200},
 }
+
+
+def items_of() -> dict[str, tuple[float, Settings]]:
+    """name -> (seconds of 500 that one of WORKERS processes may take, settings), the most wanted first."""
+    seeded: list[tuple[str, float, Settings]] = [
+        ("drawn_trit", 190, {**DRAWN, **TRIT}),
+        ("prompts_trit", 170, {**PROMPTS, **TRIT, "rate": 0.03, "interval": 4}),
+        ("emoji_trit", 120, {**EMOJI, **TRIT, "rate": 0.03}),
+        ("drawn_float", 150, {**DRAWN, **FLOAT}),
+        ("prompts_float", 130, {**PROMPTS, **FLOAT}),
+        ("emoji_float", 100, {**EMOJI, **FLOAT}),
+        ("mixture", 110, {**MIXED, "task": "mixture", "mixture": "text=1,vision=1,audio=1"}),
+        ("alone_text", 50, {**ALONE, "task": "text"}),
+        ("alone_vision", 50, {**ALONE, "task": "vision"}),
+        ("alone_audio", 50, {**ALONE, "task": "audio"}),
+        ("prompts_float3", 130, {**PROMPTS, **FLOAT, "rate": 3e-3}),
+        ("emoji_float3", 100, {**EMOJI, **FLOAT, "rate": 3e-3}),
+        ("emoji_trit_spoiled", 120, {**EMOJI, **TRIT, "rate": 0.03, "noise": 0.4, "hide": 0.2}),
+    ]
+    return {f"{name}_seed{seed}": (share, {**own, "seed": seed}) for seed in range(3) for name, share, own in seeded}
+
+
+ITEMS = items_of()
+LAYERS = {"layers_lstm": 140, "layers_graph": 170, "layers_moe": 260}
+"""Parts of layers_study.py and their seconds of 500: after the first seed of ITEMS, each in a file of its own."""
+FIRST = [name for name in ITEMS if name.endswith("seed0")]
 
 
 def pack(features: list[Path], pictures: Path) -> None:
@@ -74,45 +103,60 @@ def pack(features: list[Path], pictures: Path) -> None:
     make_folder(CARRY)
     for path in features:
         whole = Features.load(path)
-        name = {"vision": "emoji", "audio": "prompts"}[whole.kind]
-        x_TD = torch.cat([whole.of(index) for index in range(len(whole))]).float()
-        scale_D = x_TD.abs().amax(dim=0) / 127
-        lengths = torch.tensor([whole.length(index) for index in range(len(whole))])
-        tensors = {"features": (x_TD / scale_D).round().to(torch.int8), "scale": scale_D, "lengths": lengths}
-        tensors |= {f"preview_{index}": preview for index, preview in whole.previews.items()}
-        safetensors.torch.save_file(tensors, CARRY / f"{name}.int8.safetensors")
+        name = "emoji" if whole.kind == "vision" else "digits" if whole.classes else "prompts"
+        train = whole.part("train")
+        kept = sorted([*(train[::DIGITS] if name == "digits" else train), *whole.part("val")])
+        x_TD = torch.cat([whole.of(index) for index in kept]).float()
+        mean_D, scale_D = x_TD.mean(dim=0), x_TD.std(dim=0).clamp(min=1e-3) / 12
+        x_TD = ((x_TD - mean_D) / scale_D).round().clamp(-127, 127)
+        lengths = torch.tensor([whole.length(index) for index in kept])
+        tensors = {"features": x_TD.to(torch.int8), "mean": mean_D, "scale": scale_D, "lengths": lengths}
+        tensors |= {f"preview_{kept.index(index)}": preview for index, preview in whole.previews.items()}
+        (CARRY / f"{name}.int8.gz").write_bytes(gzip.compress(safetensors.torch.save(tensors), 6))
         facts = {"kind": whole.kind, "about": whole.about, "classes": list(whole.classes)}
-        rows = [[e.name, e.text, e.split, e.label] for e in whole.examples]
+        rows = [[e.name, e.text, e.split, e.label] for e in (whole.examples[index] for index in kept)]
         write_json(CARRY / f"{name}.int8.json", facts | {"examples": rows})
     target = make_folder(CARRY / "fashion-mnist")
     for part, count in (("train", PICTURES), ("t10k", 10_000)):
         for kind, head in (("images-idx3", 16), ("labels-idx1", 8)):
             raw = gzip.decompress((pictures / f"{part}-{kind}-ubyte.gz").read_bytes())
             (total,) = struct.unpack(">I", raw[4:8])
-            each = (len(raw) - head) // total
-            kept = raw[:4] + struct.pack(">I", count) + raw[8:head] + raw[head : head + count * each]
-            (target / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(kept, 9))
+            each, count = (len(raw) - head) // total, min(count, total)
+            kept_bytes = raw[:4] + struct.pack(">I", count) + raw[8:head] + raw[head : head + count * each]
+            (target / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(kept_bytes, 9))
     size = sum(file.stat().st_size for file in CARRY.rglob("*") if file.is_file())
     print(f"{CARRY}: {size / 2**20:.1f} MiB")
 
 
-def unpack(name: str, folder: Path) -> Path:
+def unpack(name: str, folder: Path) -> None:
     """Features as `tritwise train` reads them, float16 again, from .carry/."""
     path = folder / f"{name}.json"
     if not path.exists():
-        tensors = safetensors.torch.load_file(CARRY / f"{name}.int8.safetensors")
+        tensors = safetensors.torch.load(gzip.decompress((CARRY / f"{name}.int8.gz").read_bytes()))
         told = read_json(CARRY / f"{name}.int8.json")
-        x_TD = (tensors["features"].float() * tensors["scale"]).to(torch.float16)
+        x_TD = (tensors["features"].float() * tensors["scale"] + tensors["mean"]).to(torch.float16)
         offsets = [0, *tensors["lengths"].cumsum(0).tolist()]
         previews = {int(key[8:]): tensor for key, tensor in tensors.items() if key.startswith("preview_")}
         examples = [Example(*row) for row in told["examples"]]
         classes = tuple(told["classes"])
         Features(told["kind"], x_TD, offsets, examples, classes, told["about"], previews).save(path)
-    return path
 
 
-def config_of(settings: dict[str, Any], data: Path, steps: int, seed: int) -> Config:
-    """The config of an item."""
+def settings_of(name: str, size: str, tiny: bool) -> Settings:
+    """All settings of an item, the number of its steps and its seed among them."""
+    settings = dict(ITEMS[name][1])
+    if size == "cpu":
+        own = SMALL | CPU[name.split("_")[0]]
+        settings |= {key: value for key, value in own.items() if key != "interval" or "direction" in settings}
+        if settings["task"] == "diffusion":
+            settings |= {"width": 64, "depth": 1}
+    if tiny:
+        settings |= TINY | ({"judge_pictures": 20} if "judge_pictures" in settings else {})
+    return settings
+
+
+def config_of(settings: Settings, data: Path, steps: int) -> Config:
+    """The config of an item that takes `steps` steps."""
     given = dict(settings)
     for key in ("images", "sounds"):
         if key in given:
@@ -120,112 +164,197 @@ def config_of(settings: dict[str, Any], data: Path, steps: int, seed: int) -> Co
     if "pictures" in given:
         given["pictures"] = str(CARRY / given["pictures"])
     parts: dict[str, dict[str, Any]] = {}
-    every = max(1, steps // 40)
-    given = {"compile": "false", **given, "steps": steps, "seed": seed, "save": False, "log_interval": every}
-    given |= {"warmup": min(50, steps // 4)}
-    given |= {"eval_interval": max(1, steps // 4), "eval_bytes": 65536, "sample_bytes": 0}
-    for name, cls in (("model", ModelConfig), ("train", TrainConfig), ("parts", PartsConfig), ("media", MediaConfig)):
+    given |= {"steps": steps, "save": False, "warmup": min(100, steps // 4), "sample_bytes": 0, "eval_bytes": 65536}
+    given |= {"log_interval": max(1, steps // LINES), "eval_interval": max(1, steps // 3)}
+    for name, cls in CLASSES.items():
         fields = {field.name for field in dataclasses.fields(cls)}
         parts[name] = {key: given.pop(key) for key in list(given) if key in fields}
     assert not given, f"no setting is called {list(given)}"
-    parts["model"]["vocab"] = 288
+    parts["train"].setdefault("compile", "graph")  # what is compiled costs more time than it saves here
     return Config(
         "custom",
-        ModelConfig(**parts["model"]),
+        ModelConfig(vocab=288, **parts["model"]),
         TrainConfig(**parts["train"]),
         PartsConfig(**parts["parts"]),
         MediaConfig(**parts["media"]),
     )
 
 
-class Clock(Quiet):
-    """Remembers the pace of the last log line."""
+CLASSES: dict[str, Any] = {"model": ModelConfig, "train": TrainConfig, "parts": PartsConfig, "media": MediaConfig}
 
-    seconds = 0.0
+
+class Clock(Quiet):
+    """Remembers the pace of the log lines."""
+
+    def __init__(self) -> None:
+        self.paces: list[float] = []
 
     def record(self, record: dict[str, Any]) -> None:
         if record["kind"] == "train":
-            self.seconds = record["step_seconds"]
+            self.paces.append(record["step_seconds"])
+
+    @property
+    def seconds(self) -> float:
+        """Of a step: the median of the later half, as the first lines hold recordings and compilations."""
+        later = sorted(self.paces[len(self.paces) // 2 :])
+        return later[len(later) // 2]
 
 
-def measure(settings: dict[str, Any], out: Path, seed: int, clock: Clock) -> None:
-    """Let `clock` tell the pace of an item: its first lines hold the compilation of kernels, its last one does not."""
-    short = config_of({**settings, "judge_pictures": 0}, out / "data", 30, seed)
+def pace_of(settings: Settings, data: Path) -> float:
+    """Seconds of a step."""
+    clock = Clock()
+    short = config_of({**settings, "judge_pictures": 0}, data, PACE)
     quick = dataclasses.replace(short.train, log_interval=10, eval_interval=0)
     with tempfile.TemporaryDirectory() as folder:
         train(dataclasses.replace(short, train=quick), Path(folder) / "pace", display=clock)
+    return clock.seconds
 
 
-def run_item(name: str, out: Path, seconds: float, seed: int, tiny: bool) -> None:
-    """Train one item for about its share of `seconds`, and write down what came of it."""
-    share, settings = ITEMS[name]
+def run_item(name: str, work: Path, seconds: float, size: str, tiny: bool, eager: bool) -> None:
+    """Train one item in at most its share of `seconds` (0: in its steps, however long they take), note its row."""
+    settings, began = settings_of(name, size, tiny), time.perf_counter()
+    if eager:
+        settings |= {"compile": "false"} | ({"interval": 4} if "direction" in settings else {})
+    steps, share = settings["steps"], ITEMS[name][0] * seconds / 500
+    if share:
+        try:
+            pace = pace_of(settings, work / "data")
+        except Exception as error:
+            if eager or not torch.cuda.is_available():
+                raise
+            # Recordings have many ways to fail; eager steps are only slower. A new process has forgotten the failure.
+            print(f"not recorded: {type(error).__name__}: {error}", flush=True)
+            os.execv(sys.executable, [sys.executable, *sys.argv, "--eager"])
+        after = 45 if settings.get("ctc") else 25  # seconds: its sounds, of many lengths, are told a few at a time
+        left = share - (time.perf_counter() - began) - after
+        steps = max(60, min(steps, int(0.8 * left / pace)))
+        print(f"{1000 * pace:.1f} ms a step, {steps} steps", flush=True)
     if tiny:
-        settings = {**settings, **TINY} | ({"judge_pictures": 20} if "judge_pictures" in settings else {})
-    began = time.perf_counter()
-    clock = Clock()
-    try:
-        measure(settings, out, seed, clock)
-    except Exception as error:  # torch.compile has many ways to fail; eager steps are only slower
-        if settings.get("compile", "false") == "false":
-            raise
-        print(f"not compiled: {error}")
-        settings = {**settings, "compile": "false"}
-        measure(settings, out, seed, clock)
-    left = share * seconds - (time.perf_counter() - began) - 8
-    steps = max(60, min(20_000, int(0.85 * left / clock.seconds)))
-    run = out / "runs" / name
-    result = train(config_of(settings, out / "data", steps, seed), run)
+        steps = min(steps, 60)
+    run = work / "runs" / name
+    shutil.rmtree(run, ignore_errors=True)
+    train(config_of(settings, work / "data", steps), run)
+    write_json(run / "row.json", row_of(run))
+
+
+KEPT = {
+    "model": ("width", "depth", "ctx", "weights", "column_scales"),
+    "train": ("steps", "batch", "accum", "seed", "optimizer", "rate", "direction", "decay", "interval", "scale_rate"),
+    "parts": ("vision_layer", "vision_grid", "audio_stride", "bridge_depth", "ctc", "draw_width", "draw_depth"),
+    "media": ("task", "mixture", "noise", "hide", "draw_steps", "guidance"),
+}
+
+
+def row_of(run: Path) -> dict[str, Any]:
+    """What one finished run says of itself, without paths of this machine. Raises UserError if it is not finished."""
+    if not (run / "result.json").exists():
+        raise UserError(f"{run} is no finished run; give folders that hold a result.json")
+    config, result, audit = (read_json(run / f"{name}.json") for name in ("config", "result", "audit"))
+    manifest = read_json(run / "manifest.json")
+    settings = {key: config[part][key] for part, keys in KEPT.items() for key in keys if key in config.get(part, {})}
     lines = read_json_lines(run / "metrics.jsonl")
-    told = {
-        "name": name,
-        "seed": seed,
+    course = [line for line in lines if line["kind"] == "train"]
+    course = course[:: max(1, len(course) // LINES)] + course[-1:]
+    told = [
+        (line["meant"], line["told"]) for line in lines if line["kind"] == "example" and line["step"] == result["steps"]
+    ]
+    return {
+        "name": run.name,
         "settings": settings,
-        "result": result,
-        "float_trainable": read_json(run / "audit.json")["float_trainable"],
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "train": [
-            {key: line[key] for key in ("step", "loss", "losses") if key in line}
-            for line in lines
-            if line["kind"] == "train"
-        ],
-        "eval": [line for line in lines if line["kind"] == "eval"],
-        "examples": [line for line in lines if line["kind"] == "example" and line["step"] == steps],
-        "seconds": round(time.perf_counter() - began, 1),
+        "val": result["val"],
+        "steps": result["steps"],
+        "seconds": result["seconds"],
+        "weights": audit["weights"],
+        "float_trainable": audit["float_trainable"],
+        "state_bytes_per_weight": audit["state_bytes_per_weight"],
+        "artifact_bytes": result.get("artifact", {}).get("bytes"),
+        "losses": [[line["step"], round(line["loss"], 5), line.get("losses")] for line in course],
+        "told": [list(pair) for pair in told],
+        "surroundings": {key: manifest[key] for key in ("torch", "python", "cpu", "device", "threads", "git_commit")},
     }
-    write_json(run / "told.json", told)
 
 
-def run_all(names: list[str], out: Path, seconds: float, others: list[str]) -> int:
-    """Every item in a process of its own, WORKERS at a time, the long ones first."""
-    for name in ("emoji", "prompts"):
-        unpack(name, make_folder(out / "data"))
-    summary = out / "study.json"
-    known: dict[str, Any] = read_json(summary) if summary.exists() else {}
-    waiting = [name for name in names if name not in known]
-    waiting.sort(key=lambda name: -ITEMS[name][0])
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    failed, began = [], time.perf_counter()
+def keep(summary: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows in the order of ITEMS."""
+    order = {name: place for place, name in enumerate(ITEMS)}
+    rows.sort(key=lambda row: order.get(row["name"], len(order)))
+    write_json(summary, {"rows": rows})
+
+
+def run_all(names: list[str], out: Path, work: Path, seconds: float, others: list[str], tiny: bool) -> int:
+    """Every item in a process of its own, the first ones first; returns how many failed."""
+    for name in ("emoji", "prompts", "digits"):
+        unpack(name, make_folder(work / "data"))
+    summary, copy = make_folder(out) / "study.json", work / "study.json"
+    known = [row for file in (copy, summary) if file.exists() for row in read_json(file)["rows"]]
+    rows = list({row["name"]: row for row in known}.values())
+    keep(summary, rows)
+    waiting = [name for name in names if name not in {row["name"] for row in rows}]
+    gpus = torch.cuda.device_count()
+    free = [gpu for _ in range(WORKERS) for gpu in range(gpus)] or [-1]
+    running: dict[str, tuple[subprocess.Popen[bytes], int]] = {}
+    failed, late, began = [], [], time.perf_counter()
     while waiting or running:
-        while waiting and len(running) < WORKERS:
-            name = waiting.pop(0)
-            command = [sys.executable, __file__, "--item", name, "--out", str(out), "--seconds", str(seconds)]
-            log = (make_folder(out / "runs") / f"{name}.log").open("wb")
-            running[name] = subprocess.Popen([*command, *others], stdout=log, stderr=log)
-        for name, process in list(running.items()):
+        while waiting and free:
+            name, gone = waiting.pop(0), time.perf_counter() - began
+            share = (LAYERS[name] if name in LAYERS else ITEMS[name][0]) * seconds / 500
+            if seconds and not tiny and gone + share > seconds + 5:
+                print(f"{gone:6.1f} s  {name} does not fit any more", flush=True)
+                continue
+            gpu = free.pop(0)
+            command = [
+                sys.executable,
+                __file__,
+                "--item",
+                name,
+                "--work",
+                str(work),
+                "--seconds",
+                str(seconds),
+                *others,
+            ]
+            if name in LAYERS:
+                command = layers_command(name, out, gpu >= 0, tiny)
+            places = {"CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": "4"} if gpu >= 0 else {}
+            log = (make_folder(work / "runs") / f"{name}.log").open("wb")
+            running[name] = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | places), gpu
+        for name, (process, gpu) in list(running.items()):
             if process.poll() is not None:
                 del running[name]
-                if process.returncode:
+                free.append(gpu)
+                if name in LAYERS:
+                    parts = [read_json(file)["rows"] for file in sorted(out.glob("layers_*.json"))]
+                    write_json(out / "layers.json", {"rows": [row for part in parts for row in part]})
+                if process.returncode and name not in late:
                     failed.append(name)
-                else:
-                    known[name] = read_json(out / "runs" / name / "told.json")
-                    write_json(summary, known)
-                print(f"{time.perf_counter() - began:6.1f} s  {name} {'failed' if process.returncode else 'done'}")
+                    print(f"{time.perf_counter() - began:6.1f} s  {name} failed ({process.returncode})")
+                    print((work / "runs" / f"{name}.log").read_text(errors="replace")[-1500:])
+                elif name in ITEMS and name not in late:
+                    run = work / "runs" / name
+                    row = read_json(run / "row.json")
+                    rows.append(row)
+                    for file in (copy, summary):
+                        keep(file, rows)
+                    for grid in sorted((run / "pictures").glob("diffusion_*.npy"))[-1:] if name in FIRST else ():
+                        shutil.copyfile(grid, out / f"{name}.npy")
+                    print(
+                        f"{time.perf_counter() - began:6.1f} s  {name}: {row['steps']} steps, {row['val']}", flush=True
+                    )
+        if seconds and time.perf_counter() - began > seconds + LATE and not late:
+            late += running
+            print(f"{', '.join(late)} took too long and end here", flush=True)
+            for process, _ in running.values():
+                process.terminate()
         time.sleep(0.2)
-    print(json.dumps({name: told["result"]["val"] for name, told in known.items()}, indent=1))
-    for path in (out / "data").glob("*.safetensors"):
-        path.unlink()  # they came from here and need not travel back
     return len(failed)
+
+
+def layers_command(name: str, out: Path, gpu: bool, tiny: bool) -> list[str]:
+    """How to run a part of the study of layers, whose rows go to a file of its own in `out` as they are made."""
+    script = Path(__file__).with_name("layers_study.py")
+    size = ["--device", "cuda", "--size", "gpu"] if gpu else []
+    words = [name.removeprefix("layers_"), "--out", out / f"{name}.json", *size, *(["--quick"] if tiny else [])]
+    return [sys.executable, *map(str, [script, *words])]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -233,21 +362,33 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pack", nargs="*", type=Path, default=[])
     parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--collect", nargs="*", type=Path, default=[])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--seconds", type=float, default=270.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default=",".join(ITEMS))
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--seconds", type=float, default=500.0, help="0: as long as the steps take")
+    parser.add_argument("--size", choices=("gpu", "cpu"), default="gpu")
+    parser.add_argument("--only", default=",".join([*FIRST, *LAYERS, *(name for name in ITEMS if name not in FIRST)]))
     parser.add_argument("--item")
+    parser.add_argument("--eager", action="store_true", help="of an item: nothing is recorded")
     parser.add_argument("--tiny", action="store_true", help="to try it out: nothing is learned")
     given = parser.parse_args(arguments)
     if given.pack:
         pack(given.pack, given.pictures)
         return 0
-    if given.item:
-        run_item(given.item, given.out, given.seconds, given.seed, given.tiny)
+    if given.collect:
+        summary = make_folder(given.out) / "study.json"
+        rows = {row["name"]: row for row in (read_json(summary)["rows"] if summary.exists() else [])}
+        keep(summary, list((rows | {run.name: row_of(run) for run in given.collect}).values()))
         return 0
-    others = ["--seed", str(given.seed), *(["--tiny"] if given.tiny else [])]
-    return run_all(given.only.split(","), given.out, given.seconds, others)
+    if given.item:
+        run_item(given.item, given.work, given.seconds, given.size, given.tiny, given.eager)
+        return 0
+    unknown = set(given.only.split(",")) - {*ITEMS, *LAYERS}
+    if unknown:
+        parser.error(f"there is no item {sorted(unknown)[0]}; choose from {', '.join(ITEMS)}")
+    others = ["--size", given.size, *(["--tiny"] if given.tiny else [])]
+    work = given.work or given.out / "work"
+    return run_all(given.only.split(","), given.out, work, given.seconds, others, given.tiny)
 
 
 if __name__ == "__main__":

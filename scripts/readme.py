@@ -1,4 +1,4 @@
-"""Fills the generated blocks of README, docs/RULE.md and docs/SCORING.md, and draws pictures, from benchmarks/results.
+"""Fills the generated blocks of README, docs/RULE.md, SCORING.md and ARB.md from benchmarks/results, with pictures.
 
 python scripts/readme.py            draw docs/*.png, docs/images/*.png and write the blocks
 python scripts/readme.py --check    change nothing; say what is stale and exit 1
@@ -12,8 +12,11 @@ KIND_YYYY-MM-DD.json or .jsonl; the newest of a kind, by name, counts:
                      for what is not in the same file, and grid_h100 of `tritwise bench optimizer-grid`
     score_study_cpu2, score_study_h100, score_slice_cpu2, score_small_cpu2
                      the study.json of benchmarks/score_study.py: one model and one text each, or the beginning of one
+    arb_cpu2, arb_h100, layers_cpu2, layers_h100
+                     {"rows": […]} of benchmarks/arb_study.py, one for each run of an ARB model, and of layers_study.py
 
-README has all of its blocks. docs/RULE.md, if it is there, has any of `RULE_BLOCKS`, docs/SCORING.md of `SCORE_BLOCKS`.
+README has all of its blocks. docs/RULE.md, if it is there, has any of `RULE_BLOCKS`, docs/SCORING.md of `SCORE_BLOCKS`,
+docs/ARB.md of `ARB_BLOCKS`.
 
 A picture cannot be compared byte for byte, for matplotlib's versions draw differently. So the block beside it holds the
 checksums of the picture and of the file it was drawn from, and either one changing makes the block stale.
@@ -27,6 +30,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tritwise.report import arb_tables
 from tritwise.report.bench_plots import choose_bench_plots
 from tritwise.report.bench_rows import read_bench
 from tritwise.report.bench_tables import ablation_markdown, rules_markdown
@@ -34,13 +38,16 @@ from tritwise.report.score_tables import TABLES, score_sources, score_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
-README, RULE, SCORING = "README.md", "docs/RULE.md", "docs/SCORING.md"
+README, RULE, SCORING, ARB = "README.md", "docs/RULE.md", "docs/SCORING.md", "docs/ARB.md"
 LOSS, COST = "docs/loss.png", "docs/step_cost.png"
 RULE_PLOTS = ("loss", "state", "rates", "activity", "scaling", "robustness")  # as choose_bench_plots names them
 RULE_TABLES = ("table", "ablation", "grid")
 RULE_BLOCKS = tuple(f"rules_{name}" for name in (*RULE_TABLES, *RULE_PLOTS))
 SCORE_STUDIES = ("score_study_cpu2", "score_study_h100", "score_slice_cpu2", "score_small_cpu2")
 SCORE_BLOCKS = tuple(f"score_{name}" for name in ("sources", *TABLES))
+ARB_STUDIES = ("arb_cpu2", "arb_h100")
+LAYER_STUDIES = ("layers_cpu2", "layers_h100")
+ARB_BLOCKS = tuple(f"arb_{name}" for name in ("sources", *arb_tables.TABLES))
 DATE = "[0-9]" * 4 + "-[0-9][0-9]-[0-9][0-9]"
 
 
@@ -94,6 +101,22 @@ def score_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
     return made
 
 
+def arb_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
+    """Each wanted block of docs/ARB.md -> its text; names that are not in ARB_BLOCKS are left out."""
+    runs, layers = (
+        [file for study in studies if (file := newest(root, study))] for studies in (ARB_STUDIES, LAYER_STUDIES)
+    )
+    files = [*runs, *layers]
+    links = ", ".join(f"[{file.name}](../{file.relative_to(root).as_posix()})" for file in files)
+    made = {}
+    for block in dict.fromkeys(wanted):
+        name = block.removeprefix("arb_")
+        if block in ARB_BLOCKS:
+            rows = [row for file in (layers if name == "layers" else runs) for row in _read(file)["rows"]]
+            made[block] = f"All rows: {links or 'none yet'}." if name == "sources" else arb_tables.arb_table(name, rows)
+    return made
+
+
 def pages(root: Path) -> dict[str, dict[str, str]]:
     """Page -> its blocks, of the pages that are there."""
     found = {README: blocks(root)}
@@ -101,6 +124,8 @@ def pages(root: Path) -> dict[str, dict[str, str]]:
         found[RULE] = rule_blocks(root, _block_names((root / RULE).read_text(encoding="utf-8")))
     if (root / SCORING).exists():
         found[SCORING] = score_blocks(root, _block_names((root / SCORING).read_text(encoding="utf-8")))
+    if (root / ARB).exists():
+        found[ARB] = arb_blocks(root, _block_names((root / ARB).read_text(encoding="utf-8")))
     return found
 
 
@@ -249,7 +274,7 @@ def main(arguments: list[str]) -> int:
         print(
             f"stale: {', '.join(old)}; run make readme"
             if old
-            else "README.md, docs/RULE.md and docs/SCORING.md are current"
+            else "README.md, docs/RULE.md, docs/SCORING.md and docs/ARB.md are current"
         )
         return 1 if old else 0
     drawn = draw(ROOT)

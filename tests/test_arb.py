@@ -9,7 +9,9 @@ from tritwise.models.arb import IGNORED
 from tritwise.models.denoiser import centred, pixels_of
 from tritwise.train import audit
 from tritwise.train.judge import confusion, tiled
-from tritwise.train.telling import collapsed, edits, marks, nearest, tell, told_by_trunk
+from tritwise.train.stepper import Stepper
+from tritwise.train.streams import evened
+from tritwise.train.telling import collapsed, consensus, edits, marks, nearest, tell, told_by_trunk
 
 PARTS = PartsConfig(
     vision=True,
@@ -69,8 +71,53 @@ def test_every_kind_of_batch_has_a_loss_that_falls(weights):
     assert all(last < 0.9 * first for first, last in zip(losses[0], losses[-1], strict=True)), (losses[0], losses[-1])
 
 
-def test_no_trained_number_is_a_float():
+def test_activations_of_every_part_have_the_model_s_type():
     net = model()
+    ids = torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(5))
+    z, t, label = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.8]), torch.tensor([0, 1])
+    assert net.diffusion is not None
+    wide = net(ids), net.hidden_of("audio", batch("audio")[3]), net.diffusion(z, t, label)
+    net.dtype = torch.bfloat16
+    narrow = net(ids), net.hidden_of("audio", batch("audio")[3]), net.diffusion(z, t, label)
+    assert [x.dtype for x in narrow] == [torch.float32, torch.bfloat16, torch.float32]
+    for a, b in zip(wide, narrow, strict=True):
+        assert 0 < (a - b.float()).abs().max() < 0.1 * a.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["vision", "audio"])
+def test_rows_padded_to_even_lengths_cost_the_same(kind):
+    net = model()
+    name, *tensors = batch(kind)
+    longer = evened(tensors, 24)
+    assert [t.shape[1] for t in longer[:2]] == [24, 24] and longer[2] is tensors[2]
+    assert kind == "vision" or longer[3].shape == (2, 32)
+    assert torch.allclose(net.loss(name, *longer), net.loss(name, *tensors), atol=1e-5)
+    assert [t.shape[1] for t in evened(tensors, 64)[:2]] == [32, 32]
+
+
+@pytest.mark.gpu
+def test_recorded_steps_over_several_kinds_are_those_of_eager_ones():
+    """A mixture on a GPU: one recording for each kind, each moving the layers that it trains, and one state."""
+    found = []
+    for graph in (True, False):
+        net = model().to("cuda")
+        optimizer = TritOptimizer(net, rate=0.03)
+        stepper = Stepper(net, [optimizer], graph=graph)
+        plain = [("vision", *batch("vision")[1:]), ("text", *batch("vision")[1:3])]
+        noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+        plain.append(("diffusion", noise.flip(0), noise, torch.tensor([0.2, 0.7]), torch.tensor([0, 2])))
+        moved = [tuple(part.cuda() if isinstance(part, torch.Tensor) else part for part in one) for one in plain]
+        losses = [float(stepper.step_over([moved[at % 3]])) for at in range(9)]
+        assert stepper.records_whole_steps == graph and len(stepper._replays) == (3 if graph else 0)
+        found.append((losses, {name: p.detach().cpu() for name, p in net.named_parameters()}))
+    assert found[0][0] == found[1][0] and found[0][0][-3] < found[0][0][0]
+    assert [name for name, p in found[0][1].items() if not torch.equal(p, found[1][1][name])] == []
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_no_trained_number_is_a_float(columns):
+    net = model(column_scales=columns)
+    assert all((layer.column_exponent is not None) == columns for layer in (net.vision.into, net.diffusion.out))
     optimizer = TritOptimizer(net)
     for one in (batch("vision"), batch("audio")):
         net.loss(*one).backward()
@@ -110,6 +157,23 @@ def test_telling_many_is_telling_each(kind):
     assert together == [told_by_trunk(net, kind, hidden[row : row + 1], 12)[0] for row in range(3)]
     if kind == "audio":
         assert tell(net, kind, features) == [tell(net, kind, features[row : row + 1])[0] for row in range(3)]
+
+
+def test_captions_are_the_consensus_of_draws_that_do_not_depend_on_the_company():
+    net = model().eval()
+    features = batch("vision", rows=3)[3]
+    hidden = net.hidden_of("vision", features)
+    drawn = told_by_trunk(net, "vision", hidden, 6, samples=4)
+    assert len(drawn) == 12 and len(set(drawn)) > 3  # draws, not one answer
+    assert drawn == [t for row in hidden for t in told_by_trunk(net, "vision", row[None], 6, samples=4)]
+    assert tell(net, "vision", features, 6, samples=4) == [consensus(drawn[at : at + 4]) for at in (0, 4, 8)]
+
+
+def test_a_consensus_has_the_fewest_edits_to_all():
+    texts = ["red flag", "blue flag", "blue flags", "blue frog", "red flag"]
+    least = min(texts, key=lambda text: sum(edits(text, other) for other in texts))
+    assert consensus(texts) == least == "blue flag"
+    assert consensus(["", "a", "ab"]) == "a" and consensus(["b"]) == "b"
 
 
 def test_greedy_telling_takes_the_likeliest_symbol_each_time():

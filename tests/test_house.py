@@ -134,7 +134,15 @@ def test_the_tree_is_the_tree():
 
 
 def test_links_lead_somewhere():
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/LOG.md", "docs/RULE.md", "docs/SCORING.md"):
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "docs/LOG.md",
+        "docs/RULE.md",
+        "docs/SCORING.md",
+        "docs/ARB.md",
+    ):
         page = ROOT / name
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert "://" in target or (page.parent / target).exists(), f"{name} links to {target}"

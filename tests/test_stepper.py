@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tritwise.train.stepper as stepper_module
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import trit_modules
 from tritwise.optim import TritOptimizer
@@ -126,7 +127,64 @@ def test_a_graph_away_from_a_gpu_is_refused():
         Stepper(*build("trit"), graph=True)
 
 
+class Replayed:
+    """What a recording does, without a GPU: the same pass again at every call."""
+
+    def __init__(self, model: Any, loss: Any, batch: tuple[Any, ...], updates: Sequence[TritOptimizer] = ()) -> None:
+        self.model, self.loss, self.batch, self.updates = model, loss, batch, list(updates)
+        self.port_grads: dict[Any, Tensor] = {}
+
+    def __call__(self, batch: tuple[Any, ...]) -> Tensor:
+        assert [part.shape for part in batch] == [part.shape for part in self.batch]
+        layers = [layer for _, layer in trit_modules(self.model)]
+        consumers = [layer.consumer for layer in layers]
+        for p in self.model.parameters():
+            p.grad = None
+        for layer in layers:
+            layer.consumer = None
+        loss = self.loss(*batch)
+        loss.backward()
+        for layer, consumer in zip(layers, consumers, strict=True):
+            self.port_grads[layer], layer.port.grad, layer.consumer = layer.port.grad, None, consumer
+        return loss.detach()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_shape_has_a_recording_until_there_are_too_many(rule, monkeypatch):
+    """Recordings of two shapes and eager steps of a third in turn: the bits of eager steps alone."""
+    monkeypatch.setattr(stepper_module, "_Recording", Replayed)
+    monkeypatch.setattr(stepper_module, "MOST_RECORDED", 2)
+    found = []
+    for recorded in (True, False):
+        model, optimizers = build(rule, **({} if rule in ("adamw", "muon") else {"interval": 2}))
+        stepper = Stepper(model, optimizers)
+        stepper._record = recorded
+        losses = []
+        for length, (ids, targets) in zip((16, 8, 16, 12, 8, 12), batches(6), strict=True):
+            losses.append(float(stepper.step(ids[:, :length], targets[:, :length])))
+        assert len(stepper._replays) == (2 if recorded else 0)
+        found.append((losses, state_of(model, optimizers)))
+    assert found[0][0] == found[1][0]
+    assert_equal(found[0][1], found[1][1])
+
+
 # On a GPU
+
+
+@pytest.mark.gpu
+def test_recordings_of_several_shapes_share_one_state():
+    found = []
+    for graph in (True, False):
+        model, optimizers = build("trit", "cuda")
+        stepper = Stepper(model, optimizers, graph=graph)
+        losses = []
+        for length, (ids, targets) in zip((16, 8, 16, 12, 8, 12), batches(6, "cuda"), strict=True):
+            slow_down(optimizers, len(losses))
+            losses.append(float(stepper.step(ids[:, :length], targets[:, :length])))
+        assert len(stepper._replays) == (3 if graph else 0)
+        found.append((losses, state_of(model, optimizers)))
+    assert found[0][0] == found[1][0]
+    assert_equal(found[0][1], found[1][1])
 
 
 @pytest.mark.gpu
@@ -149,7 +207,7 @@ def test_a_recording_holds_the_update_and_is_made_anew_when_settings_change():
             if number == 5:
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
             stepper.step(*batch)
-        recordings.append(steppers[0]._replays[0])
+        recordings.append(next(iter(steppers[0]._replays.values())))
     assert recordings[0].updates == optimizers and len(set(map(id, recordings))) == 3
     assert_equal(state_of(model, optimizers), state_of(other, eager))
 

@@ -21,7 +21,7 @@ from tritwise.score import score as score_text
 from tritwise.ship import read_artifact, read_tokenizer
 from tritwise.train import RunFolder, load_run
 from tritwise.train.sources import encoder_for
-from tritwise.train.telling import tell
+from tritwise.train.telling import SAMPLES, tell
 from tritwise.train.writing import generate_text
 
 
@@ -131,7 +131,7 @@ class LoadedModel:
             raise UserError(
                 f"the sound takes {tokens} of the model's {model.context} positions; cut it into shorter ones"
             )
-        return tell(model, kind, features.to(next(model.parameters()).device), most)[0]
+        return tell(model, kind, features.to(next(model.parameters()).device), most, SAMPLES)[0]
 
 
 def class_called(names: tuple[str, ...], what: int | str) -> int:

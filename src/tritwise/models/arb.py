@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tritwise.models.arb_parts import PartsConfig
 from tritwise.models.bridge import Bridge
-from tritwise.models.byte_lm import ByteLM, DecodeState
+from tritwise.models.byte_lm import ByteLM, DecodeState, add_column_scales
 from tritwise.models.config import ModelConfig
 from tritwise.models.denoiser import Denoiser
 from tritwise.nn import FloatLinear, TritLinear, rms_norm
@@ -56,7 +56,13 @@ class Arb(nn.Module):
             )
             if parts.ctc:
                 self.spell = linear(config.width, config.vocab, role="head", group=config.group)
-        self.diffusion = Denoiser(parts, weights=config.weights, group=config.group) if parts.diffusion else None
+        self.diffusion = None
+        if parts.diffusion:
+            self.diffusion = Denoiser(parts, dtype, weights=config.weights, group=config.group)
+        if config.column_scales:
+            for part in (self.vision, self.audio, self.spell, self.diffusion):
+                if part is not None:
+                    add_column_scales(part)
 
     @property
     def config(self) -> ModelConfig:
@@ -71,6 +77,8 @@ class Arb(nn.Module):
     @dtype.setter
     def dtype(self, dtype: torch.dtype) -> None:
         self.trunk.dtype = dtype
+        if self.diffusion is not None:
+            self.diffusion.dtype = dtype
 
     @property
     def context(self) -> int:

@@ -60,6 +60,13 @@ class DecodeState:
         return self
 
 
+def add_column_scales(model: nn.Module) -> None:
+    """Every ternary matrix and table in `model` gets scales of its columns."""
+    for _, layer in trit_modules(model):
+        if layer.learns_scale:
+            layer.add_column_scales()
+
+
 class ByteLM(nn.Module):
     """A causal language model over bytes.
 
@@ -116,9 +123,7 @@ class ByteLM(nn.Module):
         self.head = linear(config.width, config.vocab, role="head", group=config.group)
         self.rotary = Rotary(config.head_size, config.ctx)
         if config.column_scales:
-            for _, layer in trit_modules(self):
-                if layer.learns_scale:
-                    layer.add_column_scales()
+            add_column_scales(self)
 
     def forward(self, ids: Tensor, state: DecodeState | None = None, loops: int = 0) -> Tensor:
         return self.logits(self._features(ids, state, loops))

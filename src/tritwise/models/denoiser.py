@@ -54,12 +54,16 @@ class Denoiser(nn.Module):
     """(z [B, channels, H, W], t float32 [B], label int64 [B]) -> f, of the shape of z. See the module's docstring.
 
     A label of `classes` (one more than the last) stands for "any": it is learned from examples whose label was hidden.
+    `dtype` is the type of the activations, as of `ByteLM`; z and f are float32.
     """
 
     frequencies: Tensor
 
-    def __init__(self, parts: PartsConfig, *, weights: str = "trit", group: int = 256) -> None:
+    def __init__(
+        self, parts: PartsConfig, dtype: torch.dtype = torch.float32, *, weights: str = "trit", group: int = 256
+    ) -> None:
         super().__init__()
+        self.dtype = dtype
         ternary = weights == "trit"
         linear = TritLinear if ternary else FloatLinear
         embedding = TritEmbedding if ternary else FloatEmbedding
@@ -83,14 +87,14 @@ class Denoiser(nn.Module):
         # unfold and fold speak of [B, pixels of a patch, N]
         patches = nn.functional.unfold(z / s, self.patch, stride=self.patch).transpose(1, 2)
         places_NC = self.places(torch.arange(patches.shape[1], device=z.device))
-        x_BNC = rms_norm(self.into(patches) + places_NC)
+        x_BNC = rms_norm(self.into(patches.to(self.dtype)) + places_NC.to(self.dtype))
         angle = t_B[:, None] * self.frequencies
         waves = math.sqrt(2) * torch.cat((angle.sin(), angle.cos()), dim=-1)
-        time_BC = self.time_down(relu_squared_norm(self.time_up(waves)))
-        c_BC = rms_norm(time_BC + self.labels(label_B))
+        time_BC = self.time_down(relu_squared_norm(self.time_up(waves.to(self.dtype))))
+        c_BC = rms_norm(time_BC + self.labels(label_B).to(self.dtype))
         for block in self.blocks:
             x_BNC = block(x_BNC, c_BC, self.rotary)
-        told = self.out(rms_norm(x_BNC)).transpose(1, 2)
+        told = self.out(rms_norm(x_BNC)).float().transpose(1, 2)
         return nn.functional.fold(told, (self.side, self.side), self.patch, stride=self.patch)
 
     def loss(self, x: Tensor, noise: Tensor, t_B: Tensor, label_B: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from tritwise.train.judge import Judge
 from tritwise.train.restore import take_over
 from tritwise.train.run import RunFolder
 from tritwise.train.sources import open_features, told_by_features
-from tritwise.train.streams import MediaStream, PictureStream, generator_of, pictures_in
+from tritwise.train.streams import MediaStream, PictureStream, evened, generator_of, pictures_in
 from tritwise.train.tasks import Records, Say, TextTask
 
 
@@ -58,6 +58,10 @@ class ArbTask:
         self.config = config
         self.text = TextTask(config) if "text" in self.kinds else None
         self.judge = Judge(config, self.streams, self.text)
+        self.even = False
+        self.shapes = "one" if self.kinds in (("text",), ("diffusion",)) else "few"
+        if "audio" in self.kinds and config.parts.ctc:
+            self.shapes = "many"  # CTC asks the device for lengths, which no recording can hold
 
     def begin(self, model: Arb) -> None:
         for kind, stream in self.streams.items():
@@ -98,6 +102,8 @@ class ArbTask:
             assert self.text is not None
             return ("text", *self.text.batch(device, step, micro))
         name, *tensors = self.streams[kind].batch_at(step, micro)
+        if self.even and kind != "diffusion":
+            tensors = evened(tensors, self.config.model.ctx)
         return (name, *(moved(tensor, device) for tensor in tensors))
 
     def evaluate(self, model: Arb, folder: RunFolder, where: dict[str, Any], device: torch.device) -> Records:

@@ -64,7 +64,7 @@ class TrainConfig:
     device         auto, cpu or cuda
     dtype          of the activations: float32, bfloat16, or auto: bfloat16 on a GPU that has it, else float32
     compile        true, false, or auto: on a GPU, where the forward and backward pass of a model that is small beside
-                   it are also recorded once and replayed
+                   it are also recorded once and replayed; graph: they are recorded there, and not compiled
     checkpoint     block: of a block only its input is kept for backward, which computes the rest again; none
     loss_chunk     positions whose logits exist at one time; 0: all of a micro-batch
     """
@@ -153,7 +153,7 @@ class TrainConfig:
             ("direction", METHODS),
             ("device", ("auto", "cpu", "cuda")),
             ("dtype", ("auto", "float32", "bfloat16")),
-            ("compile", ("auto", "true", "false")),
+            ("compile", ("auto", "true", "false", "graph")),
             ("checkpoint", ("none", "block")),
             ("ship_as", ("none", *WAYS)),
         ):

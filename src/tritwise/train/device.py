@@ -54,20 +54,21 @@ class Speed(NamedTuple):
 
 
 def speed_of(compile: str, model: ByteLM | Arb, accum: int = 1) -> Speed:
-    """How to run the steps of `model`, where it is now. compile: true, false, or auto: on a GPU that can.
+    """How to run the steps of `model`, where it is now. compile: true, false, graph, or auto: on a GPU that can.
 
     A recording pays for small models, whose kernels are shorter than the calls that start them. Its gradients wait in
     memory all at once, so all of them, in float32, must be small beside the GPU. It writes the gradients of float
     weights anew at every replay, so they cannot be added up over micro-batches.
     """
     device = next(model.parameters()).device
-    wanted = compile == "true" or (compile == "auto" and device.type == "cuda" and gpu.refuses(device) is None)
+    able = device.type == "cuda" and gpu.refuses(device) is None
+    wanted = compile == "true" or (compile in ("auto", "graph") and able)
     if not wanted or device.type != "cuda":
         return Speed(wanted, graph=False)
     numbers = sum(layer.register.numel() for _, layer in trit_modules(model))
     floats = sum(p.numel() for p in model.parameters() if p.requires_grad)
     small = 4 * (numbers + floats) <= SMALL * torch.cuda.get_device_properties(device).total_memory
-    return Speed(wanted, graph=small and (accum == 1 or not floats))
+    return Speed(compile != "graph", graph=small and (accum == 1 or not floats))
 
 
 def batch_on(device: torch.device, sampler: Sampler, step: int, micro: int = 0) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from tritwise.train.config import Config
 from tritwise.train.run import RunFolder
 from tritwise.train.streams import MediaStream, PictureStream, pictures_in
 from tritwise.train.tasks import Records, TextTask
-from tritwise.train.telling import marks, nearest, tell, told_by_trunk
+from tritwise.train.telling import SAMPLES, marks, nearest, tell, told_by_trunk
 
 EACH = 4  # pictures of a class in a grid
 SHOWN = 12  # examples in a report
@@ -65,9 +65,17 @@ class Judge:
         return records
 
     def told(
-        self, model: Arb, stream: MediaStream, indices: list[int], device: torch.device, *, trunk: bool = False
+        self,
+        model: Arb,
+        stream: MediaStream,
+        indices: list[int],
+        device: torch.device,
+        *,
+        trunk: bool = False,
+        samples: int = 0,
     ) -> dict[int, str]:
-        """What the model says of these examples, by index. trunk: of a sound too, whatever its bridge spells."""
+        """What the model says of these examples, by index. trunk: of a sound too, whatever its bridge spells. samples:
+        as of `tell`."""
         found: dict[int, str] = {}
         fits = [i for i in indices if trunk is False or stream.features.length(i) // stream.stride + 4 <= stream.ctx]
         for part in stream.parts_of(fits):
@@ -78,7 +86,7 @@ class Judge:
             elif stream.kind == "audio" and model.spell is None and x_BFD.shape[1] // stream.stride + 4 > stream.ctx:
                 texts = [""] * len(part)  # the stream has no room for the sound
             else:
-                texts = tell(model, stream.kind, x_BFD, MOST)
+                texts = tell(model, stream.kind, x_BFD, MOST, samples)
             found |= dict(zip(part, texts, strict=True))
         return found
 
@@ -129,8 +137,11 @@ class Judge:
     def _media(self, model: Arb, stream: MediaStream, folder: RunFolder, device: torch.device) -> dict[str, Any]:
         features, val = stream.features, stream.features.part("val")
         meant = [features.examples[index].text for index in val]
-        said = self.told(model, stream, val, device)
+        said = self.told(model, stream, val, device, samples=SAMPLES)
         result: dict[str, Any] = {"examples": len(val), **marks([said[i] for i in val], meant)}
+        if stream.kind == "vision":
+            greedy = self.told(model, stream, val, device)
+            result["greedy"] = marks([greedy[i] for i in val], meant)
         result["loss"] = self.media_loss(model, stream, val, device)
         if stream.kind == "audio" and model.spell is not None:
             aloud = self.told(model, stream, val, device, trunk=True)

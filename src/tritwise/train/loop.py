@@ -27,10 +27,11 @@ from tritwise.train.optimizers import build_optimizers, set_momentum, set_rates
 from tritwise.train.progress import Display, Quiet
 from tritwise.train.restore import pack_state, unpack_state
 from tritwise.train.run import RunFolder
-from tritwise.train.stepper import Stepper
+from tritwise.train.stepper import Stepper, shape_of
 from tritwise.train.tasks import open_task
 from tritwise.train.warm import graphs_compiled, warm_up
 
+LOOKED = 64  # steps whose batches are looked at for shapes to record before the clock
 STATE = "stream."
 """Before the names of tensors of a checkpoint that hold what a stream had read: see `DecodeState.tensors`."""
 
@@ -116,9 +117,12 @@ def _train(
 
     bytes_a_step = task.bytes_a_step
     meter, since, first = Meter(model, task.scale), 0, step
-    # What is compiled and recorded is one kind of batch of one shape: rows of captions and sounds differ in length.
-    settled = task.kinds in (("text",), ("diffusion",)) and not settings.preserve_state
-    speed = speed_of(settings.compile, model, len(micros)) if settled else Speed(False, False)
+    speed = Speed(False, False)  # whatever goes on from step to step, or comes in too many shapes
+    if not settings.preserve_state and task.shapes != "many":
+        # What is compiled is one kind of batch of one shape; rows of captions and sounds differ in length.
+        varied = task.shapes == "few" and settings.compile != "false"
+        speed = speed_of("graph" if varied else settings.compile, model, len(micros))
+    task.even = speed.graph
     stepper = Stepper(
         model,
         optimizers,
@@ -136,7 +140,10 @@ def _train(
     warmed = None
     if (settings.seconds or len(course.depths) > 1) and not course.over(step, trained):
         warmed = time.perf_counter()
-        warm_up(stepper, model, optimizers, batches(step), [loops % config.model.loops for loops in course.depths])
+        some = batches(step)
+        if task.shapes == "few":  # a batch of every shape that the first steps bring
+            some = list({shape_of(one): one for at in range(step, step + LOOKED) for one in batches(at)}.values())
+        warm_up(stepper, model, optimizers, some, [loops % config.model.loops for loops in course.depths])
         wait_for(device)
         warmed = time.perf_counter() - warmed
     compiled, pace = graphs_compiled(), Pace(device)

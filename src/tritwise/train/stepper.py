@@ -24,17 +24,19 @@ from tritwise.optim import TritOptimizer
 from tritwise.train.crew import Crew
 
 WARM_UP = 3  # steps before a recording: libraries and the allocator settle, as torch.cuda.graph asks for
+MOST_RECORDED = 24  # recordings at most; batches of further shapes run eagerly
 
 
 class Stepper:
     """Runs `model.loss` forward and backward over `accum` micro-batches, then every optimizer.
 
-    compile: torch.compile the loss, for batches of one shape. graph: record forward and backward as a CUDA graph at
-    the first step; every later batch must have that shape. guard: a step whose gradients are no numbers moves nothing
-    and counts as "skipped" in the optimizers' groups. Ternary optimizers see to that themselves, on the device; for
-    float ones the host waits for the device once a step. clip: largest norm of all float gradients together; 0: none.
-    crew: the processes that share a step's micro-batches; `accum` counts those of all. steady: nothing but rates will
-    change from step to step, so that a step may be recorded whole. ValueError for a graph away from a GPU.
+    compile: torch.compile the loss, for batches of one shape. graph: record forward and backward as a CUDA graph, one
+    for every shape of batch and number of repeats, when it first comes, up to MOST_RECORDED. guard: a step whose
+    gradients are no numbers moves nothing and counts as "skipped" in the optimizers' groups. Ternary optimizers see
+    to that themselves, on the device; for float ones the host waits for the device once a step. clip: largest norm of
+    all float gradients together; 0: none. crew: the processes that share a step's micro-batches; `accum` counts those
+    of all. steady: nothing but rates will change from step to step, so that a step may be recorded whole. ValueError
+    for a graph away from a GPU.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Stepper:
         self.state: DecodeState | None = None  # what the model has read, where rows read on from step to step
         self._record = graph
         self.shares: list[Tensor] = []
-        self._replays: dict[int, _Recording] = {}  # one for every number of repeats
+        self._replays: dict[tuple[Any, ...], _Recording] = {}  # one for every shape and number of repeats
         self._versions: list[int] = []
         floats = [optimizer for optimizer in self.optimizers if not isinstance(optimizer, TritOptimizer)]
         self._guarded = floats if guard else []
@@ -80,8 +82,10 @@ class Stepper:
         yet; `shares` then has what each of this process's micro-batches gave to it."""
         if self.records_whole_steps:
             (batch,) = batches
-            self.shares = [self._replayed(batch, loops)]
-            return self.shares[0]
+            if self.record(batch, loops):
+                self.shares = [self._replayed(batch, loops)]
+                return self.shares[0]
+            batches = [batch]
         total: Tensor | None = None
         self.shares = []
         for batch in batches:
@@ -106,17 +110,27 @@ class Stepper:
                 optimizer.zero_grad(set_to_none=True)
         return total
 
-    def record(self, batch: tuple[Any, ...], loops: int = 0) -> None:
+    def record(self, batch: tuple[Any, ...], loops: int = 0) -> bool:
         """Record a whole step of this shape and depth, unless it is; every number stays as it was. Only where
-        `records_whole_steps`."""
+        `records_whole_steps`. False if there are too many recordings for one more."""
         mine = [optimizer for optimizer in self.optimizers if isinstance(optimizer, TritOptimizer)]
         versions = [optimizer.version for optimizer in mine]
         if self._versions != versions:
             self._replays.clear()  # made anew when an optimizer has changed since; its memory can serve the next one
-        if loops not in self._replays:
-            share = partial(self._share, loops=loops)
-            self._replays[loops] = _Recording(self.model, share, batch, mine)
         self._versions = versions
+        return self._recording(batch, loops, mine) is not None
+
+    def _recording(
+        self, batch: tuple[Any, ...], loops: int, updates: Sequence[TritOptimizer] = ()
+    ) -> "_Recording | None":
+        """The recording for this shape and depth, made if there is room for it."""
+        shape = (loops, *shape_of(batch))
+        if shape not in self._replays or self._replays[shape].updates != list(updates):
+            if shape not in self._replays and len(self._replays) >= MOST_RECORDED:
+                return None
+            share = partial(self._share, loops=loops)
+            self._replays[shape] = _Recording(self.model, share, batch, updates)
+        return self._replays[shape]
 
     @property
     def records_whole_steps(self) -> bool:
@@ -129,24 +143,24 @@ class Stepper:
         return all(layer in trained for _, layer in trit_modules(self.model) if layer.port is not None)
 
     def _replayed(self, batch: tuple[Any, ...], loops: int) -> Tensor:
-        """One whole step out of the recording."""
-        self.record(batch, loops)
+        """One whole step out of its recording."""
         for optimizer in self.optimizers:
             assert isinstance(optimizer, TritOptimizer)
             optimizer.before_replay()
-        return self._replays[loops](batch).clone()  # the next replay writes over it
+        return self._replays[(loops, *shape_of(batch))](batch).clone()  # the next replay writes over it
 
     def _pass(self, batch: tuple[Any, ...], loops: int) -> Tensor:
         """Forward and backward of one micro-batch; returns its share of the loss."""
-        if not self._record:
+        recording = self._recording(batch, loops) if self._record and not self.records_whole_steps else None
+        if recording is None:
+            if self._record:
+                for p in self._floats:
+                    p.grad = None  # it lies in a recording, which would be written over
             loss = self._share(*batch, loops=loops)
             loss.backward()
             return loss.detach()
-        if loops not in self._replays or self._replays[loops].updates:
-            share = partial(self._share, loops=loops)
-            self._replays[loops] = _Recording(self.model, share, batch)
-        loss = self._replays[loops](batch).clone()  # the next replay writes over it
-        _deliver(self.optimizers, self._replays[loops].port_grads, self.crew)
+        loss = recording(batch).clone()  # the next replay writes over it
+        _deliver(self.optimizers, recording.port_grads, self.crew)
         return loss
 
     def _share(self, *batch: Any, loops: int) -> Tensor:
@@ -160,6 +174,11 @@ class Stepper:
         groups = [group for optimizer in self._guarded for group in optimizer.param_groups]
         sums = [p.grad.sum() for group in groups for p in group["params"] if p.grad is not None]
         return bool(torch.isfinite(torch.stack([loss, *(total.float() for total in sums)])).all())
+
+
+def shape_of(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a recording of a batch depends on: the sizes of its tensors, and what is none."""
+    return tuple(tuple(part.shape) if isinstance(part, Tensor) else part for part in batch)
 
 
 class _Recording:

@@ -27,6 +27,7 @@ MARKS = {
     "audio": (Special.AUDIO_BEGIN, Special.AUDIO_SLOT, Special.AUDIO_END),
 }
 MEASURED = 500  # examples from which the channels' means and deviations are taken, or up to twice as many
+EVEN = 32  # rows that are recorded have a multiple of so many positions
 SPAN = 5  # features that are hidden together in a sound
 UNLABELLED = 0.1  # share of pictures whose class is hidden, so that "any" is learned
 Batch = tuple[Any, ...]
@@ -117,6 +118,20 @@ class MediaStream:
         for index in indices:
             by_length.setdefault(self.features.length(index), []).append(index)
         return [own[at : at + most] for own in by_length.values() for at in range(0, len(own), most)]
+
+
+def evened(tensors: Sequence[Tensor], ctx: int) -> list[Tensor]:
+    """ids, targets, features [, letters, their number] of a media batch with rows as long as the next multiple of EVEN,
+    at most ctx: what is added is padding, which costs and changes nothing. Letters are no positions: they have no most.
+    """
+    ids_BT, targets_BT, x_BFD, *spelled = tensors
+    longer = [_longer(ids_BT, int(Special.PAD), ctx), _longer(targets_BT, IGNORED, ctx), x_BFD]
+    return [*longer, _longer(spelled[0], BYTES - 1), *spelled[1:]] if spelled else longer
+
+
+def _longer(rows: Tensor, filler: int, most: int = 1 << 30) -> Tensor:
+    length = min(most, -(-rows.shape[1] // EVEN) * EVEN)
+    return torch.nn.functional.pad(rows, (0, max(0, length - rows.shape[1])), value=filler)
 
 
 class PictureStream:

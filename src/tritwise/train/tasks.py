@@ -28,13 +28,17 @@ Say = Callable[[str], None]
 class Task(Protocol):
     """One kind of run. `config` has what was read off the data and the encoders filled in; `kinds` are the kinds of its
     batches, ("text",) for a byte LM; `bytes_a_step` are the bytes that a step reads, at most, and `scale` turns the
-    loss of a position into that of a byte: 1, or less where positions are tokens of `tokenizer`."""
+    loss of a position into that of a byte: 1, or less where positions are tokens of `tokenizer`. `shapes` says whether
+    all batches have "one" shape, or a "few" that can be recorded, or "many", whose steps are eager. Where `even` is
+    set, rows are padded to few lengths, because every length has a recording of its own."""
 
     config: Config
     kinds: tuple[str, ...]
     bytes_a_step: int
     scale: float
     tokenizer: Tokenizer | None
+    shapes: str
+    even: bool
 
     def begin(self, model: Any) -> None:
         """A new run starts: take weights over from another run, if the config names one."""
@@ -82,6 +86,7 @@ class TextTask:
     """Bytes in, the next byte out; or tokens."""
 
     kinds: tuple[str, ...] = ("text",)
+    shapes, even = "one", False
 
     def __init__(self, config: Config) -> None:
         config, self.tokenizer = tokenizer_of(config)

@@ -3,7 +3,9 @@
 Shape suffixes: B batch, F frames or tokens of features, D size of a feature, P tokens of the stream.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -13,31 +15,42 @@ from tritwise.data.vocabulary import BYTES, Special, text_of
 from tritwise.models import Arb
 from tritwise.train.streams import opening
 
+SAMPLES = 16  # captions of which the one nearest to all others is told
+
 
 @torch.inference_mode()
-def tell(model: Arb, kind: str, features_BFD: Tensor, most: int = 80) -> list[str]:
-    """Caption ("vision") or transcript ("audio") of each of B media with as many features each, the likeliest symbols.
+def tell(model: Arb, kind: str, features_BFD: Tensor, most: int = 80, samples: int = 0) -> list[str]:
+    """Caption ("vision") or transcript ("audio") of each of B media with as many features each.
 
-    most: bytes of the longest. A sound is spelled by its bridge if that has learned to (`ctc`), else told by the trunk.
+    most: bytes of the longest. samples: captions are the `consensus` of so many; 0: the likeliest symbol each time, as
+    in transcripts. A sound is spelled by its bridge if that has learned to (`ctc`), else told by the trunk.
     """
     hidden_BFC = model.hidden_of(kind, features_BFD)
     if kind == "audio" and model.spell is not None:
         return [collapsed(row.tolist()) for row in model.spelled(hidden_BFC).argmax(dim=-1)]
+    if kind == "vision" and samples:
+        told = told_by_trunk(model, kind, hidden_BFC, most, samples)
+        return [consensus(told[at : at + samples]) for at in range(0, len(told), samples)]
     return told_by_trunk(model, kind, hidden_BFC, most)
 
 
 @torch.inference_mode()
-def told_by_trunk(model: Arb, kind: str, hidden_BFC: Tensor, most: int) -> list[str]:
-    """As `tell`, by the trunk, byte after byte."""
+def told_by_trunk(model: Arb, kind: str, hidden_BFC: Tensor, most: int, samples: int = 0) -> list[str]:
+    """What the trunk says of each, byte after byte: the likeliest, or `samples` texts of each drawn as it finds them
+    likely, those of a medium one after another. The luck of the draw is the same for every medium and every time."""
+    hidden_BFC = hidden_BFC.repeat_interleave(max(1, samples), dim=0)
     batch, frames = hidden_BFC.shape[:2]
     tokens = frames // (1 if kind == "vision" else model.parts.audio_stride)
     start_T = torch.from_numpy(opening(kind, tokens)).to(hidden_BFC.device)
-    state = model.new_state(batch)
+    state, luck = model.new_state(batch), torch.Generator().manual_seed(0)
     logits_BV = model.logits_after(kind, start_T.repeat(batch, 1), hidden_BFC, state)[:, -1]
     found, running = [[] for _ in range(batch)], torch.ones(batch, dtype=torch.bool)
     for _ in range(min(most, model.context - len(start_T))):
         logits_BV[:, BYTES : Special.EOS] = -torch.inf
         logits_BV[:, Special.EOS + 1 :] = -torch.inf
+        if samples:  # the greatest of logits with Gumbel noise is a draw from their softmax
+            noise_SV = -torch.empty(samples, logits_BV.shape[1]).exponential_(generator=luck).log()
+            logits_BV = logits_BV + noise_SV.to(logits_BV.device).repeat(batch // samples, 1)
         chosen_B = logits_BV.argmax(dim=-1)
         running &= (chosen_B != Special.EOS).cpu()
         if not running.any():
@@ -49,6 +62,18 @@ def told_by_trunk(model: Arb, kind: str, hidden_BFC: Tensor, most: int) -> list[
             break
         logits_BV = model(chosen_B[:, None], state)[:, -1].clone()
     return [text_of(row).decode("utf-8", errors="replace") for row in found]
+
+
+def consensus(texts: Sequence[str]) -> str:
+    """The text with the fewest edits to all of `texts` together: the least expected error if they are draws of what is
+    likely (Kumar and Byrne 2004). Of equals the first."""
+    counts = Counter(texts)
+    costs = dict.fromkeys(counts, 0)
+    for one, other in combinations(counts, 2):
+        far = edits(one, other)
+        costs[one] += far * counts[other]
+        costs[other] += far * counts[one]
+    return min(counts, key=lambda text: costs[text])
 
 
 def collapsed(symbols: Sequence[int]) -> str:

@@ -24,7 +24,8 @@ def warm_up(
     """
     if stepper.records_whole_steps:  # which takes its own trial steps back, and keeps every tensor where it is
         for loops in depths:
-            stepper.record(batches[0], loops)
+            for batch in batches:
+                stepper.record(batch, loops)
         return
     weights = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     states = [_copied(optimizer.state_dict()) for optimizer in optimizers]
