@@ -419,7 +419,7 @@ def test_the_grid_is_untuned_and_tuned():
 
 
 def test_the_ladder_is_written_once(text: Path, tmp_path: Path):
-    cell = replace(GRID, data=str(text), ctx=16)
+    cell = replace(GRID, data=str(text), ctx=16, stride=8)
     for _ in range(2):
         add_ladder(tmp_path / "rows.jsonl", cell)
     (row,) = read_json_lines(tmp_path / "rows.jsonl")
