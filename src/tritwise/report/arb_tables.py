@@ -61,7 +61,8 @@ def _common(rows: Sequence[Row], machine: str) -> list[str]:
 
 
 def _told(rows: Sequence[Row]) -> Iterator[list[str]]:
-    for (name, machine), own in grouped(rows).items():
+    by_item = sorted(rows, key=lambda row: [*ITEMS, row["name"].split("_")[0]].index(row["name"].split("_")[0]))
+    for (name, machine), own in grouped(by_item).items():
         item, kind = name.split("_")[0], own[0]["settings"]["task"]
         if item in ITEMS and kind in ("vision", "audio"):
             vals = [row["val"][kind] for row in own]
