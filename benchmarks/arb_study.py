@@ -87,7 +87,7 @@ def items_of() -> dict[str, tuple[float, Settings]]:
         ("alone_audio", 50, {**ALONE, "task": "audio"}),
         ("prompts_float3", 130, {**PROMPTS, **FLOAT, "rate": 3e-3}),
         ("emoji_float3", 100, {**EMOJI, **FLOAT, "rate": 3e-3}),
-        ("emoji_trit_spoiled", 120, {**EMOJI, **TRIT, "rate": 0.03, "noise": 0.4, "hide": 0.2}),
+        ("emoji_trit_clean", 120, {**EMOJI, **TRIT, "rate": 0.03, "noise": 0.0, "hide": 0.0}),
     ]
     return {f"{name}_seed{seed}": (share, {**own, "seed": seed}) for seed in range(3) for name, share, own in seeded}
 

@@ -61,7 +61,8 @@ def _common(rows: Sequence[Row], machine: str) -> list[str]:
 
 
 def _told(rows: Sequence[Row]) -> Iterator[list[str]]:
-    for (name, machine), own in grouped(rows).items():
+    by_item = sorted(rows, key=lambda row: [*ITEMS, row["name"].split("_")[0]].index(row["name"].split("_")[0]))
+    for (name, machine), own in grouped(by_item).items():
         item, kind = name.split("_")[0], own[0]["settings"]["task"]
         if item in ITEMS and kind in ("vision", "audio"):
             vals = [row["val"][kind] for row in own]
@@ -81,7 +82,7 @@ def _spoiled(row: Row) -> str:
     """How features and letters were spoiled while it learned, where it matters for what is compared."""
     told = row["settings"]
     words = [f"{name} {told[name]:g}" for name in ("noise", "hide") if told.get(name)]
-    return f"; {', '.join(words)}" if row["name"].startswith("emoji") else ""
+    return f"; {', '.join(words) or 'nothing spoiled'}" if row["name"].startswith("emoji") else ""
 
 
 def _drawn(rows: Sequence[Row]) -> Iterator[list[str]]:
