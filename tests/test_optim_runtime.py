@@ -3,6 +3,8 @@ what is different on a GPU."""
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from tritwise.nn import TritEmbedding, TritLinear, TritModule, trit_modules
 from tritwise.optim import TritOptimizer
+from tritwise.optim.moves import RecordedMoves
 from tritwise.train.optimizers import keep_initial_rates, set_rates
 
 
@@ -334,6 +337,62 @@ def test_recorded_moves_have_the_bits_of_any_other(own):
         results.append((flips, everything(model, optimizer)))
     assert results[0][0] == results[1][0]
     assert_equal(results[0][1], results[1][1])
+
+
+def test_moves_are_made_once_and_recorded_the_second_time(monkeypatch):
+    """With stand-ins for streams and graphs: what is called when, and that a recording is of one key and version."""
+    told: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            told.append("replay")
+
+    class Stream:
+        def __init__(self, device: object = None) -> None: ...
+
+        def wait_stream(self, other: object) -> None: ...
+
+    @contextmanager
+    def noting(what: str) -> Iterator[None]:
+        told.append(f"{what} begins")
+        yield
+        told.append(f"{what} ends")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: noting("stream"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: noting("graph"))
+    layer, moves = TritLinear(4, 4), RecordedMoves(torch.device("cpu"))
+    kept: list[Tensor] = []
+
+    def move(go: Tensor) -> dict[TritModule, Tensor]:
+        told.append("move")
+        kept.append(go)
+        return {layer: torch.tensor(len(kept))}
+
+    def make(key: int, version: int, go: bool) -> int:
+        given = move, lambda: noting("recording"), lambda: told.append("tell")
+        flips = moves.make(key, version, torch.tensor(go), *given)
+        return int(flips[layer])
+
+    eager = ["stream begins", "move", "stream ends"]
+    begins = ["stream begins", "recording begins", "graph begins", "move"]
+    recorded = [*begins, "graph ends", "recording ends", "stream ends", "tell", "replay"]
+    for key, version, go, flips, expected in (
+        (0, 1, True, 1, eager),
+        (0, 1, False, 2, recorded),
+        (0, 1, True, 2, ["tell", "replay"]),
+        (1, 1, True, 3, eager),  # other layers move
+        (0, 1, False, 2, ["tell", "replay"]),
+        (0, 2, True, 4, eager),  # settings have changed
+        (0, 2, True, 5, recorded),
+    ):
+        told.clear()
+        assert make(key, version, go) == flips and told == expected
+    assert kept[1] is kept[4] and bool(kept[1])  # what a recording reads lies still, and is written before a replay
+    moves.make(0, 2, torch.tensor(False), move, lambda: noting("recording"), lambda: None)
+    assert not kept[1]
 
 
 def test_what_cannot_be_recorded_says_so():
