@@ -453,8 +453,7 @@ class TritOptimizer(torch.optim.Optimizer):
         blocks, how = [layer.blocks for layer in layers], (group["direction"], group["steps"])
         directions = ops.direction_many(momenta, exponents, *how, blocks, levels, group["row_memory"], go)
         if group["compact"]:
-            phase = self._phase(step)
-            phase = phase // group["interval"] if group["interval"] > 1 else phase
+            phase = self._phase(step) // group["interval"]
             keys = [make_key(group["seed"], _NO_STEP, self._number[layer.register], _MOVE) for layer in layers]
             rates = rate.expand(len(layers)) if isinstance(rate, Tensor) else [rate] * len(layers)
             flips = ops.move_nibbles_many(registers, directions, rates, keys, phase, go)

@@ -46,24 +46,14 @@ def _direction_many(
     return directions, torch.cat(flat)
 
 
-def _fake(
-    momenta: list[Tensor],
-    row_exponents: list[Tensor],
-    method: str,
-    steps: int,
-    blocks: list[int],
-    row_levels: list[Tensor],
-    memory: float,
-) -> tuple[list[Tensor], Tensor]:
-    shape = [torch.empty_like(m, dtype=torch.float32, memory_format=torch.contiguous_format) for m in momenta]
-    return shape, momenta[0].new_empty(sum(level.numel() for level in row_levels), dtype=torch.int16)
-
-
 _direction_many_op = define(
     "direction_many(Tensor[] momenta, Tensor[] row_exponents, str method, int steps, int[] blocks, "
     "Tensor[] row_levels, float memory) -> (Tensor[], Tensor)",
     _direction_many,
-    _fake,
+    lambda momenta, row_exponents, method, steps, blocks, row_levels, memory: (
+        [torch.empty_like(m, dtype=torch.float32, memory_format=torch.contiguous_format) for m in momenta],
+        momenta[0].new_empty(sum(level.numel() for level in row_levels), dtype=torch.int16),
+    ),
 )
 
 
