@@ -59,6 +59,10 @@ DEFAULTS: dict[str, Any] = {
     "mgroup": 0,  # momentum values that share one power-of-two exponent; 0: a row
     "mu": 0.0,  # mu-law companding of the momentum's levels
     "fine": 0,  # 1: momentum's group scale is not rounded to a power of two
+    "nearest": 0,  # 1: momentum is rounded to the nearest level, not at random
+    "clip": 1.0,  # the largest level over the group's largest momentum; below 1 the largest saturate
+    "exact": 0,  # 1: the direction is made of the momentum before it is rounded
+    "shelves": None,  # levels of a register between 0 and 2 in leading trits, if they are not evenly spaced
     "weyl": 0,  # 1: low-discrepancy rounding instead of independent draws (registers), 2: momentum too
     "table_direction": "row_column",  # of embedding and head; or ns
     "embedding_rate": 1.0,
@@ -138,6 +142,13 @@ class Ours:
         self.lead, self.top = float(run["lead"]), float(int(run["limit"] * run["lead"]))
         reach = int(run["span"] * run["lead"])
         self.register = torch.randint(-reach, reach + 1, w.shape, device=device).float()
+        self.shelves: Tensor | None = None
+        if run["shelves"]:
+            half = sorted(run["shelves"])
+            both = sorted({-x for x in half} | set(half))
+            self.shelves = torch.tensor(both, device=device) * self.lead
+            nearest = (self.register[..., None] - self.shelves).abs().argmin(dim=-1)
+            self.register = self.shelves[nearest]
         self.momentum = torch.zeros(w.shape, device=device)
         density = (self.register.abs() > self.lead / 2).float().mean().item()
         fan_in = 1 if stack.role == "embedding" else w.shape[2]
@@ -174,6 +185,7 @@ class Ours:
         shape = m.shape
         g = m.view(*shape[:-1], -1, run["mgroup"] or shape[-1])
         peak = g.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-30)
+        peak = peak * run["clip"]
         unit = peak / levels if run["fine"] else torch.exp2(torch.ceil(torch.log2(peak / levels)))
         q = g / unit
         if run["mu"]:
@@ -185,10 +197,11 @@ class Ours:
             expand = lambda v: torch.sign(v) * torch.expm1(v.abs() * (math.log1p(mu) / top)) * (top / mu)  # noqa: E731
             a, b, x = expand(low), expand(low + 1), g / unit
             share = (x - a) / (b - a)
-            up = self.draw(m, self.offset2).view(g.shape) < share
+            up = (share > 0.5) if run["nearest"] else self.draw(m, self.offset2).view(g.shape) < share
             q = torch.where(up, b, a)
         else:
-            q = torch.floor(q + self.draw(m, self.offset2).view(g.shape)).clamp_(-levels, levels)
+            bias = 0.5 if run["nearest"] else self.draw(m, self.offset2).view(g.shape)
+            q = torch.floor(q + bias).clamp_(-levels, levels)
         return (q * unit).view(shape)
 
     def update(self, grad: Tensor, factor: Tensor) -> None:
@@ -198,8 +211,11 @@ class Ours:
             grad = unit_rms(row_column(grad) if run["even"] > 1 else grad)
         if run["beta_end"]:
             beta = run["beta_end"] + (run["beta"] - run["beta_end"]) * factor
-        m = self.requantise(self.momentum * beta + grad)
+        whole = self.momentum * beta + grad
+        m = self.requantise(whole)
         self.momentum.copy_(m)
+        if run["exact"]:
+            m = whole
         x = m + run["nesterov"] * grad if run["nesterov"] else m
         if role == "matrix" or run["table_direction"] == "ns":
             u = unit_rms(ns(row_column(x) if run["pre_norm"] else x, run, run["ns"]))
@@ -230,7 +246,14 @@ class Ours:
         target = self.register - u * (rate * self.lead) * self.part
         if run["pull"]:
             target -= self.register * (rate * run["pull"])
-        self.register.copy_(torch.floor(target + self.draw(target, self.offset)).clamp_(-self.top, self.top))
+        if self.shelves is None:
+            rounded = torch.floor(target + self.draw(target, self.offset)).clamp_(-self.top, self.top)
+        else:
+            shelves, inside = self.shelves, target.clamp(self.shelves[0], self.shelves[-1])
+            above = torch.bucketize(inside, shelves).clamp_(1, len(shelves) - 1)
+            low, high = shelves[above - 1], shelves[above]
+            rounded = torch.where((inside - low) > self.draw(target, self.offset) * (high - low), high, low)
+        self.register.copy_(rounded)
         self.decode()
 
     def facts(self) -> dict[str, float]:

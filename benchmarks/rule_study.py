@@ -19,6 +19,8 @@ from tritwise.bench.harness import Cell
 from tritwise.bench.sweep import SweepLines, devices_called, run_cells
 
 SPLIT = "first:38000000,last:2000000"
+STEADY = {"row_memory": 0.95}
+"""Rows that are steadied, as `tritwise train` has them."""
 
 
 def full(data: str) -> Cell:
@@ -63,6 +65,9 @@ def main_cells(data: str) -> list[Cell]:
         *grid(base, "muon", [0.01]),
         *grid(base, "bitnet-adamw", [0.001]),
         *grid(base, "ours", [0.02], settings={"compact": True}),
+        *grid(base, "bitnet-adamw", [0.008]),
+        *grid(base, "bitnet-muon", [0.08]),
+        *grid(base, "adamw", [0.003], settings={"weight_decay": 0.1}),
     ]
 
 
@@ -116,19 +121,21 @@ def probe_cells(data: str) -> list[Cell]:
 
 
 def scaling_cells(data: str) -> list[Cell]:
-    """Ours against AdamW at three sizes and two lengths; AdamW's other rate at the greater length comes last."""
+    """Ours with steadied rows against AdamW at three sizes and two lengths; AdamW's other rate at the greater length
+    comes last."""
     cells, others = [], []
-    for width, depth, rates in ((1024, 7, (0.001, 0.002)), (256, 6, (0.004, 0.002)), (512, 6, (0.003, 0.002))):
-        base = replace(full(data), width=width, depth=depth)
+    for width, depth, rates in ((1024, 7, (0.001, 0.002)), (256, 6, (0.004, 0.008)), (512, 6, (0.003, 0.002))):
+        base = replace(full(data), width=width, depth=depth, settings=STEADY)
         short = replace(base, steps=1200)
-        cells += [base, short, *grid(base, "adamw", [rates[0]]), *grid(short, "adamw", list(rates))]
-        others += grid(base, "adamw", [rates[1]])
+        cells += [base, *grid(base, "adamw", [rates[0]], settings={})]
+        cells += [short, *grid(short, "adamw", list(rates), settings={})]
+        others += grid(base, "adamw", [rates[1]], settings={})
     return cells + others
 
 
 def robust_cells(data: str) -> list[Cell]:
     """The default rate and its neighbours over a range of 4 in batch and in width, at a third of the length."""
-    base, cells = replace(full(data), steps=1200), []
+    base, cells = replace(full(data), steps=1200, settings=STEADY), []
     for rate in (0.03, 0.015, 0.06):
         cells += [replace(base, batch=batch, rate=rate) for batch in (32, 64, 128)]
         cells += [replace(base, width=width, rate=rate) for width in (256, 1024)]
@@ -137,7 +144,7 @@ def robust_cells(data: str) -> list[Cell]:
 
 def memory_cells(data: str) -> list[Cell]:
     """Rows that are steadied (`row_memory`), and the one-byte variant's own settings, at a third of the length."""
-    base, steady = replace(full(data), steps=1200), {"row_memory": 0.95}
+    base, steady = replace(full(data), steps=1200), STEADY
     compact = replace(base, settings={"compact": True})
     return [
         replace(base, settings=steady),
@@ -162,23 +169,42 @@ def memory_cells(data: str) -> list[Cell]:
 
 def steady_cells(data: str) -> list[Cell]:
     """The comparison's own rows with steadied rows."""
-    base, steady = full(data), {"row_memory": 0.95}
+    base = full(data)
     return [
-        *grid(base, "ours", [0.03], settings=steady, seeds=3),
-        *grid(base, "ours", [0.03, 0.02], settings={"compact": True} | steady),
+        *grid(base, "ours", [0.03], settings=STEADY, seeds=3),
+        *grid(base, "ours", [0.03, 0.02], settings={"compact": True} | STEADY),
+    ]
+
+
+def byte_cells(data: str) -> list[Cell]:
+    """What one byte a weight could be, at a third of the length: no momentum, a short one, tables of two bytes."""
+    base = replace(full(data), steps=1200)
+
+    def ours(rate: float = 0.03, **settings: Any) -> Cell:
+        return replace(base, rate=rate, settings=STEADY | settings)
+
+    tables = {"embedding_compact": False, "head_compact": False}
+    return [
+        ours(momentum=0.0),
+        ours(compact=True, **tables),
+        ours(compact=True, steps=2),
+        ours(momentum=0.0, rate=0.02),
+        ours(momentum=0.5),
+        ours(momentum=0.0, direction="newton_schulz"),
+        ours(compact=True, steps=5),
+        ours(compact=True, scale_rate=0.01),
     ]
 
 
 def nanogpt_cells(data: str) -> list[Cell]:
     """nanoGPT's GPU recipe on tinyshakespeare: 10.8M weights, context 256, batch 64, at most 5000 steps."""
-    base = replace(
-        full("shakespeare"), split="90/10", width=384, depth=6, ctx=256, stride=128, bench="nanogpt", eval_interval=500
-    )
+    base = replace(full("shakespeare"), settings=STEADY, split="90/10", bench="nanogpt", eval_interval=500)
+    base = replace(base, width=384, depth=6, ctx=256, stride=128)
     return [
-        *(replace(base, steps=steps) for steps in (2000, 1000, 3000, 5000)),
-        *(replace(base, steps=2000, rate=rate) for rate in (0.015, 0.06)),
-        replace(base, steps=2000, shape={}),
-        *grid(replace(base, steps=1000), "adamw", [0.001, 0.002]),
+        *(replace(base, steps=steps) for steps in (1000, 2000, 3000, 5000)),
+        *(replace(base, steps=1000, rate=rate) for rate in (0.015, 0.06)),
+        replace(base, steps=1000, shape={}),
+        *grid(replace(base, steps=1000), "adamw", [0.001, 0.002], settings={}),
     ]
 
 
@@ -213,6 +239,7 @@ STAGES: dict[str, Callable[[str], list[Cell]]] = {
     "small": small_cells,
     "memory": memory_cells,
     "steady": steady_cells,
+    "byte": byte_cells,
 }
 
 
