@@ -4,7 +4,17 @@ Everything here is exact integer arithmetic, the same bits on every device. Floa
 exponent stands for (bf16-exact) and as the real number that stochastic rounding is given.
 """
 
-from tritwise.registers.nibble import NIBBLE_LEAD, NIBBLE_LIMIT, join_nibbles, split_nibbles, to_nibbles
+from tritwise.registers.nibble import (
+    MOMENTUM_LEVELS,
+    NIBBLE_LEAD,
+    NIBBLE_LIMIT,
+    join_nibbles,
+    level_values,
+    nearest_level,
+    random_level,
+    split_nibbles,
+    to_nibbles,
+)
 from tritwise.registers.packing import (
     PACKINGS,
     pack_base3,
@@ -54,6 +64,7 @@ __all__ = [
     "EXPONENT_LIMIT",
     "FRACTION_BITS",
     "LEAD",
+    "MOMENTUM_LEVELS",
     "NIBBLE_LEAD",
     "NIBBLE_LIMIT",
     "PACKINGS",
@@ -68,14 +79,17 @@ __all__ = [
     "join_nibbles",
     "keys_at",
     "leading_trit",
+    "level_values",
     "make_key",
     "move",
     "move_exponents",
+    "nearest_level",
     "pack_base3",
     "pack_twobit",
     "packed_bytes",
     "random_bits16",
     "random_bits16_many",
+    "random_level",
     "random_words",
     "round_stochastic",
     "rows_of_places",

@@ -1,10 +1,12 @@
 """One byte a weight: the register and its momentum share it (`tritwise.registers.nibble`).
 
-A register is int8 [O, I] with b = 16*r + m. Momentum m means m * 2**P * 2**(E/8): P is an int8 exponent of its row,
-[O, 1], and E <= 0 an int8 exponent of its group of 32 columns, [O, ceil(I / 32)]; so a weight takes 1 + 1/32 + 1/I
-bytes, however small the gradients are. New state is P = EXPONENT_FLOOR, E = 0 and m = 0.
+A register is int8 [O, I] with b = 16*r + m. Momentum m means ±MOMENTUM_LEVELS[|m|] * 2**P * 2**(E/8): P is an int8
+exponent of its row, [O, 1], and E <= 0 an int8 exponent of its group of 32 columns, [O, ceil(I / 32)]; so a weight
+takes 1 + 1/32 + 1/I bytes, however small the gradients are. New state is P = EXPONENT_FLOOR, E = 0 and m = 0.
 
-With so few steps of m and r nearly everything that is learnt lives in the rounding, so that must be even over the
+Momentum is rounded to the nearest level: a batch's gradient differs from the last one's by more than a level, and so
+evens out what rounding at random would, at half the error. Micro-batches after the first bring less, and are rounded at
+random. With so few steps of r nearly everything that is learnt lives in its rounding, so that must be even over the
 steps: bits come from `weyl_bits16`, from a key that stays and a phase that counts the calls. As everywhere, equal
 inputs give equal bits on every backend. The `_many` forms do a list of tensors: on a GPU in one launch or two.
 """
@@ -101,10 +103,10 @@ def accumulate_nibble_many(
     """momentum <- decay * momentum + grad, in place, for each of several tensors on one device (at least one).
 
     registers, row_exponents, group_exponents: int8 as above, r stays; grads: float32 [O, I]. Units are the smallest
-    that hold the largest element of their group, and m is rounded with `weyl_bits16(…, key, phase)`: a key of its own
-    for each tensor, without the step, and a phase that counts the accumulations (micro-batches included), or an int64
-    0-d tensor on the device, where only that knows it: in a CUDA graph.
-    decay is the coefficient for the first micro-batch of a step and 1.0 for the others.
+    that hold the largest element of their group. decay is the coefficient for the first micro-batch of a step and 1.0
+    for the others. Below 1 m becomes the nearest level; at 1 it is rounded with `weyl_bits16(…, key, phase)`: a key of
+    its own for each tensor, without the step, and a phase that counts the accumulations (micro-batches included), or an
+    int64 0-d tensor on the device, where only that knows it: in a CUDA graph.
     Returns bool [tensors]: False where a NaN or infinity came of it. Such a tensor and its exponents do not change; the
     others do.
     """
@@ -162,7 +164,7 @@ def move_nibbles(
 
 
 def momentum_of(register: Tensor, row_exponent: Tensor, group_exponent: Tensor) -> Tensor:
-    """`momentum_of_many` of one tensor: m * 2**P * 2**(E/8) as float32 [O, I]."""
+    """`momentum_of_many` of one tensor: its level * 2**P * 2**(E/8) as float32 [O, I]."""
     return momentum_of_many([register], [row_exponent], [group_exponent])[0]
 
 

@@ -47,6 +47,38 @@ def coarse_of(register):
 
 
 @triton.jit
+def level_of(m):
+    """What the momentum m stands for, float32: `tritwise.registers.MOMENTUM_LEVELS` with the sign of m."""
+    size = tl.abs(m)
+    level = tl.where(size >= 1, 0.5, 0.0) + tl.where(size >= 2, 0.625, 0.0) + tl.where(size >= 3, 0.75, 0.0)
+    level += tl.where(size >= 4, 0.875, 0.0) + tl.where(size >= 5, 1.0, 0.0) + tl.where(size >= 6, 1.375, 0.0)
+    level += tl.where(size >= 7, 1.875, 0.0)
+    return tl.where(m < 0, -level, level)
+
+
+@triton.jit
+def nearest_level(value):
+    """The m whose level lies nearest to the value, the one nearer to 0 where two do."""
+    size = tl.abs(value)
+    m = (size > 0.25).to(tl.int32) + (size > 0.8125).to(tl.int32) + (size > 1.5).to(tl.int32)
+    m += (size > 2.3125).to(tl.int32) + (size > 3.25).to(tl.int32) + (size > 4.4375).to(tl.int32)
+    m += (size > 6.0625).to(tl.int32)
+    return tl.where(value < 0, -m, m)
+
+
+@triton.jit
+def random_level(value, bits):
+    """The m of one of the two levels next to the value, so that their mean is the value; bits: 16 random ones."""
+    size = tl.abs(value)
+    low = (size >= 0.5).to(tl.int32) + (size >= 1.125).to(tl.int32) + (size >= 1.875).to(tl.int32)
+    low += (size >= 2.75).to(tl.int32) + (size >= 3.75).to(tl.int32) + (size >= 5.125).to(tl.int32)
+    share = (size - level_of(low)) * 65536.0
+    gap = level_of(low + 1) - level_of(low)
+    m = low + (share > bits.to(tl.float32) * gap).to(tl.int32)
+    return tl.where(value < 0, -m, m)
+
+
+@triton.jit
 def unit_of(row_exponent, group_exponent, scales):
     """What a momentum of 1 means; exact while it is a normal number."""
     return power_of_two(row_exponent) * tl.load(scales + (group_exponent + 128))
@@ -94,7 +126,7 @@ def elements_of(row, group, exists, columns, ALIGNED: tl.constexpr):
 def summed(register, grad, kept):
     """decay * momentum + grad; kept: decay * the lines' units."""
     m = register - (coarse_of(register) << 4)
-    return m.to(tl.float32) * kept[:, None] + grad
+    return level_of(m) * kept[:, None] + grad
 
 
 @triton.jit
@@ -156,8 +188,10 @@ def requantise(
     TENSORS: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
+    NEAREST: tl.constexpr,
 ):
-    """Second pass: new exponents and the rounded momentum. A tensor that was refused is left alone."""
+    """Second pass: new exponents and the rounded momentum, to the nearest level or at random. A tensor that was refused
+    is left alone."""
     which = find(table, tensors, TENSORS)
     line = table + which * FIELDS
     taken = tl.load(refused_T + which) == 0
@@ -178,9 +212,12 @@ def requantise(
         grad = tl.load(address(line + GRAD, tl.float32, ALIGNED) + at, mask=mask, other=0.0)
         value = summed(register, grad, tl.load(kept_L + own))
         unit = tl.broadcast_to(unit_of(p, e, scales)[:, None], value.shape)
-        fixed = fixed_point(tl.div_rn(value, unit) * ONE, LIMIT * ONE)
-        bits = random_bits(at.to(tl.uint32), tl.load(line + KEY_FIRST), tl.load(line + KEY_SECOND))
-        m = round_with(fixed, turned(bits, turn))
+        level = tl.minimum(tl.maximum(tl.div_rn(value, unit), -7.0), 7.0)
+        if NEAREST:
+            m = nearest_level(level)
+        else:
+            bits = random_bits(at.to(tl.uint32), tl.load(line + KEY_FIRST), tl.load(line + KEY_SECOND))
+            m = random_level(level, turned(bits, turn))
         tl.store(where, ((coarse_of(register) << 4) + m).to(tl.int8), mask=mask)
 
 
@@ -241,5 +278,5 @@ def momentum_of(
     at, mask = elements_of(row, group, exists, columns, ALIGNED)
     unit = old_units(line, row, group, exists, groups, scales)
     register = tl.load(address(line + REGISTER, tl.int8, ALIGNED) + at, mask=mask, other=0).to(tl.int32)
-    m = (register - (coarse_of(register) << 4)).to(tl.float32)
-    tl.store(address(line + VALUE, tl.float32, ALIGNED) + at, m * unit[:, None], mask=mask)
+    level = level_of(register - (coarse_of(register) << 4))
+    tl.store(address(line + VALUE, tl.float32, ALIGNED) + at, level * unit[:, None], mask=mask)

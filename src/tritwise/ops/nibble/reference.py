@@ -18,6 +18,9 @@ from tritwise.registers import (
     Key,
     join_nibbles,
     leading_trit,
+    level_values,
+    nearest_level,
+    random_level,
     round_stochastic,
     scale_table,
     scale_values,
@@ -65,7 +68,7 @@ def momentum_of_many(
 ) -> list[Tensor]:
     """See `tritwise.ops.nibble.momentum_of_many`."""
     parts = zip(registers, row_exponents, group_exponents, strict=True)
-    return [split_nibbles(b)[1] * _spread(_units(row, group), b.shape[1]) for b, row, group in parts]
+    return [level_values(split_nibbles(b)[1]) * _spread(_units(row, group), b.shape[1]) for b, row, group in parts]
 
 
 def _units(row_exponent: Tensor, group_exponent: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ def _accumulate(
     coarse_OI, momentum_OI = split_nibbles(register)
     # decay * unit is formed first and alone, so that a fused multiply-add cannot change the sum.
     kept_OG = _units(row_exponent, group_exponent) * decay
-    value_OI = (momentum_OI * _spread(kept_OG, columns)).add_(grad)
+    value_OI = (level_values(momentum_OI) * _spread(kept_OG, columns)).add_(grad)
     value_OGK = pad(value_OI, (0, -columns % GROUP)).view(rows, -1, GROUP)
     peak_OG = torch.linalg.vector_norm(value_OGK, ord=float("inf"), dim=2)
     if not torch.isfinite(peak_OG).all():  # the norm hands a NaN on; an overflowed sum is refused too
@@ -110,8 +113,11 @@ def _accumulate(
     row_O1 = (eighths_OG.amax(dim=1, keepdim=True) + EXPONENTS_PER_OCTAVE - 1) >> 3
     row_O1.clamp_(EXPONENT_FLOOR, EXPONENT_CEILING)
     group_OG = (eighths_OG - row_O1 * EXPONENTS_PER_OCTAVE).clamp_(-EXPONENT_LIMIT, 0)
-    fixed_OI = to_fixed_point(value_OI / _spread(_units(row_O1, group_OG), columns), limit=NIBBLE_LIMIT)
-    steps_OI = round_stochastic(fixed_OI, weyl_bits16(register.numel(), key, phase, register.device))
+    level_OI = (value_OI / _spread(_units(row_O1, group_OG), columns)).clamp_(-NIBBLE_LIMIT, NIBBLE_LIMIT)
+    if decay < 1:
+        steps_OI = nearest_level(level_OI)
+    else:
+        steps_OI = random_level(level_OI, weyl_bits16(register.numel(), key, phase, register.device))
     register.copy_(join_nibbles(coarse_OI, steps_OI))
     row_exponent.copy_(row_O1)
     group_exponent.copy_(group_OG)

@@ -50,7 +50,8 @@ def accumulate_nibble_many(
     shared = gpu.upload(lines, device), scale_table(device), peak_R, peak_L, kept_L, refused_T
     gpu.launch(_kernels().peaks, programs, device, *shared, gpu.float_bits(decay), tensors, **constants)
     out = taken_T.view(torch.int8)
-    gpu.launch(_kernels().requantise, programs, device, *shared, out, _turn(phase), tensors, **constants)
+    how = constants | {"NEAREST": decay < 1}
+    gpu.launch(_kernels().requantise, programs, device, *shared, out, _turn(phase), tensors, **how)
     for changed, originals in zip(flat, state, strict=True):
         for one, original in zip(changed, originals, strict=True):
             gpu.put_back(one, original)
