@@ -57,14 +57,11 @@ def main_cells(data: str) -> list[Cell]:
         *grid(base, "adamw", [0.002, 0.003, 0.004, 0.0015]),
         *grid(base, "bitnet-adamw", [0.002]),
         *grid(base, "bitnet-muon", [0.02]),
-        *grid(base, "ours", [0.03], settings={"compact": True}),
         *grid(base, "muon", [0.02]),
         *grid(base, "adamw", [0.003], seeds=3),
         *grid(base, "bitnet-adamw", [0.004]),
         *grid(base, "bitnet-muon", [0.01, 0.04]),
         *grid(base, "muon", [0.01]),
-        *grid(base, "bitnet-adamw", [0.001]),
-        *grid(base, "ours", [0.02], settings={"compact": True}),
         *grid(base, "bitnet-adamw", [0.008]),
         *grid(base, "bitnet-muon", [0.08]),
         *grid(base, "adamw", [0.003], settings={"weight_decay": 0.1}),
@@ -121,22 +118,22 @@ def probe_cells(data: str) -> list[Cell]:
 
 
 def scaling_cells(data: str) -> list[Cell]:
-    """Ours with steadied rows against AdamW at three sizes and two lengths; AdamW's other rate at the greater length
-    comes last."""
+    """Ours with steadied rows against AdamW at three sizes and two lengths. AdamW's other rates at the greater length
+    come last, and not at the largest size."""
     cells, others = [], []
-    for width, depth, rates in ((1024, 7, (0.001, 0.002)), (256, 6, (0.004, 0.008)), (512, 6, (0.003, 0.002))):
+    for width, depth, rates in ((1024, 7, (0.001, 0.002, 0.0005)), (256, 6, (0.004, 0.008)), (512, 6, (0.003, 0.002))):
         base = replace(full(data), width=width, depth=depth, settings=STEADY)
         short = replace(base, steps=1200)
         cells += [base, *grid(base, "adamw", [rates[0]], settings={})]
         cells += [short, *grid(short, "adamw", list(rates), settings={})]
-        others += grid(base, "adamw", [rates[1]], settings={})
+        others += grid(base, "adamw", list(rates[1:]), settings={}) if width < 1024 else []
     return cells + others
 
 
 def robust_cells(data: str) -> list[Cell]:
     """The default rate and its neighbours over a range of 4 in batch and in width, at a third of the length."""
     base, cells = replace(full(data), steps=1200, settings=STEADY), []
-    for rate in (0.03, 0.015, 0.06):
+    for rate in (0.03, 0.02, 0.045):
         cells += [replace(base, batch=batch, rate=rate) for batch in (32, 64, 128)]
         cells += [replace(base, width=width, rate=rate) for width in (256, 1024)]
     return cells
@@ -172,7 +169,8 @@ def steady_cells(data: str) -> list[Cell]:
     base = full(data)
     return [
         *grid(base, "ours", [0.03], settings=STEADY, seeds=3),
-        *grid(base, "ours", [0.03, 0.02], settings={"compact": True} | STEADY),
+        *grid(base, "ours", [0.03], settings={"compact": True} | STEADY, seeds=3),
+        *grid(base, "ours", [0.045], settings={"compact": True} | STEADY),
     ]
 
 
@@ -200,11 +198,20 @@ def nanogpt_cells(data: str) -> list[Cell]:
     """nanoGPT's GPU recipe on tinyshakespeare: 10.8M weights, context 256, batch 64, at most 5000 steps."""
     base = replace(full("shakespeare"), settings=STEADY, split="90/10", bench="nanogpt", eval_interval=500)
     base = replace(base, width=384, depth=6, ctx=256, stride=128)
+
+    def dropping(share: float, steps: int, **changes: Any) -> Cell:
+        return replace(base, steps=steps, **{"shape": base.shape | {"dropout": share}} | changes)
+
     return [
-        *(replace(base, steps=steps) for steps in (1000, 2000, 3000, 5000)),
-        *(replace(base, steps=1000, rate=rate) for rate in (0.015, 0.06)),
-        replace(base, steps=1000, shape={}),
-        *grid(replace(base, steps=1000), "adamw", [0.001, 0.002], settings={}),
+        dropping(0.2, 1000),
+        dropping(0.2, 2000),
+        dropping(0.35, 2000),
+        dropping(0.35, 1000),
+        dropping(0.35, 3000),
+        dropping(0.2, 500),
+        replace(base, steps=500, eval_interval=0),
+        dropping(0.2, 1000, rate=0.015),
+        *grid(dropping(0.2, 1000), "adamw", [0.001, 0.002], settings={}, shape={"dropout": 0.2}),
     ]
 
 

@@ -163,7 +163,7 @@ def run_cell(
     if compile:
         # Models of one shape share what was compiled, whatever their weights; every other shape or rule adds to it.
         torch._dynamo.config.recompile_limit = 256
-    stepper = Stepper(model, optimizers, compile=compile, graph=compile and device.type == "cuda")
+    stepper = Stepper(model, optimizers, compile=compile, graph=compile and device.type == "cuda", seed=cell.seed)
     tail = min(cell.steps, max(WATCHED, cell.steps // 10))
     watch = FlipWatch(model, tail, cell.seed)
     losses = torch.full((cell.steps,), math.nan, device=device)

@@ -103,14 +103,22 @@ class Arb(nn.Module):
         assert bridge is not None, f"the model has no {kind} part"
         return bridge.hidden(features_BFD, self.dtype)
 
-    def logits_after(self, kind: str, ids: Tensor, hidden_BFC: Tensor, state: DecodeState | None = None) -> Tensor:
-        """Logits float32 [B, T, V] where the positions 1 … P of ids are the tokens of an image or a sound."""
+    def logits_after(
+        self,
+        kind: str,
+        ids: Tensor,
+        hidden_BFC: Tensor,
+        state: DecodeState | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Logits float32 [B, T, V] where the positions 1 … P of ids are the tokens of an image or a sound. noise: as of
+        `ByteLM.read`."""
         bridge = self.vision if kind == "vision" else self.audio
         assert bridge is not None
         tokens_BPC = bridge.tokens(hidden_BFC)
         x_BTC, tokens_BPC = self.trunk.embedded(ids, state), rms_norm(tokens_BPC)
         x_BTC = torch.cat((x_BTC[:, :1], tokens_BPC, x_BTC[:, 1 + tokens_BPC.shape[1] :]), dim=1)
-        return self.trunk.logits(self.trunk.read(x_BTC, ids, state))
+        return self.trunk.logits(self.trunk.read(x_BTC, ids, state, noise=noise))
 
     def spelled(self, hidden_BFC: Tensor) -> Tensor:
         """Logits float32 [B, F, V] of what the audio bridge spells by itself; symbol 256 is CTC's blank."""
@@ -127,7 +135,7 @@ class Arb(nn.Module):
             return self.diffusion.loss(*batch)
         ids, targets, features_BFD, *letters = batch
         hidden_BFC = self.hidden_of(kind, features_BFD)
-        logits = self.logits_after(kind, ids, hidden_BFC)
+        logits = self.logits_after(kind, ids, hidden_BFC, noise=self.trunk.noise_now())
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         if kind == "audio" and self.spell is not None:
             loss = (1 - CTC_SHARE) * loss + CTC_SHARE * self._ctc(hidden_BFC, *letters)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tritwise.models.config import ModelConfig
 from tritwise.models.parts import Memory, feedforward_of, mixer_of
-from tritwise.nn import Rotary, TritVector, rms_norm
+from tritwise.nn import Rotary, TritVector, dropout, rms_norm
 from tritwise.nn.vector import FloatVector
 
 
@@ -16,6 +16,7 @@ class Block(nn.Module):
 
     With config.input_mix, x is first mixed with the model's input x0: a ⊙ x + b ⊙ x0, a = 1 and b = 0 at the start.
     With config.gains, what attention and MLP add is multiplied by a learned gain a channel, 1 at the start.
+    config.dropout acts on what they add, where there is `noise`.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class Block(nn.Module):
         self.mlp = feedforward_of(config, linear)
         self.mix = vector(2, config.width, (1.0, 0.0)) if config.input_mix else None
         self.gain = vector(2, config.width, 1.0) if config.gains else None
+        self.dropout = config.dropout
 
     def forward(
         self,
@@ -34,13 +36,20 @@ class Block(nn.Module):
         cache: Memory | None = None,
         x0_BTC: Tensor | None = None,
         exclusive: bool = False,
+        noise: Tensor | None = None,
+        place: int = 0,
     ) -> Tensor:
-        """x0_BTC: the model's input, for the mix; None stands for x itself. exclusive: as in `Attention`."""
+        """x0_BTC: the model's input, for the mix; None stands for x itself. exclusive: as in `Attention`. noise, place:
+        as of `dropout`, which also takes the place after this one; None: nothing is dropped."""
         if self.mix is not None:
             keep_C, input_C = self.mix().to(x_BTC.dtype).unbind()
             x_BTC = keep_C * x_BTC + input_C * (x_BTC if x0_BTC is None else x0_BTC)
         gains = (None, None) if self.gain is None else self.gain().to(x_BTC.dtype).unbind()
         found_BTC = self.attention(rms_norm(x_BTC), rotary, cache, exclusive=exclusive)
+        if noise is not None:
+            found_BTC = dropout(found_BTC, self.dropout, noise, place)
         x_BTC = x_BTC + (found_BTC if gains[0] is None else gains[0] * found_BTC)
         found_BTC = self.mlp(rms_norm(x_BTC))
+        if noise is not None:
+            found_BTC = dropout(found_BTC, self.dropout, noise, place + 1)
         return x_BTC + (found_BTC if gains[1] is None else gains[1] * found_BTC)

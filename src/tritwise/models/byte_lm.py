@@ -23,11 +23,12 @@ from tritwise.nn import (
     TritEmbedding,
     TritLinear,
     TritVector,
+    dropout,
     rms_norm,
     trit_modules,
 )
 
-# Nothing here draws random numbers, and their generators cannot be read while a CUDA graph is recorded.
+# Dropout needs no generator, and torch's cannot be read while a CUDA graph is recorded.
 _AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
@@ -78,9 +79,12 @@ class ByteLM(nn.Module):
     `linear` and `embedding` replace the layers that config.weights stands for; their constructors take the same
     arguments (baselines of the benchmarks).
 
+    config.dropout acts in `loss` alone, while gradients are recorded. `noise`, int64 0-d, says which elements: whoever
+    trains writes `nn.noise_of` there before each pass, as `train.stepper` does.
+
     Two ways to train in less memory, which change no result but for rounding:
     checkpoint: of every block only the input is kept for backward, and the block is computed again there, bit for bit
-        (Chen et al. 2016), for a third more time. Layers must compute the same at both times: no dropout.
+        (Chen et al. 2016), for a third more time.
     loss_chunk: the loss takes logits of so many positions at a time, and again in backward, so that no float32 logits
         [B, T, V] ever exist; 0: all at once.
     """
@@ -124,16 +128,30 @@ class ByteLM(nn.Module):
         self.rotary = Rotary(config.head_size, config.ctx)
         if config.column_scales:
             add_column_scales(self)
+        self.noise: Tensor | None
+        self.register_buffer("noise", torch.zeros((), dtype=torch.int64) if config.dropout else None, persistent=False)
 
     def forward(self, ids: Tensor, state: DecodeState | None = None, loops: int = 0) -> Tensor:
         return self.logits(self._features(ids, state, loops))
 
-    def _features(self, ids: Tensor, state: DecodeState | None = None, loops: int = 0) -> Tensor:
+    def _features(
+        self, ids: Tensor, state: DecodeState | None = None, loops: int = 0, noise: Tensor | None = None
+    ) -> Tensor:
         """What the head reads, of the activations' dtype [B, T, C]."""
-        return self.read(self.embedded(ids, state), ids, state, loops)
+        return self.read(self.embedded(ids, state), ids, state, loops, noise)
 
-    def read(self, x_BTC: Tensor, ids: Tensor, state: DecodeState | None = None, loops: int = 0) -> Tensor:
-        """Features that the head reads, [B, T, C], of normalised inputs such as `embedded` makes of ids [B, T]."""
+    def read(
+        self,
+        x_BTC: Tensor,
+        ids: Tensor,
+        state: DecodeState | None = None,
+        loops: int = 0,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Features that the head reads, [B, T, C], of normalised inputs such as `embedded` makes of ids [B, T]. noise:
+        what dropout is drawn from; None: nothing is dropped."""
+        if noise is not None:
+            x_BTC = dropout(x_BTC, self.config.dropout, noise, 0)
         layers = self.config.layers(loops or (state.loops if state is not None else 0))
         x0_BTC, values = x_BTC, [table(ids).to(self.dtype) for table in self.value_tables]
         embeddings, scales, skips = (
@@ -150,7 +168,7 @@ class ByteLM(nn.Module):
             if skips and layer.repeat:
                 x_BTC = torch.addcmul(x_BTC, skips[layer.number - first], before[layer.block])
             exclusive = index >= len(layers) - self.config.exclusive
-            block, given = self.blocks[layer.block], (x0_BTC, exclusive)
+            block, given = self.blocks[layer.block], (x0_BTC, exclusive, noise, 2 * index + 1)
             if self.checkpoint and state is None and torch.is_grad_enabled():
                 x_BTC = recomputed(block, x_BTC, self.rotary, None, *given, **_AGAIN)  # type: ignore[assignment]
             else:
@@ -183,7 +201,8 @@ class ByteLM(nn.Module):
     def loss(self, ids: Tensor, targets: Tensor, loops: int = 0, state: DecodeState | None = None) -> Tensor:
         """Mean cross-entropy in nats per byte. ids, targets: int64 [B, T]; a 0-d float32 tensor. With a state, ids
         continue what it has read."""
-        x_NC, targets_N = self._features(ids, state, loops).flatten(0, 1), targets.reshape(-1)
+        x_NC = self._features(ids, state, loops, self.noise_now()).flatten(0, 1)
+        targets_N = targets.reshape(-1)
         count = len(x_NC)
         if not 0 < self.loss_chunk < count:
             return nn.functional.cross_entropy(self.logits(x_NC), targets_N)
@@ -192,6 +211,10 @@ class ByteLM(nn.Module):
         for chunk in zip(x_NC.split(self.loss_chunk), targets_N.split(self.loss_chunk), strict=True):
             total = total + recomputed(self.loss_of_features, *chunk, **_AGAIN)  # type: ignore[operator]
         return total / count
+
+    def noise_now(self) -> Tensor | None:
+        """What dropout is drawn from, if this pass is one of training."""
+        return self.noise if torch.is_grad_enabled() else None
 
     def loss_of_features(self, x_NC: Tensor, targets_N: Tensor) -> Tensor:
         """Sum of the cross-entropies, in nats, of positions whose features are [N, C] and targets int64 [N]."""

@@ -43,6 +43,7 @@ class ModelConfig:
     gains           a block learns a gain for each channel of its attention and of its MLP
     exclusive       layers at the end whose attention leaves out what lies along a position's own value
     leak            slope below zero of the MLP's relu, before it is squared
+    dropout         share of the inputs, and of what attention and MLPs add, that is set to 0 in training
     Raises UserError for a shape that cannot be built.
     """
 
@@ -75,6 +76,7 @@ class ModelConfig:
     gains: bool = False
     exclusive: int = 0
     leak: float = 0.0
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "ctx", "mlp_ratio", "vocab", "group", "ngrams", "ngram_rows", "loops"):
@@ -93,6 +95,8 @@ class ModelConfig:
             )
         if not 0 <= self.leak <= 1:
             raise UserError(f"leak is {self.leak}; it is a slope between 0 and 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}; it is a share, at least 0 and below 1")
         if not 0 < self.softcap < float("inf"):
             raise UserError(f"softcap is {self.softcap}; it must be above 0 and finite")
         if not 1 <= self.max_moe_iters <= MOST_ITERS:

@@ -1,6 +1,7 @@
 """Layers. A ternary layer holds int8 registers and int8 scale exponents, and declares the role of each."""
 
 from tritwise.nn.attention import Attention, KVCache, Rotary
+from tritwise.nn.dropout import dropout, noise_of
 from tritwise.nn.embedding import FloatEmbedding, TritEmbedding
 from tritwise.nn.graph import TritGraph
 from tritwise.nn.ledger import KVLedger
@@ -34,6 +35,8 @@ __all__ = [
     "TritModule",
     "TritVQ",
     "TritVector",
+    "dropout",
+    "noise_of",
     "relu_squared_norm",
     "rms_norm",
     "tensor_roles",

@@ -35,6 +35,7 @@ from tritwise.registers.random import (
     rows_of_places,
     weyl_bits16,
     weyl_turn,
+    words_at,
 )
 from tritwise.registers.register import (
     EVIDENCE_LIMIT,
@@ -103,5 +104,6 @@ __all__ = [
     "unpack_twobit",
     "weyl_bits16",
     "weyl_turn",
+    "words_at",
     "zero_fraction",
 ]

@@ -127,6 +127,17 @@ def _mixed(x: Tensor, first: int | Tensor, second: int | Tensor) -> Tensor:
     return x.bitwise_xor_(shifted.bitwise_and_(0x1FFFF))
 
 
+def words_at(index: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """`random_words` at any indices, int32 of any shape, under a key of two int32 0-d tensors; int32 of that shape.
+
+    Nothing is written in place and nothing kept, so it may stand in a function that is compiled or recorded.
+    """
+    x = index * _signed32(0x9E3779B1) + first
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x21F0AAAD
+    x = (x ^ ((x >> 15) & 0x1FFFF) ^ second) * _signed32(0xD35A2D97)
+    return x ^ ((x >> 15) & 0x1FFFF)
+
+
 def random_bits16(count: int, key: Key, device: torch.device | str = "cpu") -> Tensor:
     """`count` draws of 16 random bits as int16 [count], each uniform over -32768 … 32767.
 

@@ -131,6 +131,7 @@ def _train(
         guard=True,
         clip=settings.clip,
         crew=crew,
+        seed=settings.seed,
         steady=course.momentum(0) is None,
     )
     if remembered:
@@ -176,6 +177,7 @@ def _train(
                     set_momentum(optimizers, momentum)
                 if settings.preserve_state and task.begins(step):
                     stepper.state = model.new_state(settings.batch, endless=True)
+                stepper.taken = step
                 loss = stepper.step_over(batches(step), loops % config.model.loops)  # 0: full depth
                 if settings.seconds:
                     pace.keep()

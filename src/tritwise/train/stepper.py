@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tritwise.models import Arb, ByteLM, DecodeState
-from tritwise.nn import TritModule, trit_modules
+from tritwise.nn import TritModule, noise_of, trit_modules
 from tritwise.ops import gpu
 from tritwise.optim import TritOptimizer
 from tritwise.train.crew import Crew
@@ -35,7 +35,9 @@ class Stepper:
     gradients are no numbers moves nothing and counts as "skipped" in the optimizers' groups. Ternary optimizers see
     to that themselves, on the device; for float ones the host waits for the device once a step. clip: largest norm of
     all float gradients together; 0: none. crew: the processes that share a step's micro-batches; `accum` counts those
-    of all. steady: nothing but rates will change from step to step, so that a step may be recorded whole. ValueError
+    of all. seed: of dropout, whose masks follow from it, from `taken`, the steps taken so far (set by whoever resumes a
+    run), and from the number of the micro-batch. steady: nothing but rates will change from step to step, so that a
+    step may be recorded whole. ValueError
     for a graph away from a GPU.
     """
 
@@ -50,6 +52,7 @@ class Stepper:
         guard: bool = False,
         clip: float = 0.0,
         crew: Crew | None = None,
+        seed: int = 0,
         steady: bool = True,
     ) -> None:
         self.model, self.optimizers, self.accum = model, list(optimizers), accum
@@ -61,6 +64,9 @@ class Stepper:
         self.state: DecodeState | None = None  # what the model has read, where rows read on from step to step
         self._record = graph
         self.shares: list[Tensor] = []
+        self.taken = 0
+        self._seed = seed
+        self._noise = (model.trunk if isinstance(model, Arb) else model).noise
         self._replays: dict[tuple[Any, ...], _Recording] = {}  # one for every shape and number of repeats
         self._versions: list[int] = []
         floats = [optimizer for optimizer in self.optimizers if not isinstance(optimizer, TritOptimizer)]
@@ -80,15 +86,18 @@ class Stepper:
         a byte LM ids and targets, int64 [B, T]), with `loops` repeats of the core; 0: all. Returns the mean loss of all
         micro-batches, of text in nats per byte, a 0-d float32 tensor on the device, which may not have been computed
         yet; `shares` then has what each of this process's micro-batches gave to it."""
+        step, self.taken = self.taken, self.taken + 1
         if self.records_whole_steps:
             (batch,) = batches
+            self._draw(step, 0)
             if self.record(batch, loops):
                 self.shares = [self._replayed(batch, loops)]
                 return self.shares[0]
             batches = [batch]
         total: Tensor | None = None
         self.shares = []
-        for batch in batches:
+        for micro, batch in zip(self.crew.micros(self.accum), batches, strict=True):
+            self._draw(step, micro)
             loss = self._pass(batch, loops)
             self.shares.append(loss)
             total = loss if total is None else total + loss
@@ -109,6 +118,11 @@ class Stepper:
             if not self._record:
                 optimizer.zero_grad(set_to_none=True)
         return total
+
+    def _draw(self, step: int, micro: int) -> None:
+        """Say what dropout is drawn from in the next pass; the host does not wait."""
+        if self._noise is not None:
+            self._noise.fill_(noise_of(self._seed, step, micro))
 
     def record(self, batch: tuple[Any, ...], loops: int = 0) -> bool:
         """Record a whole step of this shape and depth, unless it is; every number stays as it was. Only where
