@@ -22,13 +22,18 @@ from tritwise.registers import Key, scale_table
 OLDEST = (7, 0)  # compute capability that Triton still compiles for
 INTERPRET = "TRITON_INTERPRET"
 ELEMENTS = 2048  # of a program of the update kernels
-KEYS, FACTOR = 1, 5  # columns of the tables, as triton_kernels.py names them
+LINES = 256  # of a table that a program fills
 
 
 @functools.cache
 def kernels() -> ModuleType:
     """The kernels, `triton_kernels.py`. Only to be called once `refuses` has said None."""
     return importlib.import_module("tritwise.ops.triton_kernels")
+
+
+@functools.cache
+def _table_kernels() -> ModuleType:
+    return importlib.import_module("tritwise.ops.table_kernels")
 
 
 @functools.cache
@@ -194,9 +199,7 @@ def move_all(
     tensors = len(lines)
     flips_T = torch.zeros(tensors, dtype=torch.int64, device=device)
     table = upload(lines, device)
-    if live_rates is not None:
-        table[:, FACTOR] = (live_rates * -65536.0).float().view(torch.int32)
-    put_keys(table, live_keys)
+    fill(table, live_keys, live_rates)
     launch(
         kernel,
         programs,
@@ -211,10 +214,24 @@ def move_all(
     return flips_T
 
 
-def put_keys(table: Tensor, live_keys: Tensor | None) -> None:
-    """Keys, int64 [tensors, 2] on the device, into a table in place of those that the host knew of."""
-    if live_keys is not None:
-        table[:, KEYS : KEYS + 2] = live_keys
+def fill(table: Tensor, live_keys: Tensor | None, live_rates: Tensor | None = None) -> None:
+    """What only the device knows into a table, in place of what the host put there: keys, int64 [tensors, 2], and the
+    factors of steps for a direction of -1, float64 [tensors]. None: it stays."""
+    if live_keys is None and live_rates is None:
+        return
+    keys = None if live_keys is None else live_keys.contiguous()
+    stride = 0 if live_rates is None else live_rates.stride(0)
+    programs = -(-len(table) // LINES)
+    launch(_table_kernels().fill, programs, table.device, table, live_rates, keys, stride, len(table), BLOCK=LINES)
+
+
+def keys_at(step: Tensor, places_N3: Tensor) -> Tensor:
+    """`tritwise.registers.keys_at` in one launch: the same arguments, the same bits."""
+    count, device = len(places_N3), places_N3.device
+    keys_N2 = torch.empty(count, 2, dtype=torch.int64, device=device)
+    programs = -(-count // LINES)
+    launch(_table_kernels().keys_at, programs, device, step, places_N3, keys_N2, count, BLOCK=LINES)
+    return keys_N2
 
 
 def put_back(changed: Tensor, original: Tensor) -> None:
