@@ -27,6 +27,7 @@ from tritwise.ops.direction import triton as direction_triton
 from tritwise.ops.direction.reference import newton_schulz, unit_rms
 from tritwise.ops.graph import triton as graph_triton
 from tritwise.ops.linear import reference, triton
+from tritwise.ops.scales import triton as scales_triton
 from tritwise.registers import Key, make_key
 
 INTERPRETED = os.environ.get(gpu.INTERPRET) == "1"
@@ -434,9 +435,18 @@ def test_half_precision_newton_schulz_is_close(shape, steps, tolerance):
 def test_in_the_interpreter():
     """Every test above on CPU tensors, those of lists of tensors, and torch's own checks of the operations."""
     here = Path(__file__).parent
-    names = ("triton", "triton_tables", "ops_many", "ops_linear", "ops_embedding", "ops_graph", "ops_combine")
+    names = (
+        "triton",
+        "triton_tables",
+        "ops_many",
+        "ops_scales",
+        "ops_linear",
+        "ops_embedding",
+        "ops_graph",
+        "ops_combine",
+    )
     files = [f"test_{name}.py" for name in names]
-    some = "test_triton or (triton and (many or opcheck or matrix or autograd))"
+    some = "test_triton or (triton and (many or ops_scales or opcheck or matrix or autograd))"
     command = [sys.executable, "-m", "pytest", "-m", "not gpu", "-k", some, "-p", "no:cacheprovider", "-rs"]
     environment = os.environ | {gpu.INTERPRET: "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([*command, *(str(here / f) for f in files)], env=environment, capture_output=True, text=True)
@@ -469,6 +479,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
     block = {"STRIPS": 2, "BLOCK_R": 8, "BLOCK_C": 256}
     pointers |= dict.fromkeys(("step", "places", "keys"), "*i64") | {"rates": "*fp64"}
     messages, mixture, tables = graph_triton._kernels(), combine_triton._kernels(), gpu._table_kernels()
+    scales = scales_triton._kernels()
+    pointers |= {"square_T": "*i64", "still": "*i1", "octaves": "*fp64"}
     for name, constants in (
         ("edge_sum", {"BLOCK": 256}),
         ("gather_add", {"BLOCK": 256}),
@@ -480,6 +492,9 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         ("keys_at", {"BLOCK": 256}),
         ("fill", {"BLOCK": 256}),
         ("fill", {"BLOCK": 256, "rates": None}),
+        ("scale_squares", {"TENSORS": 16, "BLOCK": 2048}),
+        ("move_scales", {"TENSORS": 16, "BLOCK": 2048}),
+        ("move_scales", {"TENSORS": 16, "BLOCK": 2048} | dict.fromkeys(("still", "go", "octaves", "keys"))),
         ("decode", {"BLOCK_R": 16, "BLOCK_C": 256, "UNIFORM": True}),
         ("scale_grad", {"SPAN": 256, "BLOCK_R": 8, "BLOCK_C": 256}),
         ("column_grad", {"STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
@@ -491,13 +506,13 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         ("weigh", block | {"plus": None, "rows": 1, "columns": 1, "strips": 1}),
         ("spread", {"BLOCK": 2048}),
     ):
-        rooms = gpu.kernels(), tables, directions, messages, mixture
+        rooms = gpu.kernels(), tables, scales, directions, messages, mixture
         kernel = next(getattr(room, name) for room in rooms if hasattr(room, name))
         types = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in kernel.arg_names}
         source = ASTSource(kernel, types, {(kernel.arg_names.index(a),): v for a, v in constants.items()})
         made = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
-        assert "st.global" in made.asm["ptx"]
-        exact = any(hasattr(room, name) for room in rooms[:2])  # directions are floats, and may be a rounding off
+        assert re.search(r"st\.global|atom\.global|red\.global", made.asm["ptx"])
+        exact = any(hasattr(room, name) for room in rooms[:3])  # directions are floats, and may be a rounding off
         assert not exact or not re.findall(r"\bfma\b|\.ftz", made.asm["ptx"])
 
 
@@ -536,7 +551,7 @@ def test_an_old_gpu_is_refused(monkeypatch):
 
 @not_interpreted
 def test_it_is_the_choice_for_cuda_and_none_of_a_cpu():
-    for operation in ("linear", "embedding", "update", "direction", "graph", "combine"):
+    for operation in ("linear", "embedding", "update", "scales", "direction", "graph", "combine"):
         assert ops.backends_of(operation)[0] == "triton"
         assert ops.backends._backends[operation]["triton"].devices == ("cuda",)
 

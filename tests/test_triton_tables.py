@@ -53,7 +53,10 @@ def test_rates_and_keys_that_lie_on_the_device_are_those_of_the_host(device, siz
     expected = [r.clone() for r in registers]
     with ops.backend("reference"):
         flips = ops.move_registers_many(expected, directions, rates, keys)
-    moved, table = [r.to(device, copy=True) for r in registers], torch.tensor([list(key) for key in keys], device=device)
+    moved, table = (
+        [r.to(device, copy=True) for r in registers],
+        torch.tensor([list(key) for key in keys], device=device),
+    )
     with ops.backend("triton"):
         found = ops.move_registers_many(moved, [d.to(device) for d in directions], told, table)
     assert found.tolist() == flips.tolist()

@@ -6,13 +6,14 @@ torch.compile sees one opaque node, and which backend runs is decided when it ru
     linear      y = x W^T, its input gradient, weight gradient and gradients of scales; W = trit * scale. linear_fp8:
                 the same with x and dL/dy rounded to float8 for the products
     embedding   rows of W, and the weight gradient
-    update      momentum (int8, stochastic rounding) and the move of registers and scale exponents
+    update      momentum (int8, stochastic rounding) and the move of registers
+    scales      the move of scale exponents, with their directions
     nibble      the update for registers that hold their momentum in the same byte
     direction   momentum -> a step of unit RMS: Newton-Schulz, row/column, sign, rms
     graph       rows that travel along edges and are added up where they arrive
     combine     what the experts of a mixture made, weighed and added up
 
-update, nibble and direction have `_many` forms for a list of tensors: a whole model in a few launches on a GPU.
+update, scales, nibble and direction have `_many` forms for a list of tensors: a whole model in a few launches on a GPU.
 """
 
 from tritwise.ops.backends import backend, backend_table, backends_of
@@ -30,6 +31,7 @@ from tritwise.ops.nibble import (
     move_nibbles,
     move_nibbles_many,
 )
+from tritwise.ops.scales import move_scales_many
 from tritwise.ops.update import (
     accumulate_momentum,
     accumulate_momentum_many,
@@ -62,5 +64,6 @@ __all__ = [
     "move_nibbles_many",
     "move_registers",
     "move_registers_many",
+    "move_scales_many",
     "refuses_fp8",
 ]
