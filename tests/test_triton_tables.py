@@ -74,3 +74,50 @@ def test_keys_alone_and_nothing_at_all_leave_the_rest_of_a_table(device):
     assert torch.equal(table[:, 1:3], keys)
     table[:, 1:3] = before[:, 1:3]
     assert torch.equal(table, before)
+
+
+# ---- tables of a recording
+
+
+def test_a_shelf_holds_what_a_recording_asks_for_once_it_is_filled():
+    device = torch.device("cpu")
+    lines = [[[1, -2, 3]], [[4], [5]], [[2**62, -(2**62)]]]
+    shelf = gpu.Shelf(device, numbers=64)
+    with shelf:
+        tables = [gpu.upload(one, device) for one in lines]
+        for table in tables:
+            table.fill_(7)  # as a recording's first kernels may find it
+    shelf.fill()
+    assert [table.tolist() for table in tables] == lines
+    places = [table.data_ptr() - tables[0].data_ptr() for table in tables]
+    assert places == [0, 128, 256]  # a kernel that is compiled for one of them serves all
+    tables[0].fill_(9)
+    after = gpu.upload([[6]], device)
+    assert after.tolist() == [[6]] and tables[0].tolist() == [[9, 9, 9]]  # it catches nothing any more
+
+
+def test_a_shelf_that_is_full_says_so():
+    with gpu.Shelf(torch.device("cpu"), numbers=16), pytest.raises(AssertionError, match="too many tensors"):
+        gpu.upload([list(range(17))], torch.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_a_replay_reads_rates_and_tables_where_they_lie():
+    device = torch.device("cuda")
+    registers = [torch.zeros(4096, dtype=torch.int8, device=device) for _ in range(3)]
+    directions = [torch.full((4096,), -1.0, device=device) for _ in registers]
+    keys = torch.tensor([list(make_key(0, 0, n)) for n in range(3)], device=device)
+    rates = torch.full((3,), 2.0, dtype=torch.float64, device=device)
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        ops.move_registers_many(registers, directions, rates, keys)
+    torch.cuda.synchronize()
+    graph, shelf = torch.cuda.CUDAGraph(), gpu.Shelf(device)
+    with shelf, torch.cuda.graph(graph, stream=side):
+        ops.move_registers_many(registers, directions, rates, keys)
+    shelf.fill()
+    for factor in (1.0, 3.0):
+        rates.fill_(factor)
+        graph.replay()
+    assert all(bool((register == 6).all()) for register in registers)

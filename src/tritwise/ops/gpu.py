@@ -23,6 +23,7 @@ OLDEST = (7, 0)  # compute capability that Triton still compiles for
 INTERPRET = "TRITON_INTERPRET"
 ELEMENTS = 2048  # of a program of the update kernels
 LINES = 256  # of a table that a program fills
+ALIGNED = 16  # numbers of a table in a shelf: where others begin
 
 
 @functools.cache
@@ -75,22 +76,34 @@ _shelf: "Shelf | None" = None
 
 
 class Shelf:
-    """Keeps what `upload` reads from while a CUDA graph is recorded: every replay reads it again.
+    """Holds, on a device, the tables that are asked for while a CUDA graph is recorded: every replay reads them again.
 
-    As a context manager it catches the uploads of its thread. Memory for them is taken before, because none can be
-    taken during a recording.
+    As a context manager it catches the uploads of its thread. No copy becomes part of the recording: once that is made,
+    `fill` copies all tables, on the stream that replays. Memory for them is taken before, because none can be taken
+    during a recording.
     """
 
-    def __init__(self, numbers: int = 1 << 18) -> None:
-        self._pinned = torch.empty(numbers, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+    def __init__(self, device: torch.device, numbers: int = 1 << 18) -> None:
+        self.device = device
+        self._numbers = torch.empty(numbers, dtype=torch.int64, device=device)
+        self._told: list[tuple[int, Tensor]] = []  # where each table begins, and what it will be
         self._used = 0
 
     def keep(self, table: Tensor) -> Tensor:
-        """A pinned copy of int64 `table`."""
-        first, self._used = self._used, self._used + table.numel()
-        assert self._used <= self._pinned.numel(), "the model has too many tensors for one recording"
-        kept = self._pinned[first : self._used].view(table.shape)
-        return kept.copy_(table)
+        """Where int64 `table` will lie: as much memory, which `fill` writes."""
+        first, last = self._used, self._used + table.numel()
+        assert last <= self._numbers.numel(), "the model has too many tensors for one recording"
+        self._told.append((first, table))
+        self._used = -(-last // ALIGNED) * ALIGNED  # kernels are compiled for tables that begin at such places
+        return self._numbers[first:last].view(table.shape)
+
+    def fill(self) -> None:
+        """Copy the tables to where `keep` said; the host does not wait."""
+        flat = torch.zeros(self._used, dtype=torch.int64, pin_memory=self._numbers.is_cuda)
+        for first, table in self._told:
+            flat[first : first + table.numel()] = table.view(-1)
+        self._numbers[: self._used].copy_(flat, non_blocking=True)
+        self._told.clear()
 
     def __enter__(self) -> "Shelf":
         global _shelf
@@ -104,12 +117,13 @@ class Shelf:
 
 
 def upload(lines: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """A table of integers as int64 on `device`; the host does not wait."""
+    """A table of integers as int64 on `device`; the host does not wait. During a recording: where it will be."""
+    table = torch.tensor(lines, dtype=torch.int64)
+    if _shelf is not None and _shelf.device.type == device.type:
+        return _shelf.keep(table)
     if device.type == "cuda":  # pragma: no cover - on a GPU only
-        if _shelf is not None:
-            return _shelf.keep(torch.tensor(lines, dtype=torch.int64)).to(device, non_blocking=True)
-        return torch.tensor(lines, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
-    return torch.tensor(lines, dtype=torch.int64)
+        return table.pin_memory().to(device, non_blocking=True)
+    return table
 
 
 def float_bits(value: float) -> int:

@@ -56,9 +56,10 @@ class RecordedMoves:
                 return move(go)
         self._go.copy_(go)
         if (made := self._made[key]) is None:
-            graph, shelf = torch.cuda.CUDAGraph(), gpu.Shelf()
+            graph, shelf = torch.cuda.CUDAGraph(), gpu.Shelf(self._go.device)
             with self._aside(), recording(), shelf, torch.cuda.graph(graph, stream=self._side):
                 flips = move(self._go)
+            shelf.fill()
             made = self._made[key] = graph, shelf, flips
         tell()
         made[0].replay()
