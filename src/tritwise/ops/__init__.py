@@ -13,7 +13,8 @@ torch.compile sees one opaque node, and which backend runs is decided when it ru
     graph       rows that travel along edges and are added up where they arrive
     combine     what the experts of a mixture made, weighed and added up
 
-update, scales, nibble and direction have `_many` forms for a list of tensors: a whole model in a few launches on a GPU.
+update, scales, nibble and direction have `_many` forms for a list of tensors, and so have gradients of scales: a whole
+model in a few launches on a GPU.
 """
 
 from tritwise.ops.backends import backend, backend_table, backends_of
@@ -21,7 +22,13 @@ from tritwise.ops.combine import combine
 from tritwise.ops.direction import LEVEL_FLOOR, direction, direction_many
 from tritwise.ops.embedding import embedding
 from tritwise.ops.graph import edge_sum, gather_add
-from tritwise.ops.linear import linear, linear_column_grad, linear_scale_grad
+from tritwise.ops.linear import (
+    linear,
+    linear_column_grad,
+    linear_column_grads,
+    linear_scale_grad,
+    linear_scale_grads,
+)
 from tritwise.ops.linear.fp8 import linear_fp8, refuses_fp8
 from tritwise.ops.nibble import (
     accumulate_nibble,
@@ -56,8 +63,10 @@ __all__ = [
     "gather_add",
     "linear",
     "linear_column_grad",
+    "linear_column_grads",
     "linear_fp8",
     "linear_scale_grad",
+    "linear_scale_grads",
     "momentum_of",
     "momentum_of_many",
     "move_nibbles",

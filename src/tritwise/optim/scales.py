@@ -47,14 +47,21 @@ def scale_sets(layer: TritModule, state: State) -> list[ScaleSet]:
     ]
 
 
-def scale_grads(layer: TritModule, grad: Tensor) -> list[Tensor]:
-    """Gradients by the logarithms of the scales, in the order of `scale_sets`: float32 [1, N] each.
+def scale_grads(layers: Sequence[TritModule], grads: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Gradients by the logarithms of the scales, of each layer in the order of `scale_sets`: float32 [1, N] each.
 
-    grad: dL/dW float32 [rows, columns].
+    grads: dL/dW float32 [rows, columns] of each layer. All layers take a few launches on a GPU.
     """
-    how = (ops.linear_scale_grad, ops.linear_column_grad)
-    given = (grad, layer.register, layer.exponent, layer.group)
-    return [run(*given).view(1, -1) for run, _ in zip(how, layer.exponents(), strict=False)]
+    found: list[list[Tensor]] = [[] for _ in layers]
+    for kind, run in enumerate((ops.linear_scale_grads, ops.linear_column_grads)):
+        own = [number for number, layer in enumerate(layers) if len(layer.exponents()) > kind]
+        if own:
+            learn = [layers[number] for number in own]
+            given = [layer.register for layer in learn], [layer.exponent for layer in learn]
+            parts = run([grads[number] for number in own], *given, [layer.group for layer in learn])
+            for number, part in zip(own, parts, strict=True):
+                found[number].append(part.view(1, -1))
+    return found
 
 
 class ScaleMoves:

@@ -240,7 +240,7 @@ class TritOptimizer(torch.optim.Optimizer):
         changed = [self._uncounted]
         for group in self.param_groups:
             for layer in (self._layers[register] for register in group["params"]):
-                state = self._state_of(layer, group["scale_rate"] > 0 and layer.learns_scale)
+                state = self._state_of(layer, self._learns_scale(layer))
                 changed += [layer.register, *layer.exponents(), *state.values()]
         with self._reading_the_device():
             yield changed
@@ -306,13 +306,12 @@ class TritOptimizer(torch.optim.Optimizer):
         compact: dict[
             tuple[float, int], list[tuple[Tensor, Tensor, Tensor, Tensor, Key]]
         ] = {}  # decay, phase -> the same
-        for layer, grad in zip(layers, grads, strict=True):
+        for layer, grad, scale_parts in zip(layers, grads, self._scale_grads(layers, grads), strict=True):
             register = layer.register
             group, micro = self._settings_of(register), self._received.get(register, 0)
             self._received[register] = micro + 1
             decay = group["momentum"] if micro == 0 else 1.0
-            scales = group["scale_rate"] > 0 and layer.learns_scale
-            state, stream = self._state_of(layer, scales), _ACCUMULATE + 3 * micro
+            state, stream = self._state_of(layer, self._learns_scale(layer)), _ACCUMULATE + 3 * micro
             where = (group["seed"], group["step"], self._number[register])
             if layer.sparse:
                 self._accumulate_rows(register, state, grad, group["momentum"], where, stream)
@@ -323,9 +322,9 @@ class TritOptimizer(torch.optim.Optimizer):
             else:
                 entry = (state["momentum"], state["row_exponent"], grad, Place(*where, stream))
                 calls.setdefault(decay, []).append(entry)
-            if scales:
+            if scale_parts:
                 streams = (stream + 2, _ACCUMULATE_COLUMN - micro)
-                for one, part, own in zip(scale_sets(layer, state), scale_grads(layer, grad), streams, strict=False):
+                for one, part, own in zip(scale_sets(layer, state), scale_parts, streams, strict=False):
                     calls.setdefault(decay, []).append((one.momentum, one.row_exponent, part, Place(*where, own)))
         for decay, entries in calls.items():
             momenta, exponents, gradients, places = zip(*entries, strict=True)
@@ -335,6 +334,17 @@ class TritOptimizer(torch.optim.Optimizer):
             registers, rows, groups, gradients, keys = zip(*entries, strict=True)
             when = self._phase(phase)
             self._taken.append(ops.accumulate_nibble_many(registers, rows, groups, gradients, decay, keys, when))
+
+    def _learns_scale(self, layer: TritModule) -> bool:
+        return layer.learns_scale and self._settings_of(layer.register)["scale_rate"] > 0
+
+    def _scale_grads(self, layers: Sequence[TritModule], grads: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Gradients of the scales of each layer (see `scale_grads`), nothing where they do not learn."""
+        learn = [number for number, layer in enumerate(layers) if self._learns_scale(layer)]
+        found: list[list[Tensor]] = [[] for _ in layers]
+        for number, own in zip(learn, scale_grads([layers[n] for n in learn], [grads[n] for n in learn]), strict=True):
+            found[number] = own
+        return found
 
     def _accumulate_rows(
         self,
@@ -493,8 +503,8 @@ class TritOptimizer(torch.optim.Optimizer):
             layers[0].register[rows] = registers[0]
             for state, level in zip(states, levels, strict=False):
                 state["row_level"][rows] = level
-        if group["scale_rate"] > 0 and layers[0].learns_scale:  # a group has one role, and vectors have their own
-            for layer in layers:
+        for layer in layers:
+            if self._learns_scale(layer):
                 places = [self._place(layer, stream) for stream in (_MOVE_SCALE, _MOVE_COLUMN)]
                 scales.add(layer, self.state[layer.register], index, places, rows)
         return dict(zip(layers, flips, strict=True))
