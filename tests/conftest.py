@@ -48,17 +48,20 @@ SMALL = {
 }
 
 
-def refusals(operation: str) -> dict[str, str | None]:
-    """Backend -> why it cannot run on this machine's CPU, or None."""
-    cpu = torch.device("cpu")
-    return {name: backends._backends[operation][name].refuses(cpu) for name in ops.backends_of(operation)}
+def refusals(operation: str, device: str = "cpu") -> dict[str, str | None]:
+    """Backend -> why it cannot run on this machine's CPU, or its GPU, or None."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return dict.fromkeys(ops.backends_of(operation), "torch sees no GPU")
+    where = torch.device(device)
+    return {name: backends._backends[operation][name].refuses(where) for name in ops.backends_of(operation)}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that uses `each_backend` runs on every backend of its module's OPERATION that this machine can run; one
-    that uses `left_out` is told which it cannot."""
+    """A test that uses `each_backend` runs on every backend of its module's OPERATION that this machine can run, on its
+    GPU if the test is marked `gpu`, else on its CPU; one that uses `left_out` is told which it cannot."""
     if "each_backend" in metafunc.fixturenames:
-        names = [name for name, reason in refusals(metafunc.module.OPERATION).items() if not reason]
+        device = "cuda" if metafunc.definition.get_closest_marker("gpu") else "cpu"
+        names = [name for name, reason in refusals(metafunc.module.OPERATION, device).items() if not reason]
         metafunc.parametrize("each_backend", names, indirect=True, scope="module")
     if "left_out" in metafunc.fixturenames:
         found = [(operation, refusals(operation)) for operation in backends._backends]

@@ -41,7 +41,16 @@ def run_linear() -> float:
 
 
 def test_every_operation_has_a_reference():
-    assert sorted(backends._backends) == ["combine", "direction", "embedding", "graph", "linear", "nibble", "update"]
+    assert sorted(backends._backends) == [
+        "combine",
+        "direction",
+        "embedding",
+        "graph",
+        "linear",
+        "nibble",
+        "scales",
+        "update",
+    ]
     for operation in backends._backends:
         assert ops.backends_of(operation) == ["reference"]
 

@@ -30,6 +30,7 @@ from tritwise.files import read_json, write_json
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import trit_modules
 from tritwise.ops import backends
+from tritwise.optim import TritOptimizer
 
 CPU = torch.device("cpu")
 SMALL = Size("small", ModelConfig(width=32, depth=3, ctx=16), batch=2, mode="eager")
@@ -140,6 +141,12 @@ def test_micro_batches_add_up_to_one_step(phased):
     expected = weights(by_hand.model)
     assert all(torch.allclose(p, expected[name], rtol=1e-5, atol=1e-7) for name, p in weights(parts.model).items())
     assert all(p.grad is None for p in parts.model.parameters())
+
+
+@pytest.mark.parametrize(("mode", "records"), [("eager", False), ("blocks", True)])
+def test_a_runner_records_moves_where_blocks_are_compiled(mode, records):
+    (optimizer,) = runner("ours", mode=mode).optimizers
+    assert isinstance(optimizer, TritOptimizer) and optimizer.records_moves is records
 
 
 def test_batches_come_round_again():

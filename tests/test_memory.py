@@ -20,7 +20,7 @@ from tritwise.optim import TritOptimizer
 from tritwise.registers import leading_trit
 from tritwise.train import audit, load_run, train
 from tritwise.train.checkpoint import CheckpointStore, _safetensors
-from tritwise.train.device import dtype_called, speed_of
+from tritwise.train.device import dtype_called, record_moves, speed_of
 from tritwise.train.memory import Kept, activation_bytes, gradient_bytes, memory_by_role
 from tritwise.train.optimizers import float_optimizers
 from tritwise.train.restore import pack_state, unpack_state
@@ -265,6 +265,17 @@ def test_a_run_in_bfloat16(small_config, tmp_path: Path):
 def test_compiling_is_for_gpus_unless_asked_for():
     assert speed_of("auto", build()) == speed_of("false", build()) == (False, False)
     assert speed_of("true", build()) == (True, False)
+
+
+def test_moves_are_recorded_where_steps_are_compiled_and_models_not_too_large(monkeypatch):
+    optimizers = [TritOptimizer(build()), *float_optimizers(build(weights="float"), "adamw", 0.01)]
+    weights = sum(layer.register.numel() for layer in optimizers[0].layers)
+    found = []
+    for most, compiled in ((weights, True), (weights, False), (weights - 1, True)):
+        monkeypatch.setattr("tritwise.train.device.RECORDED", most)
+        record_moves(optimizers, compiled)
+        found.append(optimizers[0].records_moves)
+    assert found == [True, False, False] and not hasattr(optimizers[1], "records_moves")
 
 
 @pytest.mark.gpu

@@ -121,6 +121,26 @@ def test_column_gradient_against_dense_autograd(leading, inputs, outputs, group,
     assert_close(found, grad_of(log), 1e-5)
 
 
+def test_gradients_of_scales_of_many_matrices_have_the_bits_of_each(poisoned):
+    """Aligned ones of one width and of several, others between them, and one that no kernel serves."""
+    sizes = [(24, 512, 256), (7, 256, 256), (3, 13, 5), (130, 512, 256), (9, 48, 64), (5, 48, 4096), (2, 130, 64)]
+    given = [registers(rows, columns) for rows, columns, _ in sizes]
+    powers = [exponents(rows, -(-columns // group)) for rows, columns, group in sizes]
+    grads = [normal(rows, columns, seed=n) for n, (rows, columns, _) in enumerate(sizes)]
+    grads[4] = grads[4].double()
+    groups = [group for _, _, group in sizes]
+    for one, many in (
+        (ops.linear_scale_grad, ops.linear_scale_grads),
+        (ops.linear_column_grad, ops.linear_column_grads),
+    ):
+        found = many(grads, given, powers, groups)
+        expected = [one(*each) for each in zip(grads, given, powers, groups, strict=True)]
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == b.dtype and a.is_contiguous() and torch.equal(a, b)
+        assert len({a.data_ptr() for a in found}) == len(sizes)
+        assert torch.equal(many(grads[:1], given[:1], powers[:1], groups[:1])[0], expected[0])
+
+
 def test_default_group_is_256():
     register, x = registers(3, 300), normal(2, 300)
     for exponent in (exponents(3, 2), exponents(3, 2, seed=9)):
@@ -277,3 +297,6 @@ def test_opcheck_gradients(dtype):
     torch.library.opcheck(OPS.linear_weight_grad.default, (grad, x))
     torch.library.opcheck(OPS.linear_scale_grad.default, (normal(4, 7), register, exponent, 3))
     torch.library.opcheck(OPS.linear_column_grad.default, (normal(4, 7), register, exponent, 3))
+    many = [normal(4, 7), normal(2, 3)], [register, registers(2, 3)], [exponent, exponents(2, 1)], [3, 3]
+    torch.library.opcheck(OPS.linear_scale_grads.default, many)
+    torch.library.opcheck(OPS.linear_column_grads.default, many)

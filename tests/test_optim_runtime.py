@@ -2,6 +2,7 @@
 what is different on a GPU."""
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -317,6 +318,8 @@ def test_recorded_moves_have_the_bits_of_any_other(own):
     for records in (False, True):
         torch.manual_seed(0)
         layers = [TritLinear(16, 9, blocks=3), TritLinear(40, 24), TritLinear(40, 24), TritLinear(9, 6, group=3)]
+        for layer in layers[1:3]:
+            layer.add_column_scales()
         model = nn.ModuleList(layers).cuda()
         optimizer = TritOptimizer(model, 0.1, scale_rate=0.1, seed=5, **own)
         keep_initial_rates([optimizer])
@@ -362,7 +365,8 @@ def test_moves_are_made_once_and_recorded_the_second_time(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: noting("stream"))
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: noting("graph"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: noting(f"graph in {pool}"))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda handles=itertools.count(): next(handles))
     layer, moves = TritLinear(4, 4), RecordedMoves(torch.device("cpu"))
     kept: list[Tensor] = []
 
@@ -376,21 +380,27 @@ def test_moves_are_made_once_and_recorded_the_second_time(monkeypatch):
         flips = moves.make(key, version, torch.tensor(go), *given)
         return int(flips[layer])
 
-    eager = ["stream begins", "move", "stream ends"]
-    begins = ["stream begins", "recording begins", "graph begins", "move"]
-    recorded = [*begins, "graph ends", "recording ends", "stream ends", "tell", "replay"]
+    eager = ["stream begins", "tell", "recording begins", "move", "recording ends", "stream ends"]
+
+    def recorded(pool: int) -> list[str]:
+        inside = [f"graph in {pool} begins", "move", f"graph in {pool} ends"]
+        return ["stream begins", "recording begins", *inside, "recording ends", "stream ends", "tell", "replay"]
+
     for key, version, go, flips, expected in (
         (0, 1, True, 1, eager),
-        (0, 1, False, 2, recorded),
+        (0, 1, False, 2, recorded(0)),
         (0, 1, True, 2, ["tell", "replay"]),
         (1, 1, True, 3, eager),  # other layers move
         (0, 1, False, 2, ["tell", "replay"]),
-        (0, 2, True, 4, eager),  # settings have changed
-        (0, 2, True, 5, recorded),
+        (1, 1, False, 4, recorded(0)),  # its memory is that of the first
+        (0, 2, True, 5, eager),  # settings have changed
+        (0, 2, True, 6, recorded(1)),
     ):
         told.clear()
         assert make(key, version, go) == flips and told == expected
-    assert kept[1] is kept[4] and bool(kept[1])  # what a recording reads lies still, and is written before a replay
+    assert kept[1] is kept[3] is kept[5] and bool(
+        kept[1]
+    )  # what a recording reads lies still, and is written before a replay
     moves.make(0, 2, torch.tensor(False), move, lambda: noting("recording"), lambda: None)
     assert not kept[1]
 

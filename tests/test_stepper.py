@@ -196,6 +196,33 @@ def test_a_graph_gives_the_state_of_eager_steps(rule):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("how", [{"graph": True}, {"records": True}])
+@pytest.mark.parametrize("own", [{}, {"row_memory": 0.9}, {"roles": {"embedding": {"scale_rate": 0.5}}}])
+@pytest.mark.parametrize("shape", [{"group": 64}, {"group": 1 << 16}, {"group": 64, "column_scales": False}])
+def test_scales_that_learn_fast_have_the_bits_of_eager_steps(shape, own, how):
+    """A recorded step takes the scales of all layers at once, an eager one those of each; several to a row, or one."""
+    found = []
+    for given in (how, {}):
+        torch.manual_seed(0)
+        settings = SHAPE.__dict__ | {"width": 192, "depth": 3} | shape
+        model = ByteLM(ModelConfig(**settings)).to("cuda")
+        optimizer = TritOptimizer(model, 0.05, **{"scale_rate": 0.2, "momentum": 0.5} | own)
+        optimizer.records_moves = given.get("records", False)
+        before = [e.clone() for _, layer in trit_modules(model) for e in layer.exponents()]
+        stepper, losses, flips = Stepper(model, [optimizer], graph=given.get("graph", False)), [], []
+        assert stepper.records_whole_steps is given.get("graph", False)
+        for number, batch in enumerate(batches(8, "cuda")):
+            slow_down([optimizer], number)
+            losses.append(float(stepper.step(*batch)))
+            flips.append(optimizer.flips)
+        after = [e for _, layer in trit_modules(model) for e in layer.exponents()]
+        assert all(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        found.append((losses, flips, state_of(model, [optimizer])))
+    assert found[0][:2] == found[1][:2]
+    assert_equal(found[0][2], found[1][2])
+
+
+@pytest.mark.gpu
 def test_a_recording_holds_the_update_and_is_made_anew_when_settings_change():
     (model, optimizers), (other, eager) = build("trit", "cuda"), build("trit", "cuda")
     steppers = Stepper(model, optimizers, graph=True), Stepper(other, eager)

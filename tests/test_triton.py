@@ -27,6 +27,7 @@ from tritwise.ops.direction import triton as direction_triton
 from tritwise.ops.direction.reference import newton_schulz, unit_rms
 from tritwise.ops.graph import triton as graph_triton
 from tritwise.ops.linear import reference, triton
+from tritwise.ops.scales import triton as scales_triton
 from tritwise.registers import Key, make_key
 
 INTERPRETED = os.environ.get(gpu.INTERPRET) == "1"
@@ -277,6 +278,22 @@ def test_column_gradients(device, rows, columns, group, poisoned):
     assert_close(found, expected, 1e-5)
 
 
+@on_each_device
+def test_gradients_of_scales_of_many_have_the_bits_of_each(device, poisoned):
+    """A step that is recorded takes all matrices at once, another one by one."""
+    sizes = [(600, 768, 256), (1030, 256, 256), (33, 768, 256), (48, 2048, 4096), (40, 70, 64), (64, 2048, 4096)]
+    registers = [int8(-121, 121, size[:2], n) for n, size in enumerate(sizes)]
+    exponents = [int8(-20, 8, (rows, -(-columns // group)), rows) for rows, columns, group in sizes]
+    grads, groups = [normal(*size[:2], seed=n) for n, size in enumerate(sizes)], [size[2] for size in sizes]
+    for many, one in (
+        (ops.linear_scale_grads, ops.linear_scale_grad),
+        (ops.linear_column_grads, ops.linear_column_grad),
+    ):
+        found = results("triton", device, many, grads, registers, exponents, groups)
+        for number, matrix in enumerate(zip(grads, registers, exponents, groups, strict=True)):
+            assert torch.equal(found[number], results("triton", device, one, *matrix)[0])
+
+
 # ---- embedding
 
 
@@ -434,9 +451,18 @@ def test_half_precision_newton_schulz_is_close(shape, steps, tolerance):
 def test_in_the_interpreter():
     """Every test above on CPU tensors, those of lists of tensors, and torch's own checks of the operations."""
     here = Path(__file__).parent
-    names = ("triton", "ops_many", "ops_linear", "ops_embedding", "ops_graph", "ops_combine")
+    names = (
+        "triton",
+        "triton_tables",
+        "ops_many",
+        "ops_scales",
+        "ops_linear",
+        "ops_embedding",
+        "ops_graph",
+        "ops_combine",
+    )
     files = [f"test_{name}.py" for name in names]
-    some = "test_triton or (triton and (many or opcheck or matrix or autograd))"
+    some = "test_triton or (triton and (many or ops_scales or opcheck or matrix or autograd))"
     command = [sys.executable, "-m", "pytest", "-m", "not gpu", "-k", some, "-p", "no:cacheprovider", "-rs"]
     environment = os.environ | {gpu.INTERPRET: "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([*command, *(str(here / f) for f in files)], env=environment, capture_output=True, text=True)
@@ -467,7 +493,10 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
     pointers |= dict.fromkeys(("squares", "row_factor", "scale", "plus", "x"), "*fp32")
     tiles = {"TENSORS": 16, "BLOCK_R": 4, "BLOCK_C": 512, "ALIGNED": True}
     block = {"STRIPS": 2, "BLOCK_R": 8, "BLOCK_C": 256}
-    messages, mixture = graph_triton._kernels(), combine_triton._kernels()
+    pointers |= dict.fromkeys(("step", "places", "keys"), "*i64") | {"rates": "*fp64"}
+    messages, mixture, tables = graph_triton._kernels(), combine_triton._kernels(), gpu._table_kernels()
+    scales, linear = scales_triton._kernels(), triton._kernels()
+    pointers |= {"square_T": "*i64", "still": "*i1", "octaves": "*fp64"}
     for name, constants in (
         ("edge_sum", {"BLOCK": 256}),
         ("gather_add", {"BLOCK": 256}),
@@ -476,9 +505,17 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         ("peaks", tiles),
         ("requantise", tiles),
         ("move", {"TENSORS": 16, "BLOCK": 2048, "ALIGNED": True}),
+        ("keys_at", {"BLOCK": 256}),
+        ("fill", {"BLOCK": 256}),
+        ("fill", {"BLOCK": 256, "rates": None}),
+        ("scale_squares", {"TENSORS": 16, "BLOCK": 2048}),
+        ("move_scales", {"TENSORS": 16, "BLOCK": 2048}),
+        ("move_scales", {"TENSORS": 16, "BLOCK": 2048} | dict.fromkeys(("still", "go", "octaves", "keys"))),
         ("decode", {"BLOCK_R": 16, "BLOCK_C": 256, "UNIFORM": True}),
         ("scale_grad", {"SPAN": 256, "BLOCK_R": 8, "BLOCK_C": 256}),
+        ("scale_grads", {"TENSORS": 16, "SPAN": 256, "BLOCK_R": 8, "BLOCK_C": 256}),
         ("column_grad", {"STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
+        ("column_grads", {"TENSORS": 16, "STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
         ("trits_float8", {"TURNED": True, "BLOCK": 64}),
         ("row_factors", block | {"SPAN": 600}),
         ("row_factors", block | {"SPAN": 600, "squares": None, "rows": 1, "columns": 1, "strips": 1}),
@@ -487,14 +524,48 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         ("weigh", block | {"plus": None, "rows": 1, "columns": 1, "strips": 1}),
         ("spread", {"BLOCK": 2048}),
     ):
-        rooms = gpu.kernels(), directions, messages, mixture
+        rooms = gpu.kernels(), tables, scales, linear, directions, messages, mixture
         kernel = next(getattr(room, name) for room in rooms if hasattr(room, name))
         types = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in kernel.arg_names}
         source = ASTSource(kernel, types, {(kernel.arg_names.index(a),): v for a, v in constants.items()})
         made = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
-        assert "st.global" in made.asm["ptx"]
-        exact = hasattr(gpu.kernels(), name)  # directions are floats, and may be a rounding off
+        assert re.search(r"st\.global|atom\.global|red\.global", made.asm["ptx"])
+        exact = any(hasattr(room, name) for room in rooms[:4])  # directions are floats, and may be a rounding off
         assert not exact or not re.findall(r"\bfma\b|\.ftz", made.asm["ptx"])
+
+
+@needs_triton
+@not_interpreted
+@pytest.mark.parametrize(
+    ("one", "constants"),
+    [
+        ("scale_grad", {"SPAN": 256, "BLOCK_R": 8, "BLOCK_C": 256}),
+        ("scale_grad", {"SPAN": 700, "BLOCK_R": 2, "BLOCK_C": 1024}),
+        ("column_grad", {"STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
+    ],
+)
+def test_many_matrices_are_summed_in_the_order_of_one(one, constants, tmp_path, monkeypatch):
+    """A sum's order follows from how its tile lies in the threads, which follows from what is known to be aligned."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {"table": "*i64", "register": "*i8", "exponent": "*i8"}
+    types |= dict.fromkeys(("weight_grad", "out", "scales"), "*fp32")
+    places = []
+    for name, own in ((one, {}), (one, {"groups": 1}), (f"{one}s", {"TENSORS": 16})):
+        kernel, fixed = getattr(triton._kernels(), name), constants | own
+        known = [a for a in (*types, "columns", "group") if a in kernel.arg_names]
+        hints = {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in known}
+        signature = {a: "constexpr" if a in fixed else types.get(a, "i32") for a in kernel.arg_names}
+        values = {(kernel.arg_names.index(a),): v for a, v in fixed.items()}
+        source = ASTSource(kernel, signature, values, hints)
+        made = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+        layouts = dict(re.findall(r"^(#blocked\d*) = (.*)$", made.asm["ttgir"], flags=re.MULTILINE))
+        (summed,) = re.findall(r"\}\) : \(tensor<\w+xf32, (#blocked\d*)>\)", made.asm["ttgir"])
+        places.append(layouts[summed])
+    assert len(set(places)) == 1 and "sizePerThread = [1, 16]" in places[0]
 
 
 @not_interpreted
@@ -532,7 +603,7 @@ def test_an_old_gpu_is_refused(monkeypatch):
 
 @not_interpreted
 def test_it_is_the_choice_for_cuda_and_none_of_a_cpu():
-    for operation in ("linear", "embedding", "update", "direction", "graph", "combine"):
+    for operation in ("linear", "embedding", "update", "scales", "direction", "graph", "combine"):
         assert ops.backends_of(operation)[0] == "triton"
         assert ops.backends._backends[operation]["triton"].devices == ("cuda",)
 

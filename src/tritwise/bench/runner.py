@@ -15,6 +15,7 @@ from tritwise.data.sampler import Sampler
 from tritwise.data.source import describe
 from tritwise.data.split import named_part, split
 from tritwise.errors import UserError
+from tritwise.train.device import record_moves
 from tritwise.train.stepper import Stepper
 
 BATCHES = 4  # batches that steps go through in turn; they lie on the device, so reading is not measured
@@ -80,6 +81,7 @@ class Runner:
         settings = entry.settings | {"rate": entry.rate}
         self.model, self.optimizers = build_quickly(rule_called(entry.rule), size.config, settings, dtype, device, seed)
         self.model.checkpoint = size.checkpoint
+        record_moves(self.optimizers, compiled=size.mode != "eager")
         self.losses: list[Tensor] = []
         self.mode, self._batches, self._clock = size.mode, batches, Clock(device)
         whole, graph = self.mode in ("whole", "graph"), self.mode.endswith("graph")

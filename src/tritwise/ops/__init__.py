@@ -6,13 +6,15 @@ torch.compile sees one opaque node, and which backend runs is decided when it ru
     linear      y = x W^T, its input gradient, weight gradient and gradients of scales; W = trit * scale. linear_fp8:
                 the same with x and dL/dy rounded to float8 for the products
     embedding   rows of W, and the weight gradient
-    update      momentum (int8, stochastic rounding) and the move of registers and scale exponents
+    update      momentum (int8, stochastic rounding) and the move of registers
+    scales      the move of scale exponents, with their directions
     nibble      the update for registers that hold their momentum in the same byte
     direction   momentum -> a step of unit RMS: Newton-Schulz, row/column, sign, rms
     graph       rows that travel along edges and are added up where they arrive
     combine     what the experts of a mixture made, weighed and added up
 
-update, nibble and direction have `_many` forms for a list of tensors: a whole model in a few launches on a GPU.
+update, scales, nibble and direction have `_many` forms for a list of tensors, and so have gradients of scales: a whole
+model in a few launches on a GPU.
 """
 
 from tritwise.ops.backends import backend, backend_table, backends_of
@@ -20,7 +22,13 @@ from tritwise.ops.combine import combine
 from tritwise.ops.direction import LEVEL_FLOOR, direction, direction_many
 from tritwise.ops.embedding import embedding
 from tritwise.ops.graph import edge_sum, gather_add
-from tritwise.ops.linear import linear, linear_column_grad, linear_scale_grad
+from tritwise.ops.linear import (
+    linear,
+    linear_column_grad,
+    linear_column_grads,
+    linear_scale_grad,
+    linear_scale_grads,
+)
 from tritwise.ops.linear.fp8 import linear_fp8, refuses_fp8
 from tritwise.ops.nibble import (
     accumulate_nibble,
@@ -30,6 +38,7 @@ from tritwise.ops.nibble import (
     move_nibbles,
     move_nibbles_many,
 )
+from tritwise.ops.scales import move_scales_many
 from tritwise.ops.update import (
     accumulate_momentum,
     accumulate_momentum_many,
@@ -54,13 +63,16 @@ __all__ = [
     "gather_add",
     "linear",
     "linear_column_grad",
+    "linear_column_grads",
     "linear_fp8",
     "linear_scale_grad",
+    "linear_scale_grads",
     "momentum_of",
     "momentum_of_many",
     "move_nibbles",
     "move_nibbles_many",
     "move_registers",
     "move_registers_many",
+    "move_scales_many",
     "refuses_fp8",
 ]

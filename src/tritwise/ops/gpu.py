@@ -22,13 +22,19 @@ from tritwise.registers import Key, scale_table
 OLDEST = (7, 0)  # compute capability that Triton still compiles for
 INTERPRET = "TRITON_INTERPRET"
 ELEMENTS = 2048  # of a program of the update kernels
-KEYS, FACTOR = 1, 5  # columns of the tables, as triton_kernels.py names them
+LINES = 256  # of a table that a program fills
+ALIGNED = 16  # numbers of a table in a shelf: where others begin
 
 
 @functools.cache
 def kernels() -> ModuleType:
     """The kernels, `triton_kernels.py`. Only to be called once `refuses` has said None."""
     return importlib.import_module("tritwise.ops.triton_kernels")
+
+
+@functools.cache
+def _table_kernels() -> ModuleType:
+    return importlib.import_module("tritwise.ops.table_kernels")
 
 
 @functools.cache
@@ -70,22 +76,34 @@ _shelf: "Shelf | None" = None
 
 
 class Shelf:
-    """Keeps what `upload` reads from while a CUDA graph is recorded: every replay reads it again.
+    """Holds, on a device, the tables that are asked for while a CUDA graph is recorded: every replay reads them again.
 
-    As a context manager it catches the uploads of its thread. Memory for them is taken before, because none can be
-    taken during a recording.
+    As a context manager it catches the uploads of its thread. No copy becomes part of the recording: once that is made,
+    `fill` copies all tables, on the stream that replays. Memory for them is taken before, because none can be taken
+    during a recording.
     """
 
-    def __init__(self, numbers: int = 1 << 18) -> None:
-        self._pinned = torch.empty(numbers, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+    def __init__(self, device: torch.device, numbers: int = 1 << 18) -> None:
+        self.device = device
+        self._numbers = torch.empty(numbers, dtype=torch.int64, device=device)
+        self._told: list[tuple[int, Tensor]] = []  # where each table begins, and what it will be
         self._used = 0
 
     def keep(self, table: Tensor) -> Tensor:
-        """A pinned copy of int64 `table`."""
-        first, self._used = self._used, self._used + table.numel()
-        assert self._used <= self._pinned.numel(), "the model has too many tensors for one recording"
-        kept = self._pinned[first : self._used].view(table.shape)
-        return kept.copy_(table)
+        """Where int64 `table` will lie: as much memory, which `fill` writes."""
+        first, last = self._used, self._used + table.numel()
+        assert last <= self._numbers.numel(), "the model has too many tensors for one recording"
+        self._told.append((first, table))
+        self._used = -(-last // ALIGNED) * ALIGNED  # kernels are compiled for tables that begin at such places
+        return self._numbers[first:last].view(table.shape)
+
+    def fill(self) -> None:
+        """Copy the tables to where `keep` said; the host does not wait."""
+        flat = torch.zeros(self._used, dtype=torch.int64, pin_memory=self._numbers.is_cuda)
+        for first, table in self._told:
+            flat[first : first + table.numel()] = table.view(-1)
+        self._numbers[: self._used].copy_(flat, non_blocking=True)
+        self._told.clear()
 
     def __enter__(self) -> "Shelf":
         global _shelf
@@ -99,12 +117,13 @@ class Shelf:
 
 
 def upload(lines: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """A table of integers as int64 on `device`; the host does not wait."""
+    """A table of integers as int64 on `device`; the host does not wait. During a recording: where it will be."""
+    table = torch.tensor(lines, dtype=torch.int64)
+    if _shelf is not None and _shelf.device.type == device.type:
+        return _shelf.keep(table)
     if device.type == "cuda":  # pragma: no cover - on a GPU only
-        if _shelf is not None:
-            return _shelf.keep(torch.tensor(lines, dtype=torch.int64)).to(device, non_blocking=True)
-        return torch.tensor(lines, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
-    return torch.tensor(lines, dtype=torch.int64)
+        return table.pin_memory().to(device, non_blocking=True)
+    return table
 
 
 def float_bits(value: float) -> int:
@@ -194,9 +213,7 @@ def move_all(
     tensors = len(lines)
     flips_T = torch.zeros(tensors, dtype=torch.int64, device=device)
     table = upload(lines, device)
-    if live_rates is not None:
-        table[:, FACTOR] = (live_rates * -65536.0).float().view(torch.int32)
-    put_keys(table, live_keys)
+    fill(table, live_keys, live_rates)
     launch(
         kernel,
         programs,
@@ -211,10 +228,24 @@ def move_all(
     return flips_T
 
 
-def put_keys(table: Tensor, live_keys: Tensor | None) -> None:
-    """Keys, int64 [tensors, 2] on the device, into a table in place of those that the host knew of."""
-    if live_keys is not None:
-        table[:, KEYS : KEYS + 2] = live_keys
+def fill(table: Tensor, live_keys: Tensor | None, live_rates: Tensor | None = None) -> None:
+    """What only the device knows into a table, in place of what the host put there: keys, int64 [tensors, 2], and the
+    factors of steps for a direction of -1, float64 [tensors]. None: it stays."""
+    if live_keys is None and live_rates is None:
+        return
+    keys = None if live_keys is None else live_keys.contiguous()
+    stride = 0 if live_rates is None else live_rates.stride(0)
+    programs = -(-len(table) // LINES)
+    launch(_table_kernels().fill, programs, table.device, table, live_rates, keys, stride, len(table), BLOCK=LINES)
+
+
+def keys_at(step: Tensor, places_N3: Tensor) -> Tensor:
+    """`tritwise.registers.keys_at` in one launch: the same arguments, the same bits."""
+    count, device = len(places_N3), places_N3.device
+    keys_N2 = torch.empty(count, 2, dtype=torch.int64, device=device)
+    programs = -(-count // LINES)
+    launch(_table_kernels().keys_at, programs, device, step, places_N3, keys_N2, count, BLOCK=LINES)
+    return keys_N2
 
 
 def put_back(changed: Tensor, original: Tensor) -> None:

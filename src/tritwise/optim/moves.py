@@ -20,15 +20,15 @@ Flips = dict[TritModule, Tensor]
 class RecordedMoves:
     """Makes the moves of a step, and from the second time on out of a recording.
 
-    `flips` of what was recorded are written anew by every replay. A recording keeps what it computes in between, about
-    10 bytes for each weight that moves in one call.
+    `flips` of what was recorded are written anew by every replay. What is computed in between stays allocated, about 10
+    bytes for each weight that moves in one call; recordings of one version share that memory.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._side = torch.cuda.Stream(device)
         self._go = torch.zeros((), dtype=torch.bool, device=device)
         self._made: dict[Hashable, tuple[torch.cuda.CUDAGraph, gpu.Shelf, Flips] | None] = {}
-        self._version = -1
+        self._version, self._pool = -1, None
 
     def make(
         self,
@@ -47,18 +47,24 @@ class RecordedMoves:
         """
         if version != self._version:
             self._made.clear()
-            self._version = version
+            self._version, self._pool = version, None
         if key not in self._made:
             # The first time kernels are compiled and state is made; on the stream that records, so that libraries have
-            # what they need there.
+            # what they need there, and reading what a recording reads: no kernel is loaded during one.
             self._made[key] = None
             with self._aside():
-                return move(go)
+                tell()
+                with recording():
+                    return move(go)
         self._go.copy_(go)
         if (made := self._made[key]) is None:
-            graph, shelf = torch.cuda.CUDAGraph(), gpu.Shelf()
-            with self._aside(), recording(), shelf, torch.cuda.graph(graph, stream=self._side):
+            graph, shelf = torch.cuda.CUDAGraph(), gpu.Shelf(self._go.device)
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            recorded = torch.cuda.graph(graph, pool=self._pool, stream=self._side)
+            with self._aside(), recording(), shelf, recorded:
                 flips = move(self._go)
+            shelf.fill()
             made = self._made[key] = graph, shelf, flips
         tell()
         made[0].replay()

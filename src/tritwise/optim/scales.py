@@ -13,7 +13,7 @@ from torch import Tensor
 from tritwise import ops
 from tritwise.nn import TritModule
 from tritwise.ops.update.reference import EXPONENT_FLOOR
-from tritwise.registers import Key, move_exponents, random_bits16_many
+from tritwise.registers import Key, Place
 
 KINDS = ("scale", "column")
 """Scales of rows (or groups in them) and of columns, in the order of `TritModule.exponents`: also the state's names."""
@@ -47,41 +47,53 @@ def scale_sets(layer: TritModule, state: State) -> list[ScaleSet]:
     ]
 
 
-def scale_grads(layer: TritModule, grad: Tensor) -> list[Tensor]:
-    """Gradients by the logarithms of the scales, in the order of `scale_sets`: float32 [1, N] each.
+def scale_grads(layers: Sequence[TritModule], grads: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Gradients by the logarithms of the scales, of each layer in the order of `scale_sets`: float32 [1, N] each.
 
-    grad: dL/dW float32 [rows, columns].
+    grads: dL/dW float32 [rows, columns] of each layer. All layers take a few launches on a GPU.
     """
-    how = (ops.linear_scale_grad, ops.linear_column_grad)
-    given = (grad, layer.register, layer.exponent, layer.group)
-    return [run(*given).view(1, -1) for run, _ in zip(how, layer.exponents(), strict=False)]
+    found: list[list[Tensor]] = [[] for _ in layers]
+    for kind, run in enumerate((ops.linear_scale_grads, ops.linear_column_grads)):
+        own = [number for number, layer in enumerate(layers) if len(layer.exponents()) > kind]
+        if own:
+            learn = [layers[number] for number in own]
+            given = [layer.register for layer in learn], [layer.exponent for layer in learn]
+            parts = run([grads[number] for number in own], *given, [layer.group for layer in learn])
+            for number, part in zip(own, parts, strict=True):
+                found[number].append(part.view(1, -1))
+    return found
 
 
-def move_scales(
-    sets: Sequence[ScaleSet],
-    octaves: float | Tensor,
-    keys: Sequence[Key] | Tensor,
-    *,
-    still: Tensor | None = None,
-    go: Tensor | None = None,
-) -> None:
-    """exponent <- exponent - 8 * octaves * u for every set in place, u being its momentum over that one's RMS.
+class ScaleMoves:
+    """The scales that move at a step, gathered layer by layer, to be moved all at once: they are few."""
 
-    All are moved as one vector, for they are few. octaves: of a step, or a float64 0-d tensor. keys: one for each set.
-    still: bool [N] over all sets, who stays; go: bool 0-d on the device, False if nothing moves.
-    """
-    u_N = torch.cat(
-        [u.view(-1) for u in ops.direction_many([s.momentum for s in sets], [s.row_exponent for s in sets], "rms")]
-    )
-    if still is not None:
-        u_N = u_N.masked_fill(still, 0.0)
-    if go is not None:
-        u_N = torch.where(go, u_N, 0.0)
-    exponent_N = torch.cat([s.exponent.view(-1) for s in sets])
-    evidence_N = torch.cat([s.evidence.view(-1) for s in sets])
-    bits_N = random_bits16_many([s.exponent.numel() for s in sets], keys, u_N.device)
-    moved = move_exponents(exponent_N, evidence_N, u_N, -octaves, bits_N)
-    for tensors, values in zip(([s.exponent for s in sets], [s.evidence for s in sets]), moved, strict=True):
-        parts = values.split([tensor.numel() for tensor in tensors])
-        views = [part.view(tensor.shape) for tensor, part in zip(tensors, parts, strict=True)]
-        torch._foreach_copy_(tensors, views)  # pyright: ignore[reportPrivateImportUsage]
+    def __init__(self) -> None:
+        self._sets: list[ScaleSet] = []
+        self._still: list[Tensor | None] = []
+        self.places: list[Place] = []
+        """Of the keys that `make` takes."""
+        self.groups: list[int] = []
+        """Whose octaves it takes."""
+
+    def add(self, layer: TritModule, state: State, group: int, places: Sequence[Place], rows: Tensor | None) -> None:
+        """The scales of `layer`. places: one for each of `scale_sets`, further ones are left out; rows: int64, those of
+        a sparse layer that move, or None for all; columns always do."""
+        sets = scale_sets(layer, state)
+        self._sets += sets
+        self.places += places[: len(sets)]
+        self.groups += [group] * len(sets)
+        still = None
+        if rows is not None:
+            still = torch.ones(layer.exponent.shape, dtype=torch.bool, device=rows.device).index_fill_(0, rows, False)
+        self._still += [still, *[None] * (len(sets) - 1)]
+
+    def make(self, octaves: Sequence[float] | Tensor, keys: Sequence[Key] | Tensor, go: Tensor | None) -> None:
+        """exponent <- exponent - 8 * octaves * u, u being the momentum over its RMS. octaves, keys: one for each set,
+        or on the device: see `tritwise.ops.move_scales_many`."""
+        exponents, momenta, _, evidences = zip(*self._sets, strict=True)
+        still = None
+        if any(part is not None for part in self._still):
+            none = [torch.zeros(e.numel(), dtype=torch.bool, device=e.device) for e in exponents]
+            parts = [n if part is None else part.view(-1) for n, part in zip(none, self._still, strict=True)]
+            still = torch.cat(parts)
+        ops.move_scales_many(exponents, evidences, momenta, octaves, keys, still, go)

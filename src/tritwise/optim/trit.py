@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from tritwise import ops
 from tritwise.nn import TritModule, trit_modules
-from tritwise.ops import nibble
+from tritwise.ops import gpu, nibble
 from tritwise.ops.direction import METHODS
 from tritwise.ops.update.reference import EXPONENT_FLOOR
 from tritwise.optim.live import Live
 from tritwise.optim.moves import RecordedMoves
-from tritwise.optim.scales import make_scale_state, move_scales, scale_grads, scale_sets
+from tritwise.optim.scales import ScaleMoves, make_scale_state, scale_grads, scale_sets
 from tritwise.registers import LEAD, Key, Place, make_key, to_nibbles
 
 # Streams of randomness of one tensor at one step; micro-batches count up from the last. Those of columns count down.
@@ -240,7 +240,7 @@ class TritOptimizer(torch.optim.Optimizer):
         changed = [self._uncounted]
         for group in self.param_groups:
             for layer in (self._layers[register] for register in group["params"]):
-                state = self._state_of(layer, group["scale_rate"] > 0 and layer.learns_scale)
+                state = self._state_of(layer, self._learns_scale(layer))
                 changed += [layer.register, *layer.exponents(), *state.values()]
         with self._reading_the_device():
             yield changed
@@ -255,13 +255,15 @@ class TritOptimizer(torch.optim.Optimizer):
             self._records = False
 
     def _numbers(self) -> Live:
-        if self._live is None:  # all recordings read the same numbers
+        if self._live is None or len(self._live.rates) != len(
+            self.param_groups
+        ):  # all recordings read the same numbers
             self._live = Live(next(iter(self._layers)).device, len(self.param_groups))
         return self._live
 
     def _tell(self) -> None:
         """Tell the device the step's number and rates."""
-        self._numbers().write(self.step_count, [group["lr"] for group in self.param_groups])
+        self._numbers().write(self.step_count, [_reach(group) for group in self.param_groups])
 
     def before_replay(self) -> None:
         """Tell the device the step's number and rates, and count the step that a replay now takes."""
@@ -304,13 +306,12 @@ class TritOptimizer(torch.optim.Optimizer):
         compact: dict[
             tuple[float, int], list[tuple[Tensor, Tensor, Tensor, Tensor, Key]]
         ] = {}  # decay, phase -> the same
-        for layer, grad in zip(layers, grads, strict=True):
+        for layer, grad, scale_parts in zip(layers, grads, self._scale_grads(layers, grads), strict=True):
             register = layer.register
             group, micro = self._settings_of(register), self._received.get(register, 0)
             self._received[register] = micro + 1
             decay = group["momentum"] if micro == 0 else 1.0
-            scales = group["scale_rate"] > 0 and layer.learns_scale
-            state, stream = self._state_of(layer, scales), _ACCUMULATE + 3 * micro
+            state, stream = self._state_of(layer, self._learns_scale(layer)), _ACCUMULATE + 3 * micro
             where = (group["seed"], group["step"], self._number[register])
             if layer.sparse:
                 self._accumulate_rows(register, state, grad, group["momentum"], where, stream)
@@ -321,9 +322,9 @@ class TritOptimizer(torch.optim.Optimizer):
             else:
                 entry = (state["momentum"], state["row_exponent"], grad, Place(*where, stream))
                 calls.setdefault(decay, []).append(entry)
-            if scales:
+            if scale_parts:
                 streams = (stream + 2, _ACCUMULATE_COLUMN - micro)
-                for one, part, own in zip(scale_sets(layer, state), scale_grads(layer, grad), streams, strict=False):
+                for one, part, own in zip(scale_sets(layer, state), scale_parts, streams, strict=False):
                     calls.setdefault(decay, []).append((one.momentum, one.row_exponent, part, Place(*where, own)))
         for decay, entries in calls.items():
             momenta, exponents, gradients, places = zip(*entries, strict=True)
@@ -333,6 +334,17 @@ class TritOptimizer(torch.optim.Optimizer):
             registers, rows, groups, gradients, keys = zip(*entries, strict=True)
             when = self._phase(phase)
             self._taken.append(ops.accumulate_nibble_many(registers, rows, groups, gradients, decay, keys, when))
+
+    def _learns_scale(self, layer: TritModule) -> bool:
+        return layer.learns_scale and self._settings_of(layer.register)["scale_rate"] > 0
+
+    def _scale_grads(self, layers: Sequence[TritModule], grads: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Gradients of the scales of each layer (see `scale_grads`), nothing where they do not learn."""
+        learn = [number for number, layer in enumerate(layers) if self._learns_scale(layer)]
+        found: list[list[Tensor]] = [[] for _ in layers]
+        for number, own in zip(learn, scale_grads([layers[n] for n in learn], [grads[n] for n in learn]), strict=True):
+            found[number] = own
+        return found
 
     def _accumulate_rows(
         self,
@@ -407,11 +419,30 @@ class TritOptimizer(torch.optim.Optimizer):
     def _move_all(self, go: Tensor | None) -> dict[TritModule, Tensor]:
         """Move every layer whose turn it is; returns the flips of each."""
         flips: dict[TritModule, Tensor] = {}
-        for index, group in enumerate(self.param_groups):
-            rate = self._live.rates[index] if self._live is not None and self._records else group["lr"]
-            for batch in self._batches(group):
-                flips |= self._move(batch, group, rate * group["interval"], go)
+        lots = [(index, lot) for index, group in enumerate(self.param_groups) for lot in self._batches(group)]
+        places = [self._place(layer, _MOVE) for index, lot in lots if not self._is_compact(index) for layer in lot]
+        keys, scales = self._keys(places) if places else [], ScaleMoves()
+        for index, lot in lots:
+            if self._is_compact(index):
+                flips |= self._move(index, lot, scales, [], go)
+            else:
+                flips |= self._move(index, lot, scales, keys[: len(lot)], go)
+                keys = keys[len(lot) :]
+        if scales.groups:
+            if self._live is not None and self._records:
+                groups = gpu.upload([scales.groups], self._live.device)[0]
+                octaves = self._live.rates[:, 1].index_select(0, groups)
+            else:
+                octaves = [_reach(self.param_groups[index])[1] for index in scales.groups]
+            scales.make(octaves, self._keys(scales.places), go)
         return flips
+
+    def _is_compact(self, index: int) -> bool:
+        return self.param_groups[index]["compact"]
+
+    def _place(self, layer: TritModule, stream: int) -> Place:
+        group = self._settings_of(layer.register)
+        return Place(group["seed"], group["step"], self._number[layer.register], stream)
 
     def _batches(self, group: dict[str, Any]) -> Iterator[list[TritModule]]:
         """The layers of a group that move at this step, in lots that move in one call."""
@@ -431,10 +462,16 @@ class TritOptimizer(torch.optim.Optimizer):
             yield batch
 
     def _move(
-        self, layers: list[TritModule], group: dict[str, Any], rate: float | Tensor, go: Tensor | None
+        self,
+        index: int,
+        layers: list[TritModule],
+        scales: ScaleMoves,
+        keys: Sequence[Key] | Tensor,
+        go: Tensor | None,
     ) -> dict[TritModule, Tensor]:
-        """Move the registers and the scales of layers that are all dense, or of one sparse layer; returns the flips."""
-        step, registers = group["step"], [layer.register for layer in layers]
+        """Move the registers of layers of a group that are all dense, or of one sparse layer; their scales go into
+        `scales`. keys: one for each, unless the group is compact. Returns the flips."""
+        group, registers = self.param_groups[index], [layer.register for layer in layers]
         states = [self._state_of(layer, scales=False) for layer in layers]
         exponents, rows = [s["row_exponent"] for s in states], None
         levels = [s["row_level"] for s in states] if group["row_memory"] else []
@@ -452,49 +489,33 @@ class TritOptimizer(torch.optim.Optimizer):
             levels = [level[rows] for level in levels]
         blocks, how = [layer.blocks for layer in layers], (group["direction"], group["steps"])
         directions = ops.direction_many(momenta, exponents, *how, blocks, levels, group["row_memory"], go)
+        if self._live is not None and self._records:
+            rates: Sequence[float] | Tensor = self._live.rates[index, 0].expand(len(layers))
+        else:
+            rates = [_reach(group)[0]] * len(layers)
         if group["compact"]:
-            phase = self._phase(step) // group["interval"]
+            phase = self._phase(group["step"]) // group["interval"]
             keys = [make_key(group["seed"], _NO_STEP, self._number[layer.register], _MOVE) for layer in layers]
-            rates = rate.expand(len(layers)) if isinstance(rate, Tensor) else [rate] * len(layers)
             flips = ops.move_nibbles_many(registers, directions, rates, keys, phase, go)
         else:
-            keys = self._keys([Place(group["seed"], step, self._number[layer.register], _MOVE) for layer in layers])
-            far = rate * LEAD
-            rates = far.expand(len(layers)) if isinstance(far, Tensor) else [far] * len(layers)
             flips = ops.move_registers_many(registers, directions, rates, keys, go=go)
         if rows is not None:
             layers[0].register[rows] = registers[0]
             for state, level in zip(states, levels, strict=False):
                 state["row_level"][rows] = level
-        if group["scale_rate"] > 0 and layers[0].learns_scale:  # a group has one role, and vectors have their own
-            # Scales follow the schedule of the rate; at a rate of 0 they stay.
-            initial = group.get("initial_lr", group["lr"])
-            octaves = group["scale_rate"] * rate / initial if initial else 0.0
-            self._move_scales(layers, group["seed"], step, octaves, rows, go)
+        for layer in layers:
+            if self._learns_scale(layer):
+                places = [self._place(layer, stream) for stream in (_MOVE_SCALE, _MOVE_COLUMN)]
+                scales.add(layer, self.state[layer.register], index, places, rows)
         return dict(zip(layers, flips, strict=True))
 
-    def _move_scales(
-        self,
-        layers: list[TritModule],
-        seed: int,
-        step: int,
-        octaves: float | Tensor,
-        rows: Tensor | None,
-        go: Tensor | None,
-    ) -> None:
-        """The same for the scales of these layers. rows: those of a sparse layer that move; columns always do."""
-        sets, places = [], []
-        for layer in layers:
-            own = scale_sets(layer, self.state[layer.register])
-            sets += own
-            streams = (_MOVE_SCALE, _MOVE_COLUMN)[: len(own)]
-            places += [Place(seed, step, self._number[layer.register], stream) for stream in streams]
-        still = None
-        if rows is not None:
-            parts = [torch.zeros(one.exponent.numel(), dtype=torch.bool, device=rows.device) for one in sets]
-            parts[0] = parts[0].view(layers[0].exponent.shape).fill_(True).index_fill_(0, rows, False).view(-1)
-            still = torch.cat(parts)
-        move_scales(sets, octaves, self._keys(places), still=still, go=go)
+
+def _reach(group: dict[str, Any]) -> tuple[float, float]:
+    """How far a direction of 1 moves the registers of a group at a step, as its operation takes it, and its scales, in
+    octaves: these follow the schedule of the rate, and at a rate of 0 they stay."""
+    rate, initial = group["lr"] * group["interval"], group.get("initial_lr", group["lr"])
+    octaves = group["scale_rate"] * rate / initial if initial else 0.0
+    return rate if group["compact"] else rate * LEAD, octaves
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What a run computes with: the device, the type of activations, compiled or not, and batches on their way there."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from tritwise.errors import UserError
 from tritwise.models import Arb, ByteLM
 from tritwise.nn import trit_modules
 from tritwise.ops import gpu
+from tritwise.optim import TritOptimizer
 from tritwise.train.config import Config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -69,6 +71,19 @@ def speed_of(compile: str, model: ByteLM | Arb, accum: int = 1) -> Speed:
     floats = sum(p.numel() for p in model.parameters() if p.requires_grad)
     small = 4 * (numbers + floats) <= SMALL * torch.cuda.get_device_properties(device).total_memory
     return Speed(compile != "graph", graph=small and (accum == 1 or not floats))
+
+
+RECORDED = 1 << 29
+"""Weights at most whose moves are recorded: from Python their launches take longer than they run, up to here."""
+
+
+def record_moves(optimizers: Iterable[torch.optim.Optimizer], compiled: bool) -> None:
+    """Let ternary optimizers record their moves where the steps that they take are compiled and their weights are not
+    too many. Where whole steps are recorded, or away from a GPU, it makes no difference."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, TritOptimizer):
+            weights = sum(layer.register.numel() for layer in optimizer.layers)
+            optimizer.records_moves = compiled and weights <= RECORDED
 
 
 def batch_on(device: torch.device, sampler: Sampler, step: int, micro: int = 0) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from tritwise.train.average import Average
 from tritwise.train.config import Config
 from tritwise.train.course import Course
 from tritwise.train.crew import Crew
-from tritwise.train.device import Pace, Speed, build_model, device_called, speed_of, wait_for
+from tritwise.train.device import Pace, Speed, build_model, device_called, record_moves, speed_of, wait_for
 from tritwise.train.finish import raw_of, size_now, told_sizes
 from tritwise.train.memory import activation_bytes, memory_by_role
 from tritwise.train.meter import Meter
@@ -123,6 +123,7 @@ def _train(
         varied = task.shapes == "few" and settings.compile != "false"
         speed = speed_of("graph" if varied else settings.compile, model, len(micros))
     task.even = speed.graph
+    record_moves(optimizers, any(speed))
     stepper = Stepper(
         model,
         optimizers,

@@ -215,12 +215,12 @@ class _Recording:
         self._floats = [p for p in model.parameters() if p.requires_grad]
         self._loss_of = loss
         self._batch = [part.clone() if isinstance(part, Tensor) else part for part in batch]
-        self._shelf = gpu.Shelf()
+        device = next(model.parameters()).device
+        self._shelf = gpu.Shelf(device)
         self.port_grads: dict[TritModule, Tensor] = {}
         consumers = [layer.consumer for layer in self._layers]
         for layer in self._layers:
             layer.consumer = None  # the gradient stays in the port
-        device = next(model.parameters()).device
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with ExitStack() as stack:
@@ -236,6 +236,7 @@ class _Recording:
             stack.enter_context(self._shelf)
             with torch.cuda.graph(self._graph, stream=side):
                 self._loss = self._run()
+        self._shelf.fill()
         for layer, consumer in zip(self._layers, consumers, strict=True):
             layer.consumer = consumer
         self._float_grads = [(p, p.grad) for p in self._floats]

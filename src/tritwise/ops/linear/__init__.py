@@ -8,6 +8,7 @@ matmul reads is decoded for that matmul and let go; no float copy of a weight is
 frozen layers) the weight gradient is not computed.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,26 @@ def _column_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group:
     return choose("linear", weight_grad.device).column_grad(weight_grad, register, exponent, group)
 
 
+def _scale_grads(
+    grads: list[Tensor], registers: list[Tensor], exponents: list[Tensor], groups: list[int]
+) -> list[Tensor]:
+    return _each("scale_grad", grads, registers, exponents, groups)
+
+
+def _column_grads(
+    grads: list[Tensor], registers: list[Tensor], exponents: list[Tensor], groups: list[int]
+) -> list[Tensor]:
+    return _each("column_grad", grads, registers, exponents, groups)
+
+
+def _each(name: str, grads: list[Tensor], *others: list[Any]) -> list[Tensor]:
+    """By the backend's function for many, `name` in the plural, or its function for one."""
+    module = choose("linear", grads[0].device)
+    if hasattr(module, f"{name}s"):
+        return getattr(module, f"{name}s")(grads, *others)
+    return [getattr(module, name)(*one) for one in zip(grads, *others, strict=True)]
+
+
 _linear = define(
     "linear(Tensor x, Tensor register, Tensor exponent, int group, Tensor? port) -> Tensor",
     _forward,
@@ -67,6 +88,17 @@ _linear_column_grad = define(
     "linear_column_grad(Tensor weight_grad, Tensor register, Tensor exponent, int group) -> Tensor",
     _column_grad,
     lambda weight_grad, register, exponent, group: weight_grad.new_empty(register.shape[1]),
+)
+
+_linear_scale_grads = define(
+    "linear_scale_grads(Tensor[] weight_grads, Tensor[] registers, Tensor[] exponents, int[] groups) -> Tensor[]",
+    _scale_grads,
+    lambda grads, registers, exponents, groups: [g.new_empty(e.shape) for g, e in zip(grads, exponents, strict=True)],
+)
+_linear_column_grads = define(
+    "linear_column_grads(Tensor[] weight_grads, Tensor[] registers, Tensor[] exponents, int[] groups) -> Tensor[]",
+    _column_grads,
+    lambda grads, registers, exponents, groups: [grad.new_empty(grad.shape[1]) for grad in grads],
 )
 
 
@@ -102,3 +134,17 @@ def linear_scale_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, g
 def linear_column_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int = 256) -> Tensor:
     """The same for a scale of each column, of which W's own are apart: the sum of dL/dW * W over it, float32 [I]."""
     return _linear_column_grad(weight_grad, register, exponent, group)
+
+
+def linear_scale_grads(
+    weight_grads: Sequence[Tensor], registers: Sequence[Tensor], exponents: Sequence[Tensor], groups: Sequence[int]
+) -> list[Tensor]:
+    """`linear_scale_grad` of each of several matrices on one device (at least one), with the same bits."""
+    return _linear_scale_grads(list(weight_grads), list(registers), list(exponents), list(groups))
+
+
+def linear_column_grads(
+    weight_grads: Sequence[Tensor], registers: Sequence[Tensor], exponents: Sequence[Tensor], groups: Sequence[int]
+) -> list[Tensor]:
+    """`linear_column_grad` of each of several matrices on one device (at least one), with the same bits."""
+    return _linear_column_grads(list(weight_grads), list(registers), list(exponents), list(groups))

@@ -1,5 +1,11 @@
 """The ternary linear on a GPU: a kernel decodes the weight in one pass, and torch's matrix library multiplies."""
 
+import functools
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,6 +16,11 @@ from tritwise.registers import scale_table
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 64  # rows and columns that one program turns
 STRIP = 128  # rows that one program sums up for the gradients of columns
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    return importlib.import_module("tritwise.ops.linear.kernels")
 
 
 def decode(register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype) -> Tensor:
@@ -39,48 +50,99 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
 
 def scale_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
     """Sum of dL/dW * W over each group, float32 [O, G]."""
-    served = weight_grad.dtype is torch.float32 and weight_grad.shape == register.shape
-    if not served or not gpu.is_served(register, exponent, group):
-        return reference.scale_grad(weight_grad, register, exponent, group)
-    g, r, e = weight_grad.contiguous(), register.contiguous(), exponent.contiguous()
-    rows, columns = r.shape
-    groups = e.shape[1]
-    out_OG = torch.empty(rows, groups, dtype=torch.float32, device=r.device)
-    span = min(group, columns)
-    block = min(gpu.power_of_two_above(span), 1024)
-    block_rows = max(1, 2048 // block)
-    gpu.launch(
-        gpu.kernels().scale_grad,
-        -(-rows // block_rows) * groups,
-        r.device,
-        *(g, r, e, scale_table(r.device), out_OG, rows, columns, groups, group),
-        SPAN=span,
-        BLOCK_R=block_rows,
-        BLOCK_C=block,
-    )
-    return out_OG
+    return scale_grads([weight_grad], [register], [exponent], [group])[0]
 
 
 def column_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
     """Sum of dL/dW * W over each column, float32 [I]."""
+    return column_grads([weight_grad], [register], [exponent], [group])[0]
+
+
+def scale_grads(
+    weight_grads: Sequence[Tensor], registers: Sequence[Tensor], exponents: Sequence[Tensor], groups: Sequence[int]
+) -> list[Tensor]:
+    """`scale_grad` of each of several matrices: one launch for all whose groups are of one width."""
+    out: list[Tensor] = []
+    lots: dict[tuple[int, int], list[_Matrix]] = {}
+    for g, r, e, group in zip(weight_grads, registers, exponents, groups, strict=True):
+        if not _sums(g, r, e, group):
+            out.append(reference.scale_grad(g, r, e, group))
+            continue
+        out.append(torch.empty(e.shape, dtype=torch.float32, device=r.device))
+        span = min(group, r.shape[1])
+        block = min(gpu.power_of_two_above(span), 1024)
+        down = max(1, 2048 // block)
+        matrix = _Matrix(
+            g.contiguous(), r.contiguous(), e.contiguous(), out[-1], group, -(-len(r) // down) * e.shape[1]
+        )
+        lots.setdefault((span, block), []).append(matrix)
+    for (span, block), lot in lots.items():
+        constants = {"SPAN": span, "BLOCK_R": max(1, 2048 // block), "BLOCK_C": block}
+        _launch(_kernels().scale_grad, _kernels().scale_grads, lot, constants)
+    return out
+
+
+def column_grads(
+    weight_grads: Sequence[Tensor], registers: Sequence[Tensor], exponents: Sequence[Tensor], groups: Sequence[int]
+) -> list[Tensor]:
+    """`column_grad` of each of several matrices: one launch for the strips of all that are wide enough."""
+    parts: list[Tensor] = []
+    lots: dict[int, list[_Matrix]] = {}
+    for g, r, e, group in zip(weight_grads, registers, exponents, groups, strict=True):
+        if not _sums(g, r, e, group):
+            parts.append(reference.column_grad(g, r, e, group)[None])
+            continue
+        rows, columns = r.shape
+        strips, block = -(-rows // STRIP), min(gpu.power_of_two_above(columns), 128)
+        parts.append(torch.empty(strips, columns, dtype=torch.float32, device=r.device))
+        programs = -(-columns // block) * strips
+        matrix = _Matrix(g.contiguous(), r.contiguous(), e.contiguous(), parts[-1], group, programs)
+        lots.setdefault(block, []).append(matrix)
+    for block, lot in lots.items():
+        constants = {"STRIP": STRIP, "BLOCK_R": 16, "BLOCK_C": block}
+        _launch(_kernels().column_grad, _kernels().column_grads, lot, constants)
+    return [part_SI.sum(dim=0) for part_SI in parts]
+
+
+class _Matrix(NamedTuple):
+    """What a kernel sums up, all contiguous, where to, and by how many programs."""
+
+    weight_grad: Tensor
+    register: Tensor
+    exponent: Tensor
+    out: Tensor
+    group: int
+    programs: int
+
+    def sizes(self) -> tuple[int, ...]:
+        """Rows, columns, groups and the width of a group."""
+        return (*self.register.shape, self.exponent.shape[1], self.group)
+
+    def aligned(self) -> bool:
+        """Whether addresses and widths are such that loads can be wide."""
+        places = [tensor.data_ptr() for tensor in self[:4]]
+        return not any(number % 16 for number in (*places, self.register.shape[1], self.group))
+
+
+def _sums(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> bool:
     served = weight_grad.dtype is torch.float32 and weight_grad.shape == register.shape
-    if not served or not gpu.is_served(register, exponent, group):
-        return reference.column_grad(weight_grad, register, exponent, group)
-    g, r, e = weight_grad.contiguous(), register.contiguous(), exponent.contiguous()
-    rows, columns = r.shape
-    strips = -(-rows // STRIP)
-    part_SI = torch.empty(strips, columns, dtype=torch.float32, device=r.device)
-    block = min(gpu.power_of_two_above(columns), 128)
-    gpu.launch(
-        gpu.kernels().column_grad,
-        -(-columns // block) * strips,
-        r.device,
-        *(g, r, e, scale_table(r.device), part_SI, rows, columns, e.shape[1], group),
-        STRIP=STRIP,
-        BLOCK_R=16,
-        BLOCK_C=block,
-    )
-    return part_SI.sum(dim=0)
+    return served and weight_grad.device == register.device and gpu.is_served(register, exponent, group)
+
+
+def _launch(of_one: Any, of_many: Any, lot: Sequence[_Matrix], constants: dict[str, int]) -> None:
+    """One launch for all aligned matrices of a lot, and one for each other."""
+    together = [matrix for matrix in lot if matrix.aligned()]
+    scales = scale_table(lot[0].register.device)
+    for matrix in lot:
+        if len(together) < 2 or not matrix.aligned():
+            gpu.launch(of_one, matrix.programs, scales.device, *matrix[:4], *matrix.sizes(), scales, **constants)
+    if len(together) > 1:
+        lines, programs = [], 0
+        for matrix in together:
+            lines.append([programs, *(tensor.data_ptr() for tensor in matrix[:4]), *matrix.sizes(), 0])
+            programs += matrix.programs
+        table, many = gpu.upload(lines, scales.device), max(gpu.power_of_two_above(len(lines)), 16)
+        gpu.launch(of_many, programs, scales.device, table, scales, len(lines), TENSORS=many, **constants)
 
 
 def trits_float8(register: Tensor, turned: bool) -> Tensor:
@@ -90,7 +152,7 @@ def trits_float8(register: Tensor, turned: bool) -> Tensor:
     rows, columns = register.shape
     out = torch.empty((columns, rows) if turned else (rows, columns), dtype=reference.FLOAT8, device=register.device)
     gpu.launch(
-        gpu.kernels().trits_float8,
+        _kernels().trits_float8,
         -(-rows // TILE) * -(-columns // TILE),
         register.device,
         *(register.contiguous(), out.view(torch.uint8), rows, columns),

@@ -52,7 +52,7 @@ def accumulate_momentum_many(
         aligned = aligned and not (addresses[0] | addresses[2] | columns) % 16
     tensors = len(lines)
     table = gpu.upload(lines, device)
-    gpu.put_keys(table, live_keys)
+    gpu.fill(table, live_keys)
     zeros = torch.zeros(all_rows + tensors, dtype=torch.int32, device=device)
     peak_R, refused_T = zeros[:all_rows], zeros[all_rows:]
     old_R = torch.empty(all_rows, dtype=torch.int32, device=device)

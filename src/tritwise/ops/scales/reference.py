@@ -1,0 +1,38 @@
+"""The oracle of moving scales, in torch: all sets as one vector, for they are few."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tritwise.ops.direction.reference import unit_rms
+from tritwise.registers import Key, move_exponents, random_bits16_many
+
+
+def move_scales_many(
+    exponents: Sequence[Tensor],
+    evidences: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    octaves: Sequence[float],
+    keys: Sequence[Key],
+    still: Tensor | None,
+    go: Tensor | None,
+    live_octaves: Tensor | None = None,
+    live_keys: Tensor | None = None,
+) -> None:
+    """See `tritwise.ops.scales.move_scales_many`."""
+    device, counts = exponents[0].device, [exponent.numel() for exponent in exponents]
+    u_N = torch.cat([unit_rms(momentum.reshape(-1).to(torch.float32)) for momentum in momenta])
+    if still is not None:
+        u_N = u_N.masked_fill(still, 0.0)
+    if go is not None:
+        u_N = torch.where(go, u_N, 0.0)
+    octaves_T = torch.tensor(octaves, dtype=torch.float64, device=device) if live_octaves is None else live_octaves
+    octaves_N = torch.cat([one.expand(count) for one, count in zip(octaves_T.unbind(), counts, strict=True)])
+    exponent_N = torch.cat([exponent.reshape(-1) for exponent in exponents])
+    evidence_N = torch.cat([evidence.reshape(-1) for evidence in evidences])
+    bits_N = random_bits16_many(counts, keys if live_keys is None else live_keys, device)
+    moved = move_exponents(exponent_N, evidence_N, u_N, -octaves_N, bits_N)
+    for tensors, values in zip((exponents, evidences), moved, strict=True):
+        views = [part.view(tensor.shape) for tensor, part in zip(tensors, values.split(counts), strict=True)]
+        torch._foreach_copy_(list(tensors), views)  # pyright: ignore[reportPrivateImportUsage]
