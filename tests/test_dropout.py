@@ -11,6 +11,8 @@ from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import dropout, noise_of
 from tritwise.optim import TritOptimizer
 from tritwise.registers import make_key, random_words, words_at
+from tritwise.train import audit
+from tritwise.train.optimizers import float_optimizers
 from tritwise.train.stepper import Stepper
 
 TINY = ModelConfig(width=32, depth=2, ctx=16, dropout=0.3)
@@ -33,11 +35,31 @@ def trained(model: ByteLM, steps: int = 3, *, seed: int = 0, taken: int = 0, **h
     return registers(model)
 
 
-def test_words_anywhere_are_the_words_of_the_stream():
-    key = make_key(3, 1, 4, 1)
+def test_words_are_the_mix_of_the_stream():
+    first, second = (torch.tensor(part, dtype=torch.int32) for part in make_key(3, 1, 4, 1))
     index = torch.tensor([[0, 5], [99, 7]], dtype=torch.int32)
-    found = words_at(index, torch.tensor(key.first, dtype=torch.int32), torch.tensor(key.second, dtype=torch.int32))
-    assert torch.equal(found, random_words(100, key)[index])
+    found = words_at(index, first, second)
+    assert found.dtype == torch.int32 and found.unique().numel() == 4
+    # random_words mixes i * 0x9E3779B1 + first, which for i = 0 is 0 ^ first
+    assert found[0, 0] == random_words(1, make_key(3, 1, 4, 1))[0]
+    many = words_at(torch.arange(1 << 16, dtype=torch.int32), first, second)
+    assert many.unique().numel() > (1 << 16) - 8
+    for bit in range(32):
+        assert ((many >> bit) & 1).double().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_compiled_it_is_the_same():
+    x, noise = torch.randn(3, 40, 16), torch.tensor(noise_of(5, 6, 7))
+    compiled = torch.compile(lambda x, noise: dropout(x * 2, 0.3, noise, 4), dynamic=False)
+    assert torch.equal(compiled(x, noise), dropout(x * 2, 0.3, noise, 4))
+
+
+@pytest.mark.parametrize("weights", ["trit", "float"])
+def test_an_audit_knows_the_number(weights):
+    model = model_of(weights=weights)
+    optimizers = [TritOptimizer(model, 0.1)] if weights == "trit" else float_optimizers(model, "adamw", 0.001)
+    report = audit(model, optimizers)
+    assert bool(report["float_trainable"]) is (weights == "float")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

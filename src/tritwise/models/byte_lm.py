@@ -129,6 +129,7 @@ class ByteLM(nn.Module):
         if config.column_scales:
             add_column_scales(self)
         self.noise: Tensor | None
+        self.roles = {"noise": "table"}
         self.register_buffer("noise", torch.zeros((), dtype=torch.int64) if config.dropout else None, persistent=False)
 
     def forward(self, ids: Tensor, state: DecodeState | None = None, loops: int = 0) -> Tensor:

@@ -128,11 +128,12 @@ def _mixed(x: Tensor, first: int | Tensor, second: int | Tensor) -> Tensor:
 
 
 def words_at(index: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """`random_words` at any indices, int32 of any shape, under a key of two int32 0-d tensors; int32 of that shape.
+    """32 random bits for each index, int32 of any shape, under a key of two int32 0-d tensors; int32 of that shape.
 
-    Nothing is written in place and nothing kept, so it may stand in a function that is compiled or recorded.
+    The mix of `random_words` of index ^ first. Nothing is written in place and nothing kept, so it may stand in a
+    function that is compiled or recorded; a compiler that knows the indices cannot draw a product of them out of range.
     """
-    x = index * _signed32(0x9E3779B1) + first
+    x = index ^ first
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x21F0AAAD
     x = (x ^ ((x >> 15) & 0x1FFFF) ^ second) * _signed32(0xD35A2D97)
     return x ^ ((x >> 15) & 0x1FFFF)
