@@ -199,11 +199,11 @@ def run_item(name: str, work: Path, seconds: float, size: str, tiny: bool, gone:
     settings, began = settings_of(name, size, tiny), time.perf_counter()
     if gone:
         settings |= {"compile": "false"} | ({"interval": 4} if "direction" in settings else {})
-    if tiny:
-        settings |= {"steps": 60}
-    elif seconds:
+    if seconds:
         left = ITEMS[name][0] * seconds / 500 - gone - BEFORE - AFTER
-        settings |= {"seconds": max(5.0, left), "steps": MOST}
+        settings |= {"seconds": 2.0 if tiny else max(5.0, left), "steps": MOST}
+    elif tiny:
+        settings |= {"steps": 60}
     run = work / "runs" / name
     shutil.rmtree(run, ignore_errors=True)
     try:
