@@ -9,10 +9,10 @@ spoken digits, 20,000 pictures of Fashion-MNIST, and the first 20 MB of a text f
 process of its own; WORKERS of them run side by side on each GPU (one on a CPU), the first ones first. An item takes the
 steps that it is given, or as many as its share of the seconds allows; then its rate falls by the clock.
 
-FOLDER gets study.json, a row for each item, layers.json, the rows of layers_study.py, a grid of pictures of each first
-item that draws, and the artifact of the first captions: six files, the first two written anew whenever there is more to
-tell. Runs, logs and copies are in the folder --work (FOLDER/work); what is in either file is not done again, so the
-same command goes on. An item that no longer fits into the seconds is not begun.
+FOLDER gets study.json, a row for each item, layers.json, the rows of layers_study.py, both written anew whenever there
+is more to tell, a grid of pictures of each first item that draws, and the artifacts of the first captions: at most
+eight files. Runs, logs and copies are in the folder --work (FOLDER/work); what is in either file is not done again, so
+the same command goes on. An item that no longer fits into the seconds is not begun.
 """
 
 import argparse
@@ -81,6 +81,7 @@ def items_of() -> dict[str, tuple[float, Settings]]:
         ("drawn_trit", 130, {**DRAWN, **TRIT, "rate": 0.03}),
         ("emoji_trit", 120, {**EMOJI, **TRIT, "rate": 0.03}),
         ("drawn_float", 130, {**DRAWN, **FLOAT}),
+        ("emoji_trit_noisy", 120, {**EMOJI, **TRIT, "rate": 0.03, "noise": 0.3, "hide": 0.2}),
         ("emoji_float", 90, {**EMOJI, **FLOAT}),
         ("prompts_trit", 170, {**PROMPTS, **TRIT, "rate": 0.03, "interval": 4}),
         ("prompts_float", 130, {**PROMPTS, **FLOAT}),
@@ -96,10 +97,10 @@ def items_of() -> dict[str, tuple[float, Settings]]:
 
 
 ITEMS = items_of()
-LAYERS = {"layers_lstm": 100, "layers_moe": 200, "layers_graph": 120}
+LAYERS = {"layers_lstm": 90, "layers_moe": 180, "layers_graph": 120}
 """Parts of layers_study.py and their seconds of 500, each in a file of its own in the folder --work."""
 FIRST = [name for name in ITEMS if name.endswith("seed0")]
-WANTED = [*FIRST[:3], *LAYERS, *FIRST[3:], *(name for name in ITEMS if name not in FIRST)]
+WANTED = [*FIRST[:4], *LAYERS, *FIRST[4:], *(name for name in ITEMS if name not in FIRST)]
 
 
 def pack(features: list[Path], pictures: Path, text: Path | None) -> None:
@@ -308,7 +309,7 @@ def run_all(names: list[str], out: Path, work: Path, seconds: float, others: lis
                 *others,
             ]
             if name in LAYERS:
-                command = layers.command(name, gpu >= 0, tiny)
+                command = layers.command(name, gpu >= 0, share, tiny)
             places = {"CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": "4"} if gpu >= 0 else {}
             log = (make_folder(work / "runs") / f"{name}.log").open("wb")
             running[name] = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | places), gpu
@@ -329,7 +330,7 @@ def run_all(names: list[str], out: Path, work: Path, seconds: float, others: lis
                         keep(file, rows)
                     for grid in sorted((run / "pictures").glob("diffusion_*.npy"))[-1:] if name in FIRST else ():
                         shutil.copyfile(grid, out / f"{name}.npy")
-                    if name == "emoji_trit_seed0":
+                    if name in FIRST and name.startswith("emoji_trit"):
                         shutil.copyfile(run / "model.tritwise", out / f"{name}.tritwise")
                     print(
                         f"{time.perf_counter() - began:6.1f} s  {name}: {row['steps']} steps, {row['val']}", flush=True
@@ -349,11 +350,11 @@ class LayerRows:
     def __init__(self, out: Path, work: Path) -> None:
         self.out, self.work, self.told = out / "layers.json", work, 0
 
-    def command(self, name: str, gpu: bool, tiny: bool) -> list[str]:
-        """How to run a part."""
+    def command(self, name: str, gpu: bool, seconds: float, tiny: bool) -> list[str]:
+        """How to run a part that begins no row once three quarters of `seconds` are over (0: there is no hurry)."""
         script, texts = Path(__file__).with_name("layers_study.py"), list(CARRY.glob("*.xz"))
         size = ["--device", "cuda", "--size", "gpu"] if gpu else []
-        words = [name.removeprefix("layers_"), "--out", self.work / f"{name}.json", *size]
+        words = [name.removeprefix("layers_"), "--out", self.work / f"{name}.json", "--seconds", 0.75 * seconds, *size]
         words += [*(["--text", texts[0]] if texts else []), *(["--quick"] if tiny else [])]
         return [sys.executable, *map(str, [script, *words])]
 

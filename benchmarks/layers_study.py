@@ -329,16 +329,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=list(SIZES), default="cpu")
     parser.add_argument("--fashion", type=Path, default=Path("../shared/data/fashion-mnist"))
     parser.add_argument("--text", type=Path)
+    parser.add_argument("--seconds", type=float, default=0.0, help="no row is begun after so many; 0: no limit")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
     found: Row = {"rows": []}
+    began = time.perf_counter()
     if options.out and options.out.exists():
         found = read_json(options.out)
     known = {(row["study"], row["item"], row["size"]) for row in found["rows"]}
     for name in STUDIES if options.study == "all" else [options.study]:
         for item, run in STUDIES[name](options):
-            if (name, item, options.size) in known:
+            late = options.seconds and time.perf_counter() - began > options.seconds
+            if (name, item, options.size) in known or late:
                 continue
             about = surroundings(torch.device(options.device))
             where = {key: about[key] for key in ("device", "cpu", "threads", "torch", "git_commit")}

@@ -31,7 +31,7 @@ def test_every_item_is_a_config_of_both_sizes(study):
             config = study.config_of(study.settings_of(name, size, False), Path("data"))
             assert (config.model.weights == "float") == ("float" in name)
             assert config.train.seed == int(name[-1]) and config.train.steps >= 200
-    wanted = [*study.FIRST[:4], *study.LAYERS]
+    wanted = [*study.FIRST[:5], *study.LAYERS]
     shares = [study.LAYERS[name] if name in study.LAYERS else study.ITEMS[name][0] for name in wanted]
     assert sum(shares) <= 500 * study.WORKERS  # the most wanted, on one GPU
 
