@@ -1,27 +1,29 @@
 """Captions, transcripts, drawn pictures and a mixture, ternary beside float, from frozen features packed beforehand.
 
-    python benchmarks/arb_study.py --pack FEATURES.json … --pictures DATA/fashion-mnist   # fills .carry/, below 64 MiB
+    python benchmarks/arb_study.py --pack FEATURES.json … --pictures DATA/fashion-mnist [--text DATA/enwik8.gz]
     python benchmarks/arb_study.py --out FOLDER [--work FOLDER] [--seconds 500] [--only NAME,…] [--size gpu|cpu]
     python benchmarks/arb_study.py --collect RUN… --out FOLDER      # rows of runs that were made by hand
 
-`--pack` writes features as int8 in steps of a twelfth of their channel's deviation, a part of the spoken digits, and
-20,000 pictures of Fashion-MNIST. Every item is a process of its own; WORKERS of them run side by side on each GPU (one
-on a CPU), the first ones first. An item takes the steps that it is given, or as many as its share of the seconds allows
-by the pace of its first ones. What has come of them is one file, FOLDER/study.json, written anew whenever an item ends,
-beside a grid of pictures of each first item that draws, and a file of rows of each part of layers_study.py. Runs, logs
-and a copy of the file are in the folder --work (FOLDER/work); what is in either file is not done again, so the same
-command goes on. An item that no longer fits into the seconds is not begun.
+`--pack` fills .carry/, below 64 MiB: features as int8 in steps of a twelfth of their channel's deviation, a part of the
+spoken digits, 20,000 pictures of Fashion-MNIST, and the first 20 MB of a text for the study of layers. Every item is a
+process of its own; WORKERS of them run side by side on each GPU (one on a CPU), the first ones first. An item takes the
+steps that it is given, or as many as its share of the seconds allows; then its rate falls by the clock.
+
+FOLDER gets study.json, a row for each item, layers.json, the rows of layers_study.py, both written anew whenever there
+is more to tell, a grid of pictures of each first item that draws, and the artifacts of the first captions: at most
+eight files. Runs, logs and copies are in the folder --work (FOLDER/work); what is in either file is not done again, so
+the same command goes on. An item that no longer fits into the seconds is not begun.
 """
 
 import argparse
 import dataclasses
 import gzip
+import lzma
 import os
 import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from tritwise.data import open_bytes
 from tritwise.data.collections import Example
 from tritwise.encoders import Features
 from tritwise.errors import UserError
@@ -36,13 +39,13 @@ from tritwise.files import make_folder, read_json, read_json_lines, write_json
 from tritwise.models import ModelConfig, PartsConfig
 from tritwise.train import Config, TrainConfig, train
 from tritwise.train.media_config import MediaConfig
-from tritwise.train.progress import Quiet
 
 CARRY = Path(".carry")
-WORKERS = 3  # on one GPU: small models keep it waiting for Python, more of them for one another
-PICTURES, DIGITS = 20_000, 4
+WORKERS = 2  # on one GPU: small models keep it waiting for Python, more of them for one another
+PICTURES, DIGITS, TEXT = 20_000, 4, 20_000_000
 LATE = 45  # seconds after which what still runs is ended
-PACE = 60  # steps that tell the pace
+BEFORE, AFTER = 20, 20  # seconds of an item before its first step, and for what is told and judged after the last one
+MOST = 1_000_000  # steps of an item that ends by the clock
 LINES = 60  # of the course of losses that a row keeps
 Settings = dict[str, Any]
 
@@ -75,12 +78,13 @@ CPU: dict[str, Settings] = {
 def items_of() -> dict[str, tuple[float, Settings]]:
     """name -> (seconds of 500 that one of WORKERS processes may take, settings), the most wanted first."""
     seeded: list[tuple[str, float, Settings]] = [
-        ("drawn_trit", 190, {**DRAWN, **TRIT}),
-        ("prompts_trit", 170, {**PROMPTS, **TRIT, "rate": 0.03, "interval": 4}),
+        ("drawn_trit", 130, {**DRAWN, **TRIT, "rate": 0.03}),
         ("emoji_trit", 120, {**EMOJI, **TRIT, "rate": 0.03}),
-        ("drawn_float", 150, {**DRAWN, **FLOAT}),
+        ("drawn_float", 130, {**DRAWN, **FLOAT}),
+        ("emoji_trit_noisy", 120, {**EMOJI, **TRIT, "rate": 0.03, "noise": 0.3, "hide": 0.2}),
+        ("emoji_float", 90, {**EMOJI, **FLOAT}),
+        ("prompts_trit", 170, {**PROMPTS, **TRIT, "rate": 0.03, "interval": 4}),
         ("prompts_float", 130, {**PROMPTS, **FLOAT}),
-        ("emoji_float", 100, {**EMOJI, **FLOAT}),
         ("mixture", 110, {**MIXED, "task": "mixture", "mixture": "text=1,vision=1,audio=1"}),
         ("alone_text", 50, {**ALONE, "task": "text"}),
         ("alone_vision", 50, {**ALONE, "task": "vision"}),
@@ -93,12 +97,13 @@ def items_of() -> dict[str, tuple[float, Settings]]:
 
 
 ITEMS = items_of()
-LAYERS = {"layers_lstm": 140, "layers_graph": 170, "layers_moe": 260}
-"""Parts of layers_study.py and their seconds of 500: after the first seed of ITEMS, each in a file of its own."""
+LAYERS = {"layers_lstm": 90, "layers_moe": 180, "layers_graph": 120}
+"""Parts of layers_study.py and their seconds of 500, each in a file of its own in the folder --work."""
 FIRST = [name for name in ITEMS if name.endswith("seed0")]
+WANTED = [*FIRST[:4], *LAYERS, *FIRST[4:], *(name for name in ITEMS if name not in FIRST)]
 
 
-def pack(features: list[Path], pictures: Path) -> None:
+def pack(features: list[Path], pictures: Path, text: Path | None) -> None:
     """Fill .carry/ with what the items read."""
     make_folder(CARRY)
     for path in features:
@@ -124,6 +129,10 @@ def pack(features: list[Path], pictures: Path) -> None:
             each, count = (len(raw) - head) // total, min(count, total)
             kept_bytes = raw[:4] + struct.pack(">I", count) + raw[8:head] + raw[head : head + count * each]
             (target / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(kept_bytes, 9))
+    if text:
+        (CARRY / f"{text.name.split('.')[0]}.xz").write_bytes(
+            lzma.compress(open_bytes(text)[:TEXT].tobytes(), preset=6)
+        )
     size = sum(file.stat().st_size for file in CARRY.rglob("*") if file.is_file())
     print(f"{CARRY}: {size / 2**20:.1f} MiB")
 
@@ -155,17 +164,18 @@ def settings_of(name: str, size: str, tiny: bool) -> Settings:
     return settings
 
 
-def config_of(settings: Settings, data: Path, steps: int) -> Config:
-    """The config of an item that takes `steps` steps."""
-    given = dict(settings)
+def config_of(settings: Settings, data: Path) -> Config:
+    """The config of an item."""
+    given, steps = dict(settings), settings["steps"]
     for key in ("images", "sounds"):
         if key in given:
             given[key] = str(data / f"{given[key]}.json")
     if "pictures" in given:
         given["pictures"] = str(CARRY / given["pictures"])
     parts: dict[str, dict[str, Any]] = {}
-    given |= {"steps": steps, "save": False, "warmup": min(100, steps // 4), "sample_bytes": 0, "eval_bytes": 65536}
-    given |= {"log_interval": max(1, steps // LINES), "eval_interval": max(1, steps // 3)}
+    given |= {"save": False, "warmup": min(100, steps // 4), "sample_bytes": 0, "eval_bytes": 65536}
+    timed = "seconds" in given  # then evaluations would only take time from other items
+    given |= {"log_interval": 20 if timed else max(1, steps // LINES), "eval_interval": 0 if timed else steps // 3}
     for name, cls in CLASSES.items():
         fields = {field.name for field in dataclasses.fields(cls)}
         parts[name] = {key: given.pop(key) for key in list(given) if key in fields}
@@ -183,63 +193,47 @@ def config_of(settings: Settings, data: Path, steps: int) -> Config:
 CLASSES: dict[str, Any] = {"model": ModelConfig, "train": TrainConfig, "parts": PartsConfig, "media": MediaConfig}
 
 
-class Clock(Quiet):
-    """Remembers the pace of the log lines."""
+def run_item(name: str, work: Path, seconds: float, size: str, tiny: bool, gone: float) -> None:
+    """Train one item in at most its share of `seconds` (0: in its steps, however long they take), note its row.
 
-    def __init__(self) -> None:
-        self.paces: list[float] = []
-
-    def record(self, record: dict[str, Any]) -> None:
-        if record["kind"] == "train":
-            self.paces.append(record["step_seconds"])
-
-    @property
-    def seconds(self) -> float:
-        """Of a step: the median of the later half, as the first lines hold recordings and compilations."""
-        later = sorted(self.paces[len(self.paces) // 2 :])
-        return later[len(later) // 2]
-
-
-def pace_of(settings: Settings, data: Path) -> float:
-    """Seconds of a step."""
-    clock = Clock()
-    short = config_of({**settings, "judge_pictures": 0}, data, PACE)
-    quick = dataclasses.replace(short.train, log_interval=10, eval_interval=0)
-    with tempfile.TemporaryDirectory() as folder:
-        train(dataclasses.replace(short, train=quick), Path(folder) / "pace", display=clock)
-    return clock.seconds
-
-
-def run_item(name: str, work: Path, seconds: float, size: str, tiny: bool, eager: bool) -> None:
-    """Train one item in at most its share of `seconds` (0: in its steps, however long they take), note its row."""
+    gone: seconds that an attempt to record its steps took and failed; now they are eager. 0: there was none."""
     settings, began = settings_of(name, size, tiny), time.perf_counter()
-    if eager:
+    if gone:
         settings |= {"compile": "false"} | ({"interval": 4} if "direction" in settings else {})
-    steps, share = settings["steps"], ITEMS[name][0] * seconds / 500
-    if share:
-        try:
-            pace = pace_of(settings, work / "data")
-        except Exception as error:
-            if eager or not torch.cuda.is_available():
-                raise
-            # Recordings have many ways to fail; eager steps are only slower. A new process has forgotten the failure.
-            print(f"not recorded: {type(error).__name__}: {error}", flush=True)
-            os.execv(sys.executable, [sys.executable, *sys.argv, "--eager"])
-        after = 45 if settings.get("ctc") else 25  # seconds: its sounds, of many lengths, are told a few at a time
-        left = share - (time.perf_counter() - began) - after
-        steps = max(60, min(steps, int(0.8 * left / pace)))
-        print(f"{1000 * pace:.1f} ms a step, {steps} steps", flush=True)
-    if tiny:
-        steps = min(steps, 60)
+    if seconds:
+        left = ITEMS[name][0] * seconds / 500 - gone - BEFORE - AFTER
+        settings |= {"seconds": 2.0 if tiny else max(5.0, left), "steps": MOST}
+    elif tiny:
+        settings |= {"steps": 60}
     run = work / "runs" / name
     shutil.rmtree(run, ignore_errors=True)
-    train(config_of(settings, work / "data", steps), run)
+    try:
+        train(config_of(settings, work / "data"), run)
+    except Exception as error:
+        if gone or not torch.cuda.is_available():
+            raise
+        # Recordings have many ways to fail; eager steps are only slower. A new process has forgotten the failure.
+        print(f"not recorded: {type(error).__name__}: {error}", flush=True)
+        now = str(1 + time.perf_counter() - began)
+        os.execv(sys.executable, [sys.executable, *sys.argv, "--gone", now])
     write_json(run / "row.json", row_of(run))
 
 
 KEPT = {
     "model": ("width", "depth", "ctx", "weights", "column_scales"),
-    "train": ("steps", "batch", "accum", "seed", "optimizer", "rate", "direction", "decay", "interval", "scale_rate"),
+    "train": (
+        "steps",
+        "seconds",
+        "batch",
+        "accum",
+        "seed",
+        "optimizer",
+        "rate",
+        "direction",
+        "decay",
+        "interval",
+        "scale_rate",
+    ),
     "parts": ("vision_layer", "vision_grid", "audio_stride", "bridge_depth", "ctc", "draw_width", "draw_depth"),
     "media": ("task", "mixture", "noise", "hide", "draw_steps", "guidance"),
 }
@@ -286,6 +280,7 @@ def run_all(names: list[str], out: Path, work: Path, seconds: float, others: lis
     for name in ("emoji", "prompts", "digits"):
         unpack(name, make_folder(work / "data"))
     summary, copy = make_folder(out) / "study.json", work / "study.json"
+    layers = LayerRows(out, work)
     known = [row for file in (copy, summary) if file.exists() for row in read_json(file)["rows"]]
     rows = list({row["name"]: row for row in known}.values())
     keep(summary, rows)
@@ -314,17 +309,15 @@ def run_all(names: list[str], out: Path, work: Path, seconds: float, others: lis
                 *others,
             ]
             if name in LAYERS:
-                command = layers_command(name, out, gpu >= 0, tiny)
+                command = layers.command(name, gpu >= 0, share, tiny)
             places = {"CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": "4"} if gpu >= 0 else {}
             log = (make_folder(work / "runs") / f"{name}.log").open("wb")
             running[name] = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | places), gpu
+        layers.gather()
         for name, (process, gpu) in list(running.items()):
             if process.poll() is not None:
                 del running[name]
                 free.append(gpu)
-                if name in LAYERS:
-                    parts = [read_json(file)["rows"] for file in sorted(out.glob("layers_*.json"))]
-                    write_json(out / "layers.json", {"rows": [row for part in parts for row in part]})
                 if process.returncode and name not in late:
                     failed.append(name)
                     print(f"{time.perf_counter() - began:6.1f} s  {name} failed ({process.returncode})")
@@ -337,6 +330,8 @@ def run_all(names: list[str], out: Path, work: Path, seconds: float, others: lis
                         keep(file, rows)
                     for grid in sorted((run / "pictures").glob("diffusion_*.npy"))[-1:] if name in FIRST else ():
                         shutil.copyfile(grid, out / f"{name}.npy")
+                    if name in FIRST and name.startswith("emoji_trit"):
+                        shutil.copyfile(run / "model.tritwise", out / f"{name}.tritwise")
                     print(
                         f"{time.perf_counter() - began:6.1f} s  {name}: {row['steps']} steps, {row['val']}", flush=True
                     )
@@ -349,12 +344,28 @@ def run_all(names: list[str], out: Path, work: Path, seconds: float, others: lis
     return len(failed)
 
 
-def layers_command(name: str, out: Path, gpu: bool, tiny: bool) -> list[str]:
-    """How to run a part of the study of layers, whose rows go to a file of its own in `out` as they are made."""
-    script = Path(__file__).with_name("layers_study.py")
-    size = ["--device", "cuda", "--size", "gpu"] if gpu else []
-    words = [name.removeprefix("layers_"), "--out", out / f"{name}.json", *size, *(["--quick"] if tiny else [])]
-    return [sys.executable, *map(str, [script, *words])]
+class LayerRows:
+    """Rows of layers_study.py: a file for each part in `work`, and all of them in out/layers.json as they are made."""
+
+    def __init__(self, out: Path, work: Path) -> None:
+        self.out, self.work, self.told = out / "layers.json", work, 0
+
+    def command(self, name: str, gpu: bool, seconds: float, tiny: bool) -> list[str]:
+        """How to run a part that begins no row once three quarters of `seconds` are over (0: there is no hurry)."""
+        script, texts = Path(__file__).with_name("layers_study.py"), list(CARRY.glob("*.xz"))
+        size = ["--device", "cuda", "--size", "gpu"] if gpu else []
+        words = [name.removeprefix("layers_"), "--out", self.work / f"{name}.json", "--seconds", 0.75 * seconds, *size]
+        words += [*(["--text", texts[0]] if texts else []), *(["--quick"] if tiny else [])]
+        return [sys.executable, *map(str, [script, *words])]
+
+    def gather(self) -> None:
+        """Write the common file anew if there are more rows."""
+        rows = [
+            row for name in LAYERS if (file := self.work / f"{name}.json").exists() for row in read_json(file)["rows"]
+        ]
+        if len(rows) > self.told:
+            self.told = len(rows)
+            write_json(self.out, {"rows": rows})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -362,18 +373,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pack", nargs="*", type=Path, default=[])
     parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--collect", nargs="*", type=Path, default=[])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--seconds", type=float, default=500.0, help="0: as long as the steps take")
     parser.add_argument("--size", choices=("gpu", "cpu"), default="gpu")
-    parser.add_argument("--only", default=",".join([*FIRST, *LAYERS, *(name for name in ITEMS if name not in FIRST)]))
+    parser.add_argument("--only", default=",".join(WANTED))
     parser.add_argument("--item")
-    parser.add_argument("--eager", action="store_true", help="of an item: nothing is recorded")
+    parser.add_argument("--gone", type=float, default=0.0, help="of an item: seconds of an attempt that failed")
     parser.add_argument("--tiny", action="store_true", help="to try it out: nothing is learned")
     given = parser.parse_args(arguments)
     if given.pack:
-        pack(given.pack, given.pictures)
+        pack(given.pack, given.pictures, given.text)
         return 0
     if given.collect:
         summary = make_folder(given.out) / "study.json"
@@ -381,7 +393,7 @@ def main(arguments: list[str] | None = None) -> int:
         keep(summary, list((rows | {run.name: row_of(run) for run in given.collect}).values()))
         return 0
     if given.item:
-        run_item(given.item, given.work, given.seconds, given.size, given.tiny, given.eager)
+        run_item(given.item, given.work, given.seconds, given.size, given.tiny, given.gone)
         return 0
     unknown = set(given.only.split(",")) - {*ITEMS, *LAYERS}
     if unknown:

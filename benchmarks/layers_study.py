@@ -10,7 +10,8 @@
 
 Rows are appended to FILE as they are made, and those that it holds already are left out: an interrupted study goes on.
 --fashion: folder of Fashion-MNIST's IDX files, for vq. --size gpu: larger models, for one GPU. --quick: seconds, to see
-that it works. All text is scored on the whole val part, 111,540 bytes, by sliding windows.
+that it works. Text is scored on the whole val part, 111,540 bytes, by sliding windows. --text FILE: graph and moe learn
+its first part, less the last megabyte, of which half is scored: on a GPU they would read tinyshakespeare ten times.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from tritwise.bench.harness import load_parts
 from tritwise.bench.rules import rule_called
-from tritwise.data import Sampler
+from tritwise.data import Sampler, open_bytes
 from tritwise.files import read_json, write_json
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import (
@@ -67,19 +68,26 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "stream": {"width": 128, "depth": 2, "ctx": 256, "batch": 8, "steps": 60},
     },
     "gpu": {
-        "lstm": {"width": 256, "depth": 1, "ctx": 64, "batch": 32, "steps": 500},
-        "graph": {"width": 256, "depth": 2, "ctx": 256, "batch": 64, "steps": 600},
-        "moe": {"width": 256, "depth": 2, "ctx": 256, "batch": 64, "steps": 600},
+        "lstm": {"width": 256, "depth": 1, "ctx": 64, "batch": 32, "steps": 1000},
+        "graph": {"width": 256, "depth": 2, "ctx": 256, "batch": 64, "steps": 1000},
+        "moe": {"width": 256, "depth": 2, "ctx": 256, "batch": 64, "steps": 1000},
         "stream": {"width": 256, "depth": 4, "ctx": 512, "batch": 32, "steps": 200},
     },
 }
 QUICK = {"width": 32, "ctx": 64, "batch": 8, "steps": 8, "depth": 1}
 
 
+SCORED = 500_000  # bytes of val of a text that is not the bundled one
+
+
 @functools.cache
-def text() -> dict[str, np.ndarray]:
-    """The bundled text's train and val parts."""
-    return load_parts("shakespeare", "90/10", 1, 1)
+def text(path: Path | None = None) -> dict[str, np.ndarray]:
+    """Train and val parts of the bundled text, or of another."""
+    if path is None:
+        return load_parts("shakespeare", "90/10", 1, 1)
+    size = len(open_bytes(path))
+    parts = load_parts(str(path), f"first:{size - 2 * SCORED},last:{2 * SCORED}", 1, 1)
+    return {"train": parts["train"], "val": parts["val"][:SCORED]}
 
 
 def train(
@@ -91,24 +99,26 @@ def train(
     config = ModelConfig(width=size["width"], depth=size["depth"], ctx=ctx, **shape)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, optimizers = rule_called(rule).build(config, {"rate": rate}, seed, dtype, steps, device)
-    sampler, stepper = Sampler(text()["train"], batch, ctx, seed), Stepper(model, optimizers)
+    parts = text(options.text)
+    sampler, stepper = Sampler(parts["train"], batch, ctx, seed), Stepper(model, optimizers)
     began, losses = time.perf_counter(), []
     for step in range(steps):
         set_rates(optimizers, rate_factor(step, steps, size["warmup"], size["decay"]))
         losses.append(stepper.step(*batch_on(device, sampler, step)))
     train_nats = float(torch.stack(losses[-max(1, steps // 20) :]).mean())
     seconds = time.perf_counter() - began
-    val = text()["val"][: 4096 if options.quick else None]
+    val = parts["val"][: 4096 if options.quick else None]
     told, about = score(model, val, device=device), audit(model, optimizers)
     row = {"rule": rule, "rate": rate, "seed": seed, **size, "shape": shape}
     row |= {"val_nats": told.nats, "val_bpb": told.bpb, "scored": told.bytes, "train_nats": train_nats}
     row |= {"seconds": round(seconds, 1), "bytes_seen": batch * ctx * steps}
+    row["text"] = options.text.name.split(".")[0] if options.text else "tinyshakespeare"
     return model, row | {name: about[name] for name in ("weights", "float_trainable", "state_bytes_per_weight")}
 
 
 def lstm(options: argparse.Namespace) -> Items:
     """An LSTM in the place of attention, and the 4-gram."""
-    size = SIZES[options.size]["lstm"]
+    size, options = SIZES[options.size]["lstm"], argparse.Namespace(**{**vars(options), "text": None})
 
     def counted() -> Row:
         val = text()["val"]
@@ -148,13 +158,12 @@ def moe(options: argparse.Namespace) -> Items:
         model, row = train("ours", 0.02, seed, size, shape, options)
         return row | (spread(model, options) if shape else {})
 
-    for seed in options.seeds:
-        yield f"8 experts, 2 active, seed {seed}", functools.partial(run, {"experts": 8}, seed)
-        yield f"MLP of the active weights, seed {seed}", functools.partial(run, {}, seed)
-        yield (
-            f"8 experts, up to 3 passes, seed {seed}",
-            functools.partial(run, {"experts": 8, "max_moe_iters": 3}, seed),
-        )
+    shapes = {"MLP of the active weights": {}, "8 experts, 2 active": {"experts": 8}}
+    passing = {"8 experts, up to 3 passes": {"experts": 8, "max_moe_iters": 3}}
+    for some in (shapes, passing):
+        for seed in options.seeds:
+            for name, shape in some.items():
+                yield f"{name}, seed {seed}", functools.partial(run, shape, seed)
 
 
 def spread(model: ByteLM, options: argparse.Namespace) -> Row:
@@ -172,7 +181,7 @@ def spread(model: ByteLM, options: argparse.Namespace) -> Row:
         return layer.register_forward_pre_hook(count)
 
     hooks = [watch(layer, load) for layer, load in zip(layers, loads, strict=True)]
-    val, ctx = text()["val"], model.context
+    val, ctx = text(options.text)["val"], model.context
     with torch.no_grad():
         for first in range(0, len(val) - ctx if not options.quick else 8 * ctx, 64 * ctx):
             rows = val[first : first + 64 * ctx]
@@ -197,7 +206,7 @@ def stream(options: argparse.Namespace) -> Items:
     def run(shape: dict[str, Any]) -> Row:
         model, row = train("ours", 0.02, 0, size, shape, options)
         model.dtype = torch.float32
-        val = text()["val"][: 2048 if options.quick else 32768]
+        val = text(options.text)["val"][: 2048 if options.quick else 32768]
         windowed, streamed = np.zeros(len(val)), np.zeros(len(val))
         one = score(model, val, stride=ctx // 2, into=windowed, device=options.device)
         two = score_stream(EndlessStream(model, options.device), val, into=streamed)
@@ -319,16 +328,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", choices=list(SIZES), default="cpu")
     parser.add_argument("--fashion", type=Path, default=Path("../shared/data/fashion-mnist"))
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--seconds", type=float, default=0.0, help="no row is begun after so many; 0: no limit")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
     found: Row = {"rows": []}
+    began = time.perf_counter()
     if options.out and options.out.exists():
         found = read_json(options.out)
     known = {(row["study"], row["item"], row["size"]) for row in found["rows"]}
     for name in STUDIES if options.study == "all" else [options.study]:
         for item, run in STUDIES[name](options):
-            if (name, item, options.size) in known:
+            late = options.seconds and time.perf_counter() - began > options.seconds
+            if (name, item, options.size) in known or late:
                 continue
             about = surroundings(torch.device(options.device))
             where = {key: about[key] for key in ("device", "cpu", "threads", "torch", "git_commit")}

@@ -1,5 +1,8 @@
 """The ARB model: tokens of media in the stream, every trained number an integer, and a diffusion part that learns."""
 
+import itertools
+import random
+
 import pytest
 import torch
 
@@ -255,6 +258,18 @@ def test_edits_and_marks():
     ]
     assert marks(["one", "to"], ["one", "two"]) == {"exact": 0.5, "cer": 1 / 6}
     assert marks([], []) == {"exact": 0.0, "cer": 0.0}
+
+
+def test_edits_are_those_of_the_whole_table():
+    g = random.Random(0)
+    texts = ["".join(g.choice("ab é") for _ in range(g.randrange(9) * g.randrange(10))) for _ in range(60)]
+    for told, meant in itertools.pairwise(texts):
+        row = list(range(len(meant) + 1))
+        for number, letter in enumerate(told, start=1):
+            before, row = row, [number]
+            for place, other in enumerate(meant):
+                row.append(min(before[place] + (letter != other), before[place + 1] + 1, row[place] + 1))
+        assert edits(told, meant) == row[-1]
 
 
 def test_what_ctc_spells_is_collapsed():

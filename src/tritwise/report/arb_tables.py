@@ -132,6 +132,7 @@ def quarter_loss(row: Row) -> float:
     return next(line[1] for line in reversed(row["losses"]) if line[0] <= row["steps"] / 4)
 
 
+BUNDLED = "tinyshakespeare"  # what all text is unless a row says otherwise
 STUDIES = {"lstm": "LSTM", "vq": "codebook", "graph": "graph", "moe": "experts", "stream": "sliding window"}
 
 
@@ -140,6 +141,8 @@ def _layers(rows: Sequence[Row]) -> Iterator[list[str]]:
     found: dict[tuple[str, str, str, int], list[Row]] = {}
     for row in rows:
         item = row["item"].split(", seed ")[0]
+        if row.get("text", BUNDLED) != BUNDLED:
+            item += f"; {row['text']}"
         found.setdefault((row["study"], item, _machine({"surroundings": row}), row.get("steps", 0)), []).append(row)
     for (study, item, machine, steps), own in sorted(found.items(), key=lambda pair: list(STUDIES).index(pair[0][0])):
         yield [
