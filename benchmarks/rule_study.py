@@ -204,13 +204,13 @@ def nanogpt_cells(data: str) -> list[Cell]:
 
     return [
         dropping(0.2, 1000),
-        dropping(0.2, 2000),
         dropping(0.35, 2000),
         dropping(0.35, 1000),
-        dropping(0.35, 3000),
-        dropping(0.2, 500),
+        dropping(0.5, 2000),
+        dropping(0.2, 2000),
+        dropping(0.35, 1000, seed=1),
+        dropping(0.35, 1000, rate=0.015),
         replace(base, steps=500, eval_interval=0),
-        dropping(0.2, 1000, rate=0.015),
         *grid(dropping(0.2, 1000), "adamw", [0.001, 0.002], settings={}, shape={"dropout": 0.2}),
     ]
 
