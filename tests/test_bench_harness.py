@@ -26,7 +26,7 @@ from tritwise.files import read_json_lines
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import TritLinear
 from tritwise.optim import Muon
-from tritwise.optim.trit import ROLE_RATES
+from tritwise.optim.groups import ROLE_RATES
 from tritwise.registers import LEAD
 
 TINY = {"width": 32, "depth": 1, "ctx": 16, "batch": 8, "steps": 12, "warmup": 2}

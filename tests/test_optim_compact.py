@@ -102,7 +102,7 @@ def test_layers_that_move_in_lots_have_the_bits_of_layers_that_move_alone(togeth
     alone = build(scale_rate=0.0)
     train(*alone, 0, 3)
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda tensor: True))
-    monkeypatch.setattr("tritwise.optim.trit._TOGETHER", together)
+    monkeypatch.setattr("tritwise.optim.moving._TOGETHER", together)
     lots = build(scale_rate=0.0)
     train(*lots, 0, 3)
     assert_equal(everything(*lots), everything(*alone))

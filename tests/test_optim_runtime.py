@@ -247,7 +247,7 @@ def test_layers_that_move_in_lots_have_the_bits_of_layers_that_move_alone(togeth
         with monkeypatch.context() as patch:
             if pretend:
                 pretend_gpu(patch)
-                patch.setattr("tritwise.optim.trit._TOGETHER", together)
+                patch.setattr("tritwise.optim.moving._TOGETHER", together)
             torch.manual_seed(0)
             model = nn.ModuleList([TritLinear(16, 8), TritLinear(8, 16), TritEmbedding(9, 6, sparse=True, group=3)])
             optimizer = TritOptimizer(model, 0.1, interval=2, scale_rate=0.05)

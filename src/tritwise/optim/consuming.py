@@ -1,0 +1,91 @@
+"""The first half of a TritOptimizer's step: gradients go into momenta, and are let go of."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tritwise import ops
+from tritwise.nn import TritModule
+from tritwise.optim.book import NO_STEP, Book
+from tritwise.optim.scales import scale_grads, scale_sets
+from tritwise.registers import Key, Place, make_key
+
+# Streams of randomness of one tensor at one step, of which moves have others (moving.py); micro-batches count up, those
+# of columns down.
+_ACCUMULATE, _ACCUMULATE_COLUMN = 2, -2
+
+
+class Consuming(Book):
+    """Takes gradients, whole or only the rows that have one."""
+
+    @torch.no_grad()
+    def consume(self, layers: Sequence[TritModule], grads: Sequence[Tensor]) -> None:
+        """Take gradients, dL/dW float32 [rows, columns] of each layer, into the momenta. Called from backward with one
+        layer at a time, once for every micro-batch; or for many at once by whoever kept the gradients."""
+        calls: dict[float, list[tuple[Tensor, Tensor, Tensor, Place]]] = {}  # decay -> what is accumulated with it
+        compact: dict[
+            tuple[float, int], list[tuple[Tensor, Tensor, Tensor, Tensor, Key]]
+        ] = {}  # decay, phase -> the same
+        for layer, grad, scale_parts in zip(layers, grads, self._scale_grads(layers, grads), strict=True):
+            register = layer.register
+            group, micro = self._settings_of(register), self._received.get(register, 0)
+            self._received[register] = micro + 1
+            decay = group["momentum"] if micro == 0 else 1.0
+            state, stream = self._state_of(layer, self._learns_scale(layer)), _ACCUMULATE + 3 * micro
+            where = (group["seed"], group["step"], self._number[register])
+            if layer.sparse:
+                self._accumulate_rows(register, state, grad, group["momentum"], where, stream)
+            elif group["compact"]:
+                key = make_key(group["seed"], NO_STEP, self._number[register], stream)
+                nibbles = (register, state["row_exponent"], state["group_exponent"], grad, key)
+                compact.setdefault((decay, group["step"]), []).append(nibbles)
+            else:
+                entry = (state["momentum"], state["row_exponent"], grad, Place(*where, stream))
+                calls.setdefault(decay, []).append(entry)
+            if scale_parts:
+                streams = (stream + 2, _ACCUMULATE_COLUMN - micro)
+                for one, part, own in zip(scale_sets(layer, state), scale_parts, streams, strict=False):
+                    calls.setdefault(decay, []).append((one.momentum, one.row_exponent, part, Place(*where, own)))
+        for decay, entries in calls.items():
+            momenta, exponents, gradients, places = zip(*entries, strict=True)
+            keys = self._keys(places)
+            self._taken.append(ops.accumulate_momentum_many(momenta, exponents, gradients, decay, keys))
+        for (decay, phase), entries in compact.items():
+            registers, rows, groups, gradients, keys = zip(*entries, strict=True)
+            when = self._phase(phase)
+            self._taken.append(ops.accumulate_nibble_many(registers, rows, groups, gradients, decay, keys, when))
+
+    def _scale_grads(self, layers: Sequence[TritModule], grads: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Gradients of the scales of each layer (see `scale_grads`), nothing where they do not learn."""
+        learn = [number for number, layer in enumerate(layers) if self._learns_scale(layer)]
+        found: list[list[Tensor]] = [[] for _ in layers]
+        for number, own in zip(learn, scale_grads([layers[n] for n in learn], [grads[n] for n in learn]), strict=True):
+            found[number] = own
+        return found
+
+    def _accumulate_rows(
+        self,
+        register: Tensor,
+        state: dict[str, Tensor],
+        grad: Tensor,
+        decay: float,
+        where: tuple[int, int, int],
+        stream: int,
+    ) -> None:
+        """The same for the rows that have a gradient, and only those. A row decays when a step first touches it."""
+        used_V = grad.abs().amax(dim=1) != 0  # true for NaN as well: such a row is refused below
+        known_V = self._touched.get(register)
+        parts = [(used_V, decay)] if known_V is None else [(used_V & ~known_V, decay), (used_V & known_V, 1.0)]
+        for part, (mask_V, factor) in enumerate(parts):
+            rows = mask_V.nonzero()[:, 0]
+            if rows.numel():
+                momentum, exponent = state["momentum"][rows], state["row_exponent"][rows]
+                key = make_key(*where, stream + part)
+                self._taken.append(ops.accumulate_momentum(momentum, exponent, grad[rows], factor, key).view(1))
+                state["momentum"][rows], state["row_exponent"][rows] = momentum, exponent
+        self._touched[register] = used_V if known_V is None else used_V | known_V
+
+    def refuse(self) -> None:
+        """Let the next `step()` move nothing and count as skipped: for a loss that is no number, before backward."""
+        self._taken.append(torch.zeros(1, dtype=torch.bool, device=next(iter(self._layers)).device))
