@@ -9,7 +9,8 @@ KIND_YYYY-MM-DD.json or .jsonl; the newest of a kind, by name, counts:
     demo_cpu2        made by benchmarks/collect_demo.py
     step_cost_cpu2   {"rows": [{"width", "batch", "tritwise_ms", "adamw_ms", "ratio"}, …], …}
     rules_h100       the rows.jsonl of `tritwise bench rules`; ablation_h100, scaling_h100 and robustness_h100 likewise,
-                     for what is not in the same file, and grid_h100 of `tritwise bench optimizer-grid`
+                     for what is not in the same file, and grid_h100 of `tritwise bench optimizer-grid`; with h200 for
+                     h100 what another device measured, which counts beside them
     score_study_cpu2, score_study_h100, score_slice_cpu2, score_small_cpu2
                      the study.json of benchmarks/score_study.py: one model and one text each, or the beginning of one
     arb_cpu2, arb_h100, layers_cpu2, layers_h100
@@ -26,14 +27,15 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tritwise.report import arb_tables
 from tritwise.report.bench_plots import choose_bench_plots
 from tritwise.report.bench_rows import read_bench
-from tritwise.report.bench_tables import ablation_markdown, rules_markdown
+from tritwise.report.bench_tables import ablation_markdown, recipe_markdown, rules_markdown
 from tritwise.report.score_tables import TABLES, score_sources, score_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +43,13 @@ RESULTS = "benchmarks/results"
 README, RULE, SCORING, ARB = "README.md", "docs/RULE.md", "docs/SCORING.md", "docs/ARB.md"
 LOSS, COST = "docs/loss.png", "docs/step_cost.png"
 RULE_PLOTS = ("loss", "state", "rates", "activity", "scaling", "robustness")  # as choose_bench_plots names them
-RULE_TABLES = ("table", "ablation", "grid")
+RULE_TABLES = {
+    "table": rules_markdown,
+    "ablation": ablation_markdown,
+    "grid": rules_markdown,
+    "nanogpt": partial(recipe_markdown, name="nanogpt"),
+}
+DEVICES = ("h100", "h200")
 RULE_BLOCKS = tuple(f"rules_{name}" for name in (*RULE_TABLES, *RULE_PLOTS))
 SCORE_STUDIES = ("score_study_cpu2", "score_study_h100", "score_slice_cpu2", "score_small_cpu2")
 SCORE_BLOCKS = tuple(f"score_{name}" for name in ("sources", *TABLES))
@@ -71,20 +79,20 @@ def rule_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
     made = {}
     for block in dict.fromkeys(wanted):
         name = block.removeprefix("rules_")
-        source = _rule_source(root, name)
+        sources = _rule_sources(root, name)
         if block not in RULE_BLOCKS:
             continue
-        if source is None:
+        if not sources:
             made[block] = "Nothing has been recorded for this yet; `tritwise bench rules` measures it."
         elif name in RULE_TABLES:
-            tell = ablation_markdown if name == "ablation" else rules_markdown
-            link = f"../{source.relative_to(root).as_posix()}"
-            made[block] = f"{tell(read_bench(source))}\n\nAll of it in [{source.name}]({link})."
+            links = [f"[{source.name}](../{source.relative_to(root).as_posix()})" for source in sources]
+            made[block] = f"{RULE_TABLES[name](read_bench(*sources))}\n\nAll of it in {' and '.join(links)}."
         else:
-            plot = choose_bench_plots(read_bench(source)).get(name)
+            plot = choose_bench_plots(read_bench(*sources)).get(name)
             path = _rule_picture(name)
-            shown = f"{_picture(root, path, plot.alt, source, 'docs/')}\n\n{plot.caption}" if plot else ""
-            made[block] = shown or f"{source.name} has too few rows for this picture."
+            shown = f"{_picture(root, path, plot.alt, sources, 'docs/')}\n\n{plot.caption}" if plot else ""
+            names = " and ".join(source.name for source in sources)
+            made[block] = shown or f"{names} {'has' if len(sources) == 1 else 'have'} too few rows for this picture."
     return made
 
 
@@ -145,10 +153,10 @@ def draw(root: Path) -> list[str]:
         drawn.append(COST)
     page = (root / RULE).read_text(encoding="utf-8") if (root / RULE).exists() else ""
     for name in RULE_PLOTS:
-        source = _rule_source(root, name)
-        if source is None or f"rules_{name}" not in _block_names(page):
+        sources = _rule_sources(root, name)
+        if not sources or f"rules_{name}" not in _block_names(page):
             continue
-        if plot := choose_bench_plots(read_bench(source)).get(name):
+        if plot := choose_bench_plots(read_bench(*sources)).get(name):
             path = _rule_picture(name)
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             save_png(plot.figure(), root / path)
@@ -193,9 +201,12 @@ def _block_names(text: str) -> list[str]:
     return re.findall(r"<!-- generated:(\w+) -->", text)
 
 
-def _rule_source(root: Path, name: str) -> Path | None:
-    """Where the block of that name comes from: a file of its own kind, or the one with the rules."""
-    return newest(root, f"{name}_h100", "jsonl") or newest(root, "rules_h100", "jsonl")
+def _rule_sources(root: Path, name: str) -> list[Path]:
+    """Where the block of that name comes from: files of its own kind, or those with the rules, one of each device."""
+    for kind in (name, "rules"):
+        if files := [file for device in DEVICES if (file := newest(root, f"{kind}_{device}", "jsonl"))]:
+            return files
+    return []
 
 
 def _rule_picture(name: str) -> str:
@@ -210,14 +221,15 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else "missing"
 
 
-def _picture(root: Path, path: str, caption: str, source: Path, folder: str = "") -> str:
+def _picture(root: Path, path: str, caption: str, sources: Sequence[Path], folder: str = "") -> str:
     """The picture at `path` under `root`, on a page that lies in `folder`."""
-    origin = f"<!-- {path} {_digest(root / path)} was drawn from {source.name} {_digest(source)} -->"
+    drawn = " and ".join(f"{source.name} {_digest(source)}" for source in sources)
+    origin = f"<!-- {path} {_digest(root / path)} was drawn from {drawn} -->"
     return f"{origin}\n![{caption}]({path.removeprefix(folder)})"
 
 
 def _loss(root: Path, source: Path) -> str:
-    picture = _picture(root, LOSS, "Loss of the demo against bytes seen, with the ladder as lines", source)
+    picture = _picture(root, LOSS, "Loss of the demo against bytes seen, with the ladder as lines", [source])
     scored = _read(source)["config"]["train"]["eval_bytes"]
     part = f"the first {scored:,} validation bytes" if scored else "all validation bytes"
     return f"{picture}\n\nThe points are quick scores during training: {part}, in windows that do not overlap."
@@ -259,7 +271,7 @@ def _cost(root: Path, path: Path) -> str:
             f"over widths {widths[0]} to {widths[-1]} and batches {batches[0]} to {batches[-1]} "
             f"([{path.name}]({path.relative_to(root).as_posix()})).",
             "",
-            _picture(root, COST, "Milliseconds a step against width and batch, beside float AdamW", path),
+            _picture(root, COST, "Milliseconds a step against width and batch, beside float AdamW", [path]),
         ]
     )
 

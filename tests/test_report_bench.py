@@ -15,7 +15,7 @@ from tritwise.errors import UserError
 from tritwise.files import canonical_json
 from tritwise.report.bench_plots import choose_bench_plots, write_bench_report
 from tritwise.report.bench_rows import Variant, read_bench, sort_rows
-from tritwise.report.bench_tables import Summary, ablation_markdown, rules_markdown, summary, table
+from tritwise.report.bench_tables import Summary, ablation_markdown, recipe_markdown, rules_markdown, summary, table
 from tritwise.report.bench_trends import least_squares, robustness, trends
 
 imread = pytest.importorskip("matplotlib.image").imread
@@ -497,3 +497,41 @@ def test_the_page_of_the_rule_is_filled_from_results(tmp_path, monkeypatch):
     page.write_text("<!-- generated:rules_typo -->\n<!-- end:rules_typo -->\n")
     with pytest.raises(ValueError, match=r"docs/RULE\.md has the generated blocks \['rules_typo'\]"):
         readme.stale(tmp_path)
+
+
+# --- several devices, and a recipe -------------------------------------------------------------------------------------
+
+
+def test_rows_of_several_files_are_one_bench(tmp_path):
+    one = write_rows(tmp_path / "a", [made_row("adamw", bpb=1.4), made_row("ours", bpb=1.5)])
+    two = write_rows(tmp_path / "b", [made_row("ours", bpb=1.45), made_row("ours", bpb=1.3, seed=1)])
+    assert [(t.variant.rule, t.seed, t.bpb) for t in read_bench(one, two).trials] == [
+        ("adamw", 0, 1.4),
+        ("ours", 0, 1.45),  # the later file counts
+        ("ours", 1, 1.3),
+    ]
+
+
+def test_times_of_another_device_are_not_compared():
+    rows = [made_row("adamw", step_ms=11.5), made_row("lion", step_ms=12.5), made_row("ours", step_ms=99.5, device="B")]
+    told = rules_markdown(rows)
+    assert "11.5" in told and "12.5" in told and "99.5" not in told and "from one device, a GPU" in told
+    assert "from one device" not in rules_markdown(rows[:2])
+
+
+def test_a_recipe_is_a_table_in_nats_with_the_best_first():
+    shape = {"dropout": 0.5}
+    rows = [
+        made_row("ours", bench="recipe", bpb=2.2, train_nats=1.0, rate=0.03, steps=1000),
+        made_row("ours", bench="recipe", bpb=2.0, train_nats=1.2, rate=0.03, steps=2000, shape=shape),
+        made_row("ours", bench="recipe", bpb=2.1, train_nats=1.2, rate=0.03, steps=2000, shape=shape, seed=1),
+        made_row("adamw", bench="recipe", bpb=2.12, rate=0.001, steps=1000),
+        made_row("adamw", bpb=1.0),
+    ]
+    lines = recipe_markdown(rows, "recipe").splitlines()
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]] == [
+        ["**ours**", "**0.5**", "**2,000**", "**0.03**", "**1.4209**", "2", "0.0693", "1.200"],
+        ["adamw", "0", "1,000", "0.001", "1.4695", "1", "", ""],
+        ["**ours**", "**0**", "**1,000**", "**0.03**", "**1.5249**", "1", "", "1.000"],
+    ]
+    assert recipe_markdown(rows, "other") == "Nothing has been measured yet."

@@ -33,7 +33,8 @@ LEAST = 50_000  # weights, below which no smaller model is tried
 LEAVE = 0.8  # of a CPU's free memory that is used where no limit is given
 FIRST_SHARE = 0.6  # of the time that is left, for each contender but the last
 STEPS = 4
-SLOWER = 0.1  # of a contender's rate elsewhere: steps here come without a warm-up, on models of any size
+SLOWER = 0.1  # of a contender's rate elsewhere, for steps here come without a warm-up
+WIDTH = 512  # above which the rate falls as the width grows: the same step of every weight changes a wider model more
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def take_probe(probe: Probe) -> dict[str, Any]:
     told: dict[str, Any] = {"weights": weights_of(shape), "width": shape.width, "depth": shape.depth}
     told |= {"fits": False, "reason": None, "losses": None}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    entry = probe.entry._replace(rate=SLOWER * probe.entry.rate)
+    entry = probe.entry._replace(rate=SLOWER * probe.entry.rate * min(1.0, WIDTH / shape.width))
     _load_code(entry, size, device, dtype)
     try:
         _limit(device, probe.limit)

@@ -21,7 +21,7 @@ from tritwise.report.reader import mapping, read_lines, rows_of
 OWN = "ours"
 ROWS, LADDER = "rows.jsonl", "ladder"
 SETUP = ("shape", "stride")
-OF_TRITS = ("column_scales", "group")  # of a shape: only ternary layers have them, so they belong to the rule
+OF_RULE = ("column_scales", "group", "dropout")  # of a shape: of ternary layers alone, or chosen for each rule
 DECAY = 0.5  # the usual share of the steps in which the rate falls, which goes without saying
 UNIFORM = ("uniform", math.log(256))  # what a model pays for a byte it knows nothing about
 
@@ -64,7 +64,7 @@ class Variant:
     """A rule with its settings, as sorted JSON, and the type the model computed in.
 
     Among the settings is what is unusual in its schedule: "decay" unless it is 0.5, and "warmup" where most runs of the
-    same cell have another; and how its ternary layers are scaled (`OF_TRITS`).
+    same cell have another; and what of the shape is the rule's own (`OF_RULE`).
     """
 
     rule: str
@@ -114,21 +114,24 @@ class Bench:
         return list(found.items())
 
 
-def read_bench(path: Path) -> Bench:
-    """Read a .jsonl file of rows, or the `rows.jsonl` of a folder.
+def read_bench(*paths: Path) -> Bench:
+    """Read .jsonl files of rows, or the `rows.jsonl` of folders, as one: later files count before earlier ones.
 
     Raises:
-        UserError: there is no such file, or no row in it has a rule.
+        UserError: there is no such file, or no row in them has a rule.
     """
-    path = Path(path)
-    path = path / ROWS if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; give a folder that `tritwise bench` wrote")
     notes: list[str] = []
-    bench = sort_rows(read_lines(path, notes))
+    rows: list[Mapping[str, Any]] = []
+    for path in map(Path, paths):
+        file = path / ROWS if path.is_dir() else path
+        if not file.is_file():
+            raise UserError(f"{file} does not exist; give a folder that `tritwise bench` wrote")
+        rows += read_lines(file, notes)
+    bench = sort_rows(rows)
     bench.notes = notes + bench.notes
     if not bench.trials:
-        raise UserError(f"{path} holds no row with a rule; give a folder that `tritwise bench` wrote")
+        told = " and ".join(map(str, paths))
+        raise UserError(f"{told} holds no row with a rule; give a folder that `tritwise bench` wrote")
     return bench
 
 
@@ -223,14 +226,14 @@ def _cell(row: Mapping[str, Any]) -> Cell:
     sizes = {key: number(row.get(key)) for key in ("steps", "batch", "ctx", "width", "depth")}
     told = {key: row[key] for key in SETUP if row.get(key) is not None}
     if "shape" in told:
-        told["shape"] = {key: value for key, value in mapping(told["shape"]).items() if key not in OF_TRITS}
+        told["shape"] = {key: value for key, value in mapping(told["shape"]).items() if key not in OF_RULE}
     setup = json.dumps(told, sort_keys=True, ensure_ascii=False)
     return Cell(bench, data, split, **sizes, setup=setup)
 
 
 def _trial(cell: Cell, row: Mapping[str, Any], schedule: Mapping[str, Any]) -> Trial:
     decay = number(row.get("decay"))
-    scales = {key: value for key, value in mapping(row.get("shape")).items() if key in OF_TRITS}
+    scales = {key: value for key, value in mapping(row.get("shape")).items() if key in OF_RULE}
     told = {
         **mapping(row.get("settings")),
         **scales,

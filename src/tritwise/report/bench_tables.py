@@ -1,8 +1,10 @@
 """Tables of a benchmark: each rule at its best rate, and the own rule's variants beside its default."""
 
+import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median, stdev
 from typing import Any
 
@@ -17,7 +19,7 @@ from tritwise.report.bench_rows import (
     richest_cell,
     sort_rows,
 )
-from tritwise.report.numbers import human_bytes, number, percent, significant
+from tritwise.report.numbers import count, human_bytes, number, percent, significant
 
 HEAD = (
     "rule",
@@ -75,6 +77,7 @@ class Summary:
     zero_fraction: float | None
     saturation: float | None
     step_ms: float | None
+    device: str  # of all of these runs; "" if there were several
 
     @property
     def own(self) -> bool:
@@ -138,6 +141,35 @@ def table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
     return [HEAD[column] for column in keep], [[row[column] for column in keep] for row in cells]
 
 
+def recipe_markdown(source: Bench | Iterable[Mapping[str, Any]], name: str) -> str:
+    """A Markdown table of every set-up of the benchmark `name`, in nats a byte, the least mean first."""
+    bench = source if isinstance(source, Bench) else sort_rows(source)
+    groups: dict[tuple[Variant, float | None, float | None], list[Trial]] = {}
+    for trial in bench.trials:
+        if trial.cell.bench == name and trial.bpb is not None:
+            groups.setdefault((trial.variant, trial.cell.steps, trial.rate), []).append(trial)
+    if not groups:
+        return "Nothing has been measured yet."
+    shown = {variant: _without_dropout(variant) for variant, *_ in groups}
+    names = labels(shown.values())
+    made = []
+    for (variant, steps, rate), trials in groups.items():
+        nats = [trial.bpb * math.log(2) for trial in trials if trial.bpb is not None]
+        train = [value for trial in trials if (value := number(trial.row.get("train_nats"))) is not None]
+        told = [
+            names[shown[variant]],
+            f"{number(variant.values.get('dropout')) or 0:g}",
+            "" if steps is None else count(steps),
+            "" if rate is None else f"{rate:g}",
+        ]
+        told += [f"{fmean(nats):.4f}", str(len(nats)), f"{max(nats) - min(nats):.4f}" if len(nats) > 1 else ""]
+        told += [f"{fmean(train):.3f}" if train else ""]
+        made.append((fmean(nats), [f"**{text}**" if variant.own and text else text for text in told[:5]] + told[5:]))
+    made.sort(key=lambda row: row[0])
+    head = ["rule", "dropout", "steps", "rate", "val nats", "n", "spread", "train nats"]
+    return markdown(head, [row for _, row in made])
+
+
 def rules_markdown(source: Bench | Iterable[Mapping[str, Any]], cell: Cell | None = None) -> str:
     """A Markdown table of the rules in `cell` (default: the one with the most variants), the own rule in bold."""
     bench = source if isinstance(source, Bench) else sort_rows(source)
@@ -145,10 +177,16 @@ def rules_markdown(source: Bench | Iterable[Mapping[str, Any]], cell: Cell | Non
     entries = [entry for entry in summary(bench) if entry.cell == cell]
     if cell is None:
         return "No rules have been measured yet."
+    devices = Counter(entry.device for entry in entries if entry.device and entry.step_ms is not None)
+    timed, legend = "", LEGEND
+    if len(devices) > 1:  # times on several devices say nothing about rules
+        timed = devices.most_common(1)[0][0]
+        entries = [entry if entry.device == timed else replace(entry, step_ms=None) for entry in entries]
+        legend = f"{LEGEND} ms/step: of rows from one device, {timed}."
     head, rows = table(entries)
     for entry, row in zip(entries, rows, strict=True):
         row[:3] = [f"**{text}**" if entry.own and text else text for text in row[:3]]
-    return f"{_plain(cell.title(_weights(entries)))}\n\n{markdown(head, rows)}\n\n{LEGEND}"
+    return f"{_plain(cell.title(_weights(entries)))}\n\n{markdown(head, rows)}\n\n{legend}"
 
 
 def ablation_markdown(source: Bench | Iterable[Mapping[str, Any]]) -> str:
@@ -211,6 +249,7 @@ def _summarise(label: str, trials: list[Trial]) -> Summary:
         zero_fraction=mean("zero_fraction"),
         saturation=mean("saturation"),
         step_ms=median(times) if (times := of("step_ms")) else None,
+        device="" if len(devices := {str(trial.row.get("device") or "") for trial in runs}) != 1 else devices.pop(),
     )
 
 
@@ -256,6 +295,11 @@ def _weights(entries: Iterable[Summary]) -> float | None:
     """The weights that a cell's rules train; of the own rule if it is there, for others may count gains as well."""
     known = sorted((not entry.own, entry.weights) for entry in entries if entry.weights is not None)
     return known[0][1] if known else None
+
+
+def _without_dropout(variant: Variant) -> Variant:
+    kept = {key: value for key, value in variant.values.items() if key != "dropout"}
+    return replace(variant, settings=json.dumps(kept, sort_keys=True, ensure_ascii=False))
 
 
 def _plain(text: str) -> str:
