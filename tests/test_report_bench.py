@@ -499,7 +499,7 @@ def test_the_page_of_the_rule_is_filled_from_results(tmp_path, monkeypatch):
         readme.stale(tmp_path)
 
 
-# --- several devices, and a recipe -------------------------------------------------------------------------------------
+# --- several devices, and a recipe ------------------------------------------------------------------------------------
 
 
 def test_rows_of_several_files_are_one_bench(tmp_path):
@@ -530,7 +530,7 @@ def test_a_recipe_is_a_table_in_nats_with_the_best_first():
     ]
     lines = recipe_markdown(rows, "recipe").splitlines()
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]] == [
-        ["**ours**", "**0.5**", "**2,000**", "**0.03**", "**1.4209**", "2", "0.0693", "1.200"],
+        ["**ours**", "**0.5**", "**2,000**", "**0.03**", "**1.4210**", "2", "0.0693", "1.200"],
         ["adamw", "0", "1,000", "0.001", "1.4695", "1", "", ""],
         ["**ours**", "**0**", "**1,000**", "**0.03**", "**1.5249**", "1", "", "1.000"],
     ]
