@@ -3,6 +3,7 @@
     python benchmarks/arb_study.py --pack FEATURES.json … --pictures DATA/fashion-mnist [--text DATA/enwik8.gz]
     python benchmarks/arb_study.py --out FOLDER [--work FOLDER] [--seconds 500] [--only NAME,…] [--size gpu|cpu]
     python benchmarks/arb_study.py --collect RUN… --out FOLDER      # rows of runs that were made by hand
+    python benchmarks/arb_study.py --judge NAME.tritwise … --out FOLDER    # figures of rows anew, from their artifacts
 
 `--pack` fills .carry/, below 64 MiB: features as int8 in steps of a twelfth of their channel's deviation, a part of the
 spoken digits, 20,000 pictures of Fashion-MNIST, and the first 20 MB of a text for the study of layers. Every item is a
@@ -36,9 +37,12 @@ from tritwise.data.collections import Example
 from tritwise.encoders import Features
 from tritwise.errors import UserError
 from tritwise.files import make_folder, read_json, read_json_lines, write_json
-from tritwise.models import ModelConfig, PartsConfig
-from tritwise.train import Config, TrainConfig, train
+from tritwise.models import Arb, ModelConfig, PartsConfig
+from tritwise.ship import read_artifact
+from tritwise.train import Config, RunFolder, TrainConfig, train
+from tritwise.train.arb_task import ArbTask
 from tritwise.train.media_config import MediaConfig
+from tritwise.train.tasks import open_task
 
 CARRY = Path(".carry")
 WORKERS = 2  # on one GPU: small models keep it waiting for Python, more of them for one another
@@ -344,6 +348,22 @@ def run_all(names: list[str], out: Path, work: Path, seconds: float, others: lis
     return len(failed)
 
 
+def judge(artifacts: list[Path], out: Path, work: Path, size: str) -> None:
+    """Put the figures of artifacts, called as their items are, in the place of those of their rows."""
+    for name in ("emoji", "prompts", "digits"):
+        unpack(name, make_folder(work / "data"))
+    rows = read_json(out / "study.json")["rows"]
+    for file in artifacts:
+        task = open_task(config_of(settings_of(file.stem, size, False), work / "data"), print)
+        assert isinstance(task, ArbTask)
+        model, _ = read_artifact(file)
+        assert isinstance(model, Arb)
+        (row,) = (row for row in rows if row["name"] == file.stem)
+        row["val"] = task.judge.final(model, RunFolder(make_folder(work / file.stem)), torch.device("cpu"))
+        print(file.stem, row["val"], flush=True)
+    keep(out / "study.json", rows)
+
+
 class LayerRows:
     """Rows of layers_study.py: a file for each part in `work`, and all of them in out/layers.json as they are made."""
 
@@ -375,6 +395,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pictures", type=Path)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--collect", nargs="*", type=Path, default=[])
+    parser.add_argument("--judge", nargs="*", type=Path, default=[])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--seconds", type=float, default=500.0, help="0: as long as the steps take")
@@ -391,6 +412,9 @@ def main(arguments: list[str] | None = None) -> int:
         summary = make_folder(given.out) / "study.json"
         rows = {row["name"]: row for row in (read_json(summary)["rows"] if summary.exists() else [])}
         keep(summary, list((rows | {run.name: row_of(run) for run in given.collect}).values()))
+        return 0
+    if given.judge:
+        judge(given.judge, given.out, given.work or given.out / "work", given.size)
         return 0
     if given.item:
         run_item(given.item, given.work, given.seconds, given.size, given.tiny, given.gone)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from tritwise import TritOptimizer
+from tritwise.data.collections import Example
+from tritwise.encoders import Features
 from tritwise.models import Arb, Denoiser, ModelConfig, PartsConfig, draw
 from tritwise.models.arb import IGNORED
 from tritwise.models.denoiser import centred, pixels_of
@@ -14,7 +16,7 @@ from tritwise.train import audit
 from tritwise.train.judge import confusion, tiled
 from tritwise.train.stepper import Stepper
 from tritwise.train.streams import evened
-from tritwise.train.telling import collapsed, consensus, edits, marks, nearest, tell, told_by_trunk
+from tritwise.train.telling import collapsed, consensus, edits, marks, nearest, neighbours, tell, told_by_trunk
 
 PARTS = PartsConfig(
     vision=True,
@@ -176,6 +178,7 @@ def test_a_consensus_has_the_fewest_edits_to_all():
     texts = ["red flag", "blue flag", "blue flags", "blue frog", "red flag"]
     least = min(texts, key=lambda text: sum(edits(text, other) for other in texts))
     assert consensus(texts) == least == "blue flag"
+    assert consensus(["bat", "bat", "bad"], ["cad", "cad"]) == "bad" and consensus(["bat"] * 3, ["hat", "cat"]) == "bat"
     assert consensus(["", "a", "ab"]) == "a" and consensus(["b"]) == "b"
 
 
@@ -280,7 +283,17 @@ def test_what_ctc_spells_is_collapsed():
 
 def test_nearest_is_by_cosine():
     known = torch.tensor([[1.0, 0.0], [0.0, 5.0]])
-    assert nearest(torch.tensor([[9.0, 1.0], [0.1, 0.2]]), known) == [0, 1]
+    asked = torch.tensor([[9.0, 1.0], [0.1, 0.2]])
+    assert nearest(asked, known) == [[0], [1]] and nearest(asked, known, 3) == [[0, 1], [1, 0]]
+
+
+def test_neighbours_are_of_the_train_part():
+    x_TD = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.9, 0.1]])
+    examples = [
+        Example(f"{n}.png", f"image {n}", split, 0) for n, split in enumerate(("train", "train", "train", "val"))
+    ]
+    known = Features("vision", x_TD, [0, 1, 2, 3, 4], examples, (), {})
+    assert neighbours(torch.tensor([[[1.0, 0.2]]]), known) == [["image 0", "image 2", "image 1"]]
 
 
 def test_confusions_count_what_is_no_class():

@@ -77,9 +77,14 @@ def row(name: str, val: dict[str, Any], **settings: Any) -> dict[str, Any]:
 
 def test_tables_gather_seeds_and_hold_a_mixture_against_its_parts():
     near = {"exact": 0.0, "cer": 0.37}
-    vals = [{"vision": {"exact": exact, "cer": cer, "nearest": near}} for exact, cer in ((0.2, 0.3), (0.3, 0.4))]
+    helped = {"exact": 0.1, "cer": 0.2, "neighbours": 4}
+    vals = [
+        {"vision": {"exact": exact, "cer": cer, "nearest": near, "with_neighbours": helped}}
+        for exact, cer in ((0.2, 0.3), (0.3, 0.4))
+    ]
     rows = [row(f"emoji_trit_seed{seed}", val) for seed, val in enumerate(vals)]
-    (line,) = arb_table("told", rows).splitlines()[2:]
+    line, voted = arb_table("told", rows).splitlines()[2:]
+    assert "4 neighbours vote too | 2 | 10.0 % (10.0 % … 10.0 %) | 0.200 (0.200 … 0.200)" in voted
     assert "| 2 | 25.0 % (20.0 % … 30.0 %) | 0.350 (0.300 … 0.400) | 0.0 %, 0.370 | 40 |" in line
     drawn = {
         "recognised": 0.9,

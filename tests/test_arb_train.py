@@ -12,6 +12,8 @@ import torch
 
 from tritwise import load
 from tritwise.cli.app import main
+from tritwise.data.collections import Example
+from tritwise.encoders import Features
 from tritwise.errors import UserError
 from tritwise.loading import class_called
 from tritwise.train import RunFolder
@@ -80,7 +82,22 @@ def test_captions_are_learned_shipped_and_used(captions, image_pairs, cli):
         words = ("--encoder", RunFolder(captions).config().parts.vision_encoder)
         told = cli("caption", image_pairs / "05.png", "--model", place, *words, "--json")
         assert told.code == 0 and told.json["text"] == "green", told.err
-    assert load(captions).caption(np.full((50, 70, 3), (25, 25, 215), np.uint8)) == "blue"
+    model, blue = load(captions), np.full((50, 70, 3), (25, 25, 215), np.uint8)
+    assert model.caption(blue) == "blue" == model.caption(blue, known=image_pairs)
+    assert model.caption(blue, known=RunFolder(captions).config().media.images) == "blue"
+
+
+def test_images_with_captions_have_a_say(captions, image_pairs, sound_pairs, cli, tmp_path):
+    told = cli("caption", image_pairs / "05.png", "--model", captions, "--known", image_pairs, "--json")
+    assert told.code == 0 and told.json["text"] == "green", told.err
+    result = RunFolder(captions).read("result")["val"]["vision"]
+    assert result["with_neighbours"] == {"exact": 1.0, "cer": 0.0, "neighbours": 4}
+    refused = cli("caption", image_pairs / "05.png", "--model", captions, "--known", sound_pairs)
+    assert refused.code == 2 and "image" in refused.err, refused.err
+    x_TD = torch.zeros(4, 3)
+    Features("vision", x_TD, [0, 2, 4], [Example("a.png", "a", "train")] * 2, (), {}).save(tmp_path / "other.json")
+    refused = cli("caption", image_pairs / "05.png", "--model", captions, "--known", tmp_path / "other.json")
+    assert refused.code == 2 and "another encoder or layer" in refused.err
 
 
 def test_an_artifact_names_no_private_path(captions, image_pairs, cli):

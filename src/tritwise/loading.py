@@ -13,6 +13,7 @@ from tritwise.data.media import read_image, read_sound
 from tritwise.data.split import named_part
 from tritwise.data.split import split as split_data
 from tritwise.data.tokenizer import Tokenizer
+from tritwise.encoders import Features
 from tritwise.encoders.frozen import RATE
 from tritwise.errors import UserError
 from tritwise.models import Arb, AtDepth, ByteLM, draw
@@ -20,8 +21,8 @@ from tritwise.score import Score
 from tritwise.score import score as score_text
 from tritwise.ship import read_artifact, read_tokenizer
 from tritwise.train import RunFolder, load_run
-from tritwise.train.sources import encoder_for
-from tritwise.train.telling import SAMPLES, tell
+from tritwise.train.sources import encoder_for, known_images
+from tritwise.train.telling import SAMPLES, consensus, draws, neighbours, tell
 from tritwise.train.writing import generate_text
 
 
@@ -35,6 +36,7 @@ class LoadedModel:
         self.model, self.path, self.about, self.tokenizer = model, path, about, tokenizer
         self.reader: ByteLM | AtDepth | Arb = model
         self._encoders: dict[tuple[str, str], Any] = {}
+        self._known: dict[str | Path, Features] = {}
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "LoadedModel":
         """Move the model, and let it compute in `dtype` (float32 or bfloat16) if one is given; returns self."""
@@ -84,14 +86,25 @@ class LoadedModel:
             array = named_part(split_data(array, rule), split)
         return score_text(self.reader, array if self.tokenizer is None else tokens_of(array, self.tokenizer), **how)
 
-    def caption(self, image: np.ndarray | str | Path, *, encoder: str = "", most: int = 80) -> str:
+    def caption(
+        self, image: np.ndarray | str | Path, *, encoder: str = "", most: int = 80, known: str | Path | None = None
+    ) -> str:
         """What an image shows: uint8 [H, W, 3], or the path of a file. encoder: where the frozen encoder lies now.
 
-        Raises UserError if the model has no vision part, or encoder or image cannot be used.
+        known: a collection of images with captions, or the .json of its features in the cache: the captions of the most
+        similar images of its train part have half of the votes on what is told.
+        Raises UserError if the model has no vision part, or encoder, image or collection cannot be used.
         """
         model = self._with_part("vision", "train vision")
         read = image if isinstance(image, np.ndarray) else read_image(image)
-        return self._told(model, "vision", read, encoder, most)
+        if known is None:
+            return self._told(model, "vision", read, encoder, most)
+        frozen = self._encoder(model, "vision", encoder)
+        features = frozen([read])
+        (drawn,) = draws(model, features.to(next(model.parameters()).device), most)
+        if known not in self._known:
+            self._known[known] = known_images(frozen, Path(known))
+        return consensus(drawn, neighbours(features.cpu(), self._known[known])[0])
 
     def transcribe(self, sound: np.ndarray | str | Path, *, encoder: str = "", most: int = 200) -> str:
         """What is said in a sound: float32 [samples] at 16,000 a second, or the path of a file. As `caption`."""
@@ -121,11 +134,13 @@ class LoadedModel:
             raise UserError(f"{self.path} has no {kind} part; train one with tritwise {command}")
         return self.model
 
+    def _encoder(self, model: Arb, kind: str, place: str) -> Any:
+        if (kind, place) not in self._encoders:
+            self._encoders[kind, place] = encoder_for(model.parts, kind, place)
+        return self._encoders[kind, place]
+
     def _told(self, model: Arb, kind: str, media: np.ndarray, place: str, most: int) -> str:
-        key = (kind, place)
-        if key not in self._encoders:
-            self._encoders[key] = encoder_for(model.parts, kind, place)
-        features = self._encoders[key]([media])[0][None]
+        features = self._encoder(model, kind, place)([media])[0][None]
         tokens = features.shape[1] // (1 if kind == "vision" else model.parts.audio_stride)
         if tokens + 4 > model.context and (kind == "vision" or model.spell is None):
             raise UserError(

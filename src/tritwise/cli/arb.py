@@ -123,12 +123,13 @@ def caption(
     image: Annotated[Path, typer.Argument(help="An image file.", show_default=False)],
     model: ModelOption,
     encoder: EncoderOption = "",
+    known: Annotated[Path | None, option("Images with captions, of which the most similar vote too.")] = None,
     json: Json = False,
 ) -> None:
     """Say what an image shows."""
     from tritwise.loading import load
 
-    _tell({"image": str(image), "text": load(model).caption(image, encoder=encoder)}, json)
+    _tell({"image": str(image), "text": load(model).caption(image, encoder=encoder, known=known)}, json)
 
 
 def transcribe(

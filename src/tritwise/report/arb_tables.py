@@ -76,6 +76,16 @@ def _told(rows: Sequence[Row]) -> Iterator[list[str]]:
                 f"{100 * near['exact']:.1f} %, {near['cer']:.3f}",
                 *_common(own, machine),
             ]
+            if helped := [val["with_neighbours"] for val in vals if "with_neighbours" in val]:
+                yield [
+                    ITEMS[item],
+                    f"{_kind(own[0])}{_spoiled(own[0])}; {helped[0]['neighbours']} neighbours vote too",
+                    str(len(helped)),
+                    _spread([val["exact"] for val in helped], True),
+                    _spread([val["cer"] for val in helped], False),
+                    f"{100 * near['exact']:.1f} %, {near['cer']:.3f}",
+                    *_common(own, machine),
+                ]
 
 
 def _spoiled(row: Row) -> str:

@@ -15,7 +15,7 @@ from tritwise.train.config import Config
 from tritwise.train.run import RunFolder
 from tritwise.train.streams import MediaStream, PictureStream, pictures_in
 from tritwise.train.tasks import Records, TextTask
-from tritwise.train.telling import SAMPLES, marks, nearest, tell, told_by_trunk
+from tritwise.train.telling import NEIGHBOURS, consensus, draws, marks, nearest, neighbours, tell, told_by_trunk
 
 EACH = 4  # pictures of a class in a grid
 SHOWN = 12  # examples in a report
@@ -72,10 +72,9 @@ class Judge:
         device: torch.device,
         *,
         trunk: bool = False,
-        samples: int = 0,
     ) -> dict[int, str]:
-        """What the model says of these examples, by index. trunk: of a sound too, whatever its bridge spells. samples:
-        as of `tell`."""
+        """What the model says of these examples, by index: the likeliest symbol each time. trunk: of a sound too,
+        whatever its bridge spells."""
         found: dict[int, str] = {}
         fits = [i for i in indices if trunk is False or stream.features.length(i) // stream.stride + 4 <= stream.ctx]
         for part in stream.parts_of(fits):
@@ -86,8 +85,19 @@ class Judge:
             elif stream.kind == "audio" and model.spell is None and x_BFD.shape[1] // stream.stride + 4 > stream.ctx:
                 texts = [""] * len(part)  # the stream has no room for the sound
             else:
-                texts = tell(model, stream.kind, x_BFD, MOST, samples)
+                texts = tell(model, stream.kind, x_BFD, MOST)
             found |= dict(zip(part, texts, strict=True))
+        return found
+
+    def _drawn(
+        self, model: Arb, stream: MediaStream, indices: list[int], device: torch.device
+    ) -> dict[int, tuple[list[str], list[str]]]:
+        """Captions drawn of these images, and those of their neighbours in the train part, by index."""
+        found: dict[int, tuple[list[str], list[str]]] = {}
+        for part in stream.parts_of(indices):
+            x_BFD = torch.stack([stream.features.of(index).float() for index in part])
+            own = draws(model, x_BFD.to(device), MOST)
+            found |= dict(zip(part, zip(own, neighbours(x_BFD, stream.features), strict=True), strict=True))
         return found
 
     @torch.inference_mode()
@@ -137,9 +147,12 @@ class Judge:
     def _media(self, model: Arb, stream: MediaStream, folder: RunFolder, device: torch.device) -> dict[str, Any]:
         features, val = stream.features, stream.features.part("val")
         meant = [features.examples[index].text for index in val]
-        said = self.told(model, stream, val, device, samples=SAMPLES)
+        drawn = self._drawn(model, stream, val, device) if stream.kind == "vision" else {}
+        said = {i: consensus(own) for i, (own, _) in drawn.items()} or self.told(model, stream, val, device)
         result: dict[str, Any] = {"examples": len(val), **marks([said[i] for i in val], meant)}
-        if stream.kind == "vision":
+        if drawn:
+            helped = marks([consensus(*drawn[i]) for i in val], meant)
+            result["with_neighbours"] = helped | {"neighbours": NEIGHBOURS}
             greedy = self.told(model, stream, val, device)
             result["greedy"] = marks([greedy[i] for i in val], meant)
         result["loss"] = self.media_loss(model, stream, val, device)
@@ -188,7 +201,7 @@ def nearest_marks(stream: MediaStream) -> dict[str, float]:
     found = []
     for way in ways:
         known, asked = (torch.stack([way(features.of(i).float()) for i in part]) for part in (train, val))
-        told = [features.examples[train[place]].text for place in nearest(asked, known)]
+        told = [features.examples[train[place]].text for (place,) in nearest(asked, known)]
         found.append(marks(told, meant))
     return min(found, key=lambda scores: scores["cer"])
 

@@ -55,6 +55,20 @@ def open_features(config: Config, kind: str, say: Say) -> Features:
     return features_of(encoder, collection, progress=progress)
 
 
+def known_images(encoder: VisionEncoder, place: Path) -> Features:
+    """Features by `encoder` of a collection of images, or of the .json of a cache. Raises UserError if they are of
+    another encoder, or have no train part."""
+    if place.suffix == ".json":
+        found = Features.load(place)
+    else:
+        found = features_of(encoder, open_collection(place, "images"))
+    if found.about != encoder.settings():
+        raise UserError(f"{place} holds features of another encoder or layer than the model's; name its images instead")
+    if not found.part("train"):
+        raise UserError(f"{place} has no train part, so nothing with a known caption; name another collection")
+    return found
+
+
 def told_by_features(config: Config, kind: str, features: Features) -> Config:
     """`config` with the part switched on that reads `features`, and with what is to be known of their encoder."""
     about = features.about

@@ -11,10 +11,19 @@ import torch
 from torch import Tensor
 
 from tritwise.data.vocabulary import BYTES, Special, text_of
+from tritwise.encoders import Features
 from tritwise.models import Arb
 from tritwise.train.streams import opening
 
 SAMPLES = 16  # captions of which the one nearest to all others is told
+NEIGHBOURS = 4  # of an image among those of a collection, whose captions may have a say
+
+
+@torch.inference_mode()
+def draws(model: Arb, features_BFD: Tensor, most: int = 80, samples: int = SAMPLES) -> list[list[str]]:
+    """`samples` captions of each of B images, as the model finds them likely."""
+    told = told_by_trunk(model, "vision", model.hidden_of("vision", features_BFD), most, samples)
+    return [told[at : at + samples] for at in range(0, len(told), samples)]
 
 
 @torch.inference_mode()
@@ -24,12 +33,11 @@ def tell(model: Arb, kind: str, features_BFD: Tensor, most: int = 80, samples: i
     most: bytes of the longest. samples: captions are the `consensus` of so many; 0: the likeliest symbol each time, as
     in transcripts. A sound is spelled by its bridge if that has learned to (`ctc`), else told by the trunk.
     """
+    if kind == "vision" and samples:
+        return [consensus(told) for told in draws(model, features_BFD, most, samples)]
     hidden_BFC = model.hidden_of(kind, features_BFD)
     if kind == "audio" and model.spell is not None:
         return [collapsed(row.tolist()) for row in model.spelled(hidden_BFC).argmax(dim=-1)]
-    if kind == "vision" and samples:
-        told = told_by_trunk(model, kind, hidden_BFC, most, samples)
-        return [consensus(told[at : at + samples]) for at in range(0, len(told), samples)]
     return told_by_trunk(model, kind, hidden_BFC, most)
 
 
@@ -63,10 +71,13 @@ def told_by_trunk(model: Arb, kind: str, hidden_BFC: Tensor, most: int, samples:
     return [text_of(row).decode("utf-8", errors="replace") for row in found]
 
 
-def consensus(texts: Sequence[str]) -> str:
+def consensus(texts: Sequence[str], others: Sequence[str] = ()) -> str:
     """The text with the fewest edits to all of `texts` together: the least expected error if they are draws of what is
-    likely (Kumar and Byrne 2004). Of equals the first."""
-    counts = Counter(texts)
+    likely (Kumar and Byrne 2004). `others`, where there are any, together weigh as much as all of `texts`, so that what
+    is likely and, say, what is told of the nearest neighbours agree. Of equals the first."""
+    counts = Counter({text: count * max(1, len(others)) for text, count in Counter(texts).items()})
+    for text in others:
+        counts[text] += len(texts)
     costs = dict.fromkeys(counts, 0)
     for one, other in combinations(counts, 2):
         far = edits(one, other)
@@ -111,7 +122,14 @@ def marks(told: Sequence[str], meant: Sequence[str]) -> dict[str, float]:
     return {"exact": right / max(1, len(meant)), "cer": faults / max(1, sum(map(len, meant)))}
 
 
-def nearest(features: Tensor, known: Tensor) -> list[int]:
-    """For each row of features [N, D] the row of `known` [M, D] with the greatest cosine."""
+def nearest(features: Tensor, known: Tensor, count: int = 1) -> list[list[int]]:
+    """For each row of features [N, D] the `count` rows of `known` [M, D] with the greatest cosines, those first."""
     a, b = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (features, known))
-    return (a @ b.T).argmax(dim=-1).tolist()
+    return (a @ b.T).topk(min(count, len(known)), dim=-1).indices.tolist()
+
+
+def neighbours(features_BFD: Tensor, known: Features) -> list[list[str]]:
+    """Captions of the NEIGHBOURS images of the train part of `known` whose features are most similar, for each of B."""
+    train = known.part("train")
+    near = nearest(features_BFD.flatten(1), torch.stack([known.of(i).flatten() for i in train]), NEIGHBOURS)
+    return [[known.examples[train[place]].text for place in places] for places in near]
