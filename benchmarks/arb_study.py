@@ -82,7 +82,7 @@ CPU: dict[str, Settings] = {
 def items_of() -> dict[str, tuple[float, Settings]]:
     """name -> (seconds of 500 that one of WORKERS processes may take, settings), the most wanted first."""
     seeded: list[tuple[str, float, Settings]] = [
-        ("drawn_trit", 130, {**DRAWN, **TRIT, "rate": 0.03}),
+        ("drawn_trit", 130, {**DRAWN, **TRIT}),
         ("emoji_trit", 120, {**EMOJI, **TRIT, "rate": 0.03}),
         ("drawn_float", 130, {**DRAWN, **FLOAT}),
         ("emoji_trit_noisy", 120, {**EMOJI, **TRIT, "rate": 0.03, "noise": 0.3, "hide": 0.2}),
