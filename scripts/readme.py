@@ -13,8 +13,9 @@ KIND_YYYY-MM-DD.json or .jsonl; the newest of a kind, by name, counts:
                      h100 what another device measured, which counts beside them
     score_study_cpu2, score_study_h100, score_slice_cpu2, score_small_cpu2
                      the study.json of benchmarks/score_study.py: one model and one text each, or the beginning of one
-    arb_cpu2, arb_h100, layers_cpu2, layers_h100
-                     {"rows": […]} of benchmarks/arb_study.py, one for each run of an ARB model, and of layers_study.py
+    arb_cpu2, arb_h100, layers_cpu2, layers_h100, recipes_cpu2
+                     {"rows": […]} of benchmarks/arb_study.py, one for each run of an ARB model, of layers_study.py, and
+                     of recipe_times.py
 
 README has all of its blocks. docs/RULE.md, if it is there, has any of `RULE_BLOCKS`, docs/SCORING.md of `SCORE_BLOCKS`,
 docs/ARB.md of `ARB_BLOCKS`.
@@ -55,6 +56,7 @@ SCORE_STUDIES = ("score_study_cpu2", "score_study_h100", "score_slice_cpu2", "sc
 SCORE_BLOCKS = tuple(f"score_{name}" for name in ("sources", *TABLES))
 ARB_STUDIES = ("arb_cpu2", "arb_h100")
 LAYER_STUDIES = ("layers_cpu2", "layers_h100")
+RECIPE_STUDIES = ("recipes_cpu2",)
 ARB_BLOCKS = tuple(f"arb_{name}" for name in ("sources", *arb_tables.TABLES))
 DATE = "[0-9]" * 4 + "-[0-9][0-9]-[0-9][0-9]"
 
@@ -111,16 +113,18 @@ def score_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
 
 def arb_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
     """Each wanted block of docs/ARB.md -> its text; names that are not in ARB_BLOCKS are left out."""
-    runs, layers = (
-        [file for study in studies if (file := newest(root, study))] for studies in (ARB_STUDIES, LAYER_STUDIES)
+    runs, layers, recipes = (
+        [file for study in studies if (file := newest(root, study))]
+        for studies in (ARB_STUDIES, LAYER_STUDIES, RECIPE_STUDIES)
     )
-    files = [*runs, *layers]
+    files = [*runs, *layers, *recipes]
     links = ", ".join(f"[{file.name}](../{file.relative_to(root).as_posix()})" for file in files)
     made = {}
     for block in dict.fromkeys(wanted):
         name = block.removeprefix("arb_")
         if block in ARB_BLOCKS:
-            rows = [row for file in (layers if name == "layers" else runs) for row in _read(file)["rows"]]
+            read = {"layers": layers, "recipes": recipes}.get(name, runs)
+            rows = [row for file in read for row in _read(file)["rows"]]
             made[block] = f"All rows: {links or 'none yet'}." if name == "sources" else arb_tables.arb_table(name, rows)
     return made
 

@@ -18,11 +18,15 @@ from tritwise.report.arb_tables import TABLES, arb_table, quarter_loss
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def study() -> ModuleType:
+def module(name: str) -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
-        return importlib.import_module("arb_study")
+        return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    return module("arb_study")
 
 
 def test_every_item_is_a_config_of_both_sizes(study):
@@ -104,5 +108,24 @@ def test_tables_gather_seeds_and_hold_a_mixture_against_its_parts():
     layer = {"study": "vq", "steps": 9, "device": "gpu", "weights": 7, "float_trainable": 0, "used": 1.0}
     layers = [layer | {"item": f"ternary, seed {seed}", "squared_error": 0.06 + seed / 100} for seed in (0, 1)]
     assert "| codebook | ternary | 2 | squared error 0.065 (0.060 … 0.070); 100.0 % (100" in arb_table("layers", layers)
+    took = {"seconds": 99.6, "before_seconds": 20.4, "training_seconds": 70.0} | row("finetune-text", {})
+    assert (
+        arb_table("recipes", [took]).splitlines()[2].startswith("| `finetune text` | 100 | 20 | 70 | 40 | 1,000 | 0 |")
+    )
     for name in TABLES:
         assert "Nothing has been recorded" in arb_table(name, []) and json.dumps(rows)
+
+
+def test_recipes_are_timed_as_whole_commands_once(tmp_path):
+    times = module("recipe_times")
+    nowhere = [f"--{name}={tmp_path}" for name in ("images", "sounds", "pictures", "vision-encoder", "audio-encoder")]
+    out = tmp_path / "times.json"
+    given = [str(out), *nowhere, "--work", str(tmp_path), "--steps", "2", "--only", "train-text"]
+    times.main(given)
+    (made,) = json.loads(out.read_text())["rows"]
+    assert made["name"] == "train-text" and made["steps"] == 2 and made["float_trainable"] == 0
+    assert made["seconds"] > made["training_seconds"] > 0 and made["before_seconds"] > 0
+    times.main(given)
+    assert json.loads(out.read_text())["rows"] == [made]
+    with pytest.raises(RuntimeError, match="train-audio ended with code 2"):
+        times.main([*given[:-1], "train-audio"])

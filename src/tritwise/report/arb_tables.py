@@ -181,6 +181,14 @@ def _figure(rows: Sequence[Row]) -> str:
     return f"{told('val_nats')} nats a byte{loads}"
 
 
+def _recipes(rows: Sequence[Row]) -> Iterator[list[str]]:
+    for row in rows:
+        if "before_seconds" in row:
+            command = f"`{row['name'].replace('-', ' ')}`"
+            times = [f"{row[f'{part}seconds']:.0f}" for part in ("", "before_", "training_")]
+            yield [command, *times, *_common([row], _machine(row))]
+
+
 _COMMON = ["steps", "weights", "floats trained", "machine"]
 TABLES: dict[str, tuple[Callable[[Sequence[Row]], Iterator[list[str]]], list[str], str]] = {
     "told": (
@@ -192,6 +200,11 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], Iterator[list[str]]], list[str
         _drawn,
         ["how", "seeds", "recognised", "of", "the classifier on real ones", "loss", "sampler, guidance", *_COMMON],
         "<>>>>>>>>><",
+    ),
+    "recipes": (
+        _recipes,
+        ["command", "seconds", "of them before the first step", "training", *_COMMON],
+        "<>>>>>><",
     ),
     "layers": (_layers, ["layer", "item", "seeds", "figure", *_COMMON], "<<><>>><"),
     "mixture": (
