@@ -174,6 +174,23 @@ def steady_cells(data: str) -> list[Cell]:
     ]
 
 
+def regular_cells(data: str) -> list[Cell]:
+    """What keeps a model from overfitting a text that it reads three times: dropout, weight decay, and other rates of
+    ours at the full length."""
+    base = replace(full(data), settings=STEADY)
+
+    def dropping(share: float) -> dict[str, Any]:
+        return {"dropout": share}
+
+    return [
+        *grid(base, "ours", [0.02, 0.04]),
+        *(replace(base, shape=base.shape | dropping(share)) for share in (0.05, 0.1)),
+        *grid(base, "adamw", [0.003], seeds=3, settings={"weight_decay": 0.1}),
+        *(cell for share in (0.05, 0.1) for cell in grid(base, "adamw", [0.003], settings={}, shape=dropping(share))),
+        *grid(base, "adamw", [0.003], settings={"weight_decay": 0.3}),
+    ]
+
+
 def byte_cells(data: str) -> list[Cell]:
     """What one byte a weight could be, at a third of the length: no momentum, a short one, tables of two bytes."""
     base = replace(full(data), steps=1200)
@@ -207,6 +224,9 @@ def nanogpt_cells(data: str) -> list[Cell]:
         dropping(0.35, 2000),
         dropping(0.35, 1000),
         dropping(0.5, 2000),
+        dropping(0.5, 3000),
+        dropping(0.5, 2000, seed=1),
+        dropping(0.5, 2000, seed=2),
         dropping(0.2, 2000),
         dropping(0.35, 1000, seed=1),
         dropping(0.35, 1000, rate=0.015),
@@ -247,6 +267,7 @@ STAGES: dict[str, Callable[[str], list[Cell]]] = {
     "memory": memory_cells,
     "steady": steady_cells,
     "byte": byte_cells,
+    "regular": regular_cells,
 }
 
 
