@@ -13,6 +13,8 @@ KIND_YYYY-MM-DD.json or .jsonl; the newest of a kind, by name, counts:
                      h100 what another device measured, which counts beside them
     score_study_cpu2, score_study_h100, score_slice_cpu2, score_small_cpu2
                      the study.json of benchmarks/score_study.py: one model and one text each, or the beginning of one
+    step_19m_h100, step_124m_h100, step_1.3b_h100, memory_3b_h100
+                     made by `tritwise bench step`; with h200 for h100 what another device measured: the newest counts
     arb_cpu2, arb_h100, layers_cpu2, layers_h100, recipes_cpu2
                      {"rows": […]} of benchmarks/arb_study.py, one for each run of an ARB model, of layers_study.py, and
                      of recipe_times.py
@@ -36,7 +38,8 @@ from typing import Any
 from tritwise.report import arb_tables
 from tritwise.report.bench_plots import choose_bench_plots
 from tritwise.report.bench_rows import read_bench
-from tritwise.report.bench_tables import ablation_markdown, recipe_markdown, rules_markdown
+from tritwise.report.bench_tables import ablation_markdown, recipe_markdown, rules_markdown, short_markdown
+from tritwise.report.engine_tables import engine_markdown, newest_of_each
 from tritwise.report.score_tables import TABLES, score_sources, score_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +54,7 @@ RULE_TABLES = {
     "nanogpt": partial(recipe_markdown, name="nanogpt"),
 }
 DEVICES = ("h100", "h200")
+STEPS = ("step_19m", "step_124m", "step_1.3b", "memory_3b")
 RULE_BLOCKS = tuple(f"rules_{name}" for name in (*RULE_TABLES, *RULE_PLOTS))
 SCORE_STUDIES = ("score_study_cpu2", "score_study_h100", "score_slice_cpu2", "score_small_cpu2")
 SCORE_BLOCKS = tuple(f"score_{name}" for name in ("sources", *TABLES))
@@ -73,6 +77,8 @@ def blocks(root: Path) -> dict[str, str]:
         "picture": _loss(root, demo) if demo else "A picture will stand here once a demo is recorded.",
         "result": _result(root, demo) if demo else "No demo has been recorded yet; `make demo` makes one.",
         "cost": _cost(root, cost) if cost else "The cost of a step has not been recorded yet.",
+        "rules": _rules(root),
+        "engine": _engine(root),
     }
 
 
@@ -263,6 +269,24 @@ def _result(root: Path, path: Path) -> str:
             f"all of it in [{path.name}]({path.relative_to(root).as_posix()}).",
         ]
     )
+
+
+def _rules(root: Path) -> str:
+    sources = _rule_sources(root, "rules")
+    if not sources:
+        return "No rules have been compared yet; `tritwise bench rules` does it."
+    return f"{short_markdown(read_bench(*sources))}\n\nAll of it, with seeds and rates: [docs/RULE.md]({RULE})."
+
+
+def _engine(root: Path) -> str:
+    files = [file for kind in STEPS for file in (root / RESULTS).glob(f"{kind}_h[12]00_{DATE}.json")]
+    if not files:
+        return "No step on a GPU has been recorded yet; `tritwise bench step` does it."
+    read = {file: _read(file) for file in files}
+    kept = newest_of_each((file.stem.rsplit("_", 1)[1], made) for file, made in read.items())
+    names = sorted(file.name for file, made in read.items() if any(made is one for one in kept))
+    links = ", ".join(f"[{name}]({RESULTS}/{name})" for name in names)
+    return f"{engine_markdown(kept)}\n\nFrom {links}."
 
 
 def _cost(root: Path, path: Path) -> str:

@@ -15,8 +15,17 @@ from tritwise.errors import UserError
 from tritwise.files import canonical_json
 from tritwise.report.bench_plots import choose_bench_plots, write_bench_report
 from tritwise.report.bench_rows import Variant, read_bench, sort_rows
-from tritwise.report.bench_tables import Summary, ablation_markdown, recipe_markdown, rules_markdown, summary, table
+from tritwise.report.bench_tables import (
+    Summary,
+    ablation_markdown,
+    recipe_markdown,
+    rules_markdown,
+    short_markdown,
+    summary,
+    table,
+)
 from tritwise.report.bench_trends import least_squares, robustness, trends
+from tritwise.report.engine_tables import engine_markdown, newest_of_each
 
 imread = pytest.importorskip("matplotlib.image").imread
 
@@ -535,3 +544,47 @@ def test_a_recipe_is_a_table_in_nats_with_the_best_first():
         ["**ours**", "**0**", "**1,000**", "**0.03**", "**1.5249**", "1", "", "1.000"],
     ]
     assert recipe_markdown(rows, "other") == "Nothing has been measured yet."
+
+
+def test_readers_in_a_hurry_see_each_rule_once_and_ours_once_a_size():
+    compact = {"settings": {"compact": True}, "bytes_per_weight": 1.05}
+    rows = [
+        made_row("adamw", bpb=1.45, bytes_per_weight=12.0, float_state_bytes=100),
+        made_row("adamw", bpb=1.40, bytes_per_weight=12.0, float_state_bytes=100, settings={"weight_decay": 0.1}),
+        made_row("ours", bpb=1.42),
+        made_row("ours", bpb=1.43, settings={"momentum": 0.8}),
+        made_row("ours", bpb=1.50, **compact),
+        made_row("lion", bpb=None),
+    ]
+    lines = short_markdown(rows).splitlines()[4:]
+    assert [line.split("|")[1].strip() for line in lines] == [
+        "adamw · weight decay 0.1",
+        "**ours**",
+        "**ours · compact**",
+    ]
+    assert lines[0].split("|")[2:-1] == [" 1.400 ", " 1 ", " 12.00 ", " 100 B "] and "none" in lines[1]
+    assert short_markdown([]) == "No rules have been measured yet."
+
+
+def step_file(size: str, weights: int, ours: float, rival: float | None, **changes) -> dict:
+    """A result file of `tritwise bench step`."""
+    row = {"size": size, "weights": weights, "bytes_a_step": 1024, "state_bytes": 2 * weights, "peak_bytes": 10**9}
+    rows = [row | {"contender": "ours", "step_ms": ours, "update_share": 0.125, "ratio": (rival or 0) / ours} | changes]
+    rows += [row | {"contender": "adamw-bf16", "step_ms": rival, "ratio": 1.0}] if rival else []
+    return {"bench": "step", "device": "a GPU", "torch": "2.11.0", "rows": rows}
+
+
+def test_steps_of_every_size_stand_beside_adamw():
+    files = [step_file("large", 3 * 10**9, 700.0, None), step_file("small", 20 * 10**6, 20.0, 15.0)]
+    told = engine_markdown(files)
+    assert told.startswith("One a GPU, torch 2.11.0, bfloat16")
+    small, large = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()[4:]]
+    assert small == ["20M", "1,024", "20.0", "15.0", "0.75", "12 %", "40.0 MB", "40.0 MB", "1.00 GB", "1.00 GB"]
+    assert large[:6] == ["3B", "1,024", "700", "", "", "12 %"] and large[7] == large[9] == ""
+    failed = step_file("small", 20 * 10**6, 20.0, 15.0, error="out of memory")
+    assert engine_markdown([failed]) == engine_markdown([]) == "Nothing has been measured yet."
+
+
+def test_a_size_that_was_measured_again_counts_once():
+    old, new, other = (step_file(size, 10**6, ms, None) for size, ms in (("a", 1.0), ("a", 2.0), ("b", 3.0)))
+    assert newest_of_each([("2026-02-01", new), ("2026-01-01", old), ("2026-01-01", other)]) == [new, other]

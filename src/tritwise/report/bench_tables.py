@@ -189,6 +189,26 @@ def rules_markdown(source: Bench | Iterable[Mapping[str, Any]], cell: Cell | Non
     return f"{_plain(cell.title(_weights(entries)))}\n\n{markdown(head, rows)}\n\n{legend}"
 
 
+def short_markdown(source: Bench | Iterable[Mapping[str, Any]]) -> str:
+    """A Markdown table for readers in a hurry: of the cell that `rules_markdown` shows each rule's best variant, and of
+    the own rule the best of each number of bytes a weight."""
+    bench = source if isinstance(source, Bench) else sort_rows(source)
+    cell = richest_cell(bench.trials)
+    entries = [entry for entry in summary(bench) if entry.cell == cell and entry.mean is not None]
+    if cell is None or not entries:
+        return "No rules have been measured yet."
+    best: dict[tuple[str, int], Summary] = {}
+    for entry in entries:  # the best first
+        best.setdefault((entry.variant.rule, round(entry.bytes_per_weight or 0) if entry.own else 0), entry)
+    rows = []
+    for entry in best.values():
+        told = dict(zip(HEAD, _row(entry), strict=True))
+        row = [entry.label, told["val bpb"], told["n"], told["B/weight"], told["float state"]]
+        rows.append([f"**{text}**" if entry.own and text else text for text in row[:2]] + row[2:])
+    head = ["rule", "val bpb", "seeds", "bytes a weight", "of them floats"]
+    return f"{_plain(cell.title(_weights(entries)))}\n\n{markdown(head, rows)}"
+
+
 def ablation_markdown(source: Bench | Iterable[Mapping[str, Any]]) -> str:
     """A Markdown table of the own rule's variants, in the cell with the most of them, beside the default one."""
     bench = source if isinstance(source, Bench) else sort_rows(source)
