@@ -36,9 +36,9 @@ from pathlib import Path
 from typing import Any
 
 from tritwise.report import arb_tables
+from tritwise.report.bench_markdown import ablation_markdown, recipe_markdown, rules_markdown, short_markdown
 from tritwise.report.bench_plots import choose_bench_plots
 from tritwise.report.bench_rows import read_bench
-from tritwise.report.bench_tables import ablation_markdown, recipe_markdown, rules_markdown, short_markdown
 from tritwise.report.engine_tables import engine_markdown, newest_of_each
 from tritwise.report.score_tables import TABLES, score_sources, score_table
 

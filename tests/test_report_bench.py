@@ -13,17 +13,10 @@ import pytest
 
 from tritwise.errors import UserError
 from tritwise.files import canonical_json
+from tritwise.report.bench_markdown import ablation_markdown, recipe_markdown, rules_markdown, short_markdown
 from tritwise.report.bench_plots import choose_bench_plots, write_bench_report
 from tritwise.report.bench_rows import Variant, read_bench, sort_rows
-from tritwise.report.bench_tables import (
-    Summary,
-    ablation_markdown,
-    recipe_markdown,
-    rules_markdown,
-    short_markdown,
-    summary,
-    table,
-)
+from tritwise.report.bench_tables import Summary, summary, table
 from tritwise.report.bench_trends import least_squares, robustness, trends
 from tritwise.report.engine_tables import engine_markdown, newest_of_each
 

@@ -279,9 +279,10 @@ def _show(console: Any, out: Path, found: "Sweep", json: bool) -> None:
 
     from tritwise.bench.grid import untuned_rows
     from tritwise.files import atomic_write
+    from tritwise.report.bench_markdown import rules_markdown
     from tritwise.report.bench_plots import home_cells, write_bench_report
     from tritwise.report.bench_rows import read_bench, sort_rows
-    from tritwise.report.bench_tables import rules_markdown, summary
+    from tritwise.report.bench_tables import summary
 
     bench, told = read_bench(out), sort_rows(found.rows)
     console.print(_narrow("", summary(told)))

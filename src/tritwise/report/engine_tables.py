@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tritwise.report.bench_tables import markdown
+from tritwise.report.bench_markdown import markdown
 from tritwise.report.numbers import human_bytes, number, percent, significant
 from tritwise.report.reader import mapping, rows_of
 
