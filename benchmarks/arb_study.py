@@ -95,6 +95,8 @@ def items_of() -> dict[str, tuple[float, Settings]]:
         ("alone_audio", 50, {**ALONE, "task": "audio"}),
         ("prompts_float3", 130, {**PROMPTS, **FLOAT, "rate": 3e-3}),
         ("emoji_float3", 100, {**EMOJI, **FLOAT, "rate": 3e-3}),
+        ("emoji_trit_dropped1", 120, {**EMOJI, **TRIT, "rate": 0.03, "dropout": 0.1}),
+        ("emoji_trit_dropped2", 120, {**EMOJI, **TRIT, "rate": 0.03, "dropout": 0.2}),
         ("emoji_trit_clean", 120, {**EMOJI, **TRIT, "rate": 0.03, "noise": 0.0, "hide": 0.0}),
     ]
     return {f"{name}_seed{seed}": (share, {**own, "seed": seed}) for seed in range(3) for name, share, own in seeded}
@@ -224,7 +226,7 @@ def run_item(name: str, work: Path, seconds: float, size: str, tiny: bool, gone:
 
 
 KEPT = {
-    "model": ("width", "depth", "ctx", "weights", "column_scales"),
+    "model": ("width", "depth", "ctx", "weights", "column_scales", "dropout"),
     "train": (
         "steps",
         "seconds",

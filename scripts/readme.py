@@ -15,6 +15,7 @@ KIND_YYYY-MM-DD.json or .jsonl; the newest of a kind, by name, counts:
                      the study.json of benchmarks/score_study.py: one model and one text each, or the beginning of one
     step_19m_h100, step_124m_h100, step_1.3b_h100, memory_3b_h100
                      made by `tritwise bench step`; with h200 for h100 what another device measured: the newest counts
+    drawn_trit_cpu2  the last grid of pictures of such a run, .npy
     arb_cpu2, arb_h100, layers_cpu2, layers_h100, recipes_cpu2
                      {"rows": […]} of benchmarks/arb_study.py, one for each run of an ARB model, of layers_study.py, and
                      of recipe_times.py
@@ -61,7 +62,8 @@ SCORE_BLOCKS = tuple(f"score_{name}" for name in ("sources", *TABLES))
 ARB_STUDIES = ("arb_cpu2", "arb_h100")
 LAYER_STUDIES = ("layers_cpu2", "layers_h100")
 RECIPE_STUDIES = ("recipes_cpu2",)
-ARB_BLOCKS = tuple(f"arb_{name}" for name in ("sources", *arb_tables.TABLES))
+DRAWN, GRID = "drawn_trit_cpu2", "docs/images/drawn.png"
+ARB_BLOCKS = tuple(f"arb_{name}" for name in ("sources", "picture", *arb_tables.TABLES))
 DATE = "[0-9]" * 4 + "-[0-9][0-9]-[0-9][0-9]"
 
 
@@ -128,7 +130,11 @@ def arb_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
     made = {}
     for block in dict.fromkeys(wanted):
         name = block.removeprefix("arb_")
-        if block in ARB_BLOCKS:
+        if name == "picture":
+            grid = newest(root, DRAWN, "npy")
+            told = "Clothes drawn by a ternary network: a row a class of Fashion-MNIST"
+            made[block] = _picture(root, GRID, told, [grid], "docs/") if grid else "No picture has been kept yet."
+        elif block in ARB_BLOCKS:
             read = {"layers": layers, "recipes": recipes}.get(name, runs)
             rows = [row for file in read for row in _read(file)["rows"]]
             made[block] = f"All rows: {links or 'none yet'}." if name == "sources" else arb_tables.arb_table(name, rows)
@@ -149,6 +155,9 @@ def pages(root: Path) -> dict[str, dict[str, str]]:
 
 def draw(root: Path) -> list[str]:
     """Draw the pictures of the newest results; returns their paths, relative to `root`. Needs the extra `report`."""
+    import numpy as np
+
+    from tritwise.report.media import image_png
     from tritwise.report.plots import loss_figure, save_png, step_cost_figure
 
     drawn = []
@@ -161,6 +170,11 @@ def draw(root: Path) -> list[str]:
     if cost := newest(root, "step_cost_cpu2"):
         save_png(step_cost_figure(_read(cost)["rows"]), root / COST)
         drawn.append(COST)
+    if grid := newest(root, DRAWN, "npy"):
+        array = np.load(grid, allow_pickle=False)
+        (root / GRID).parent.mkdir(parents=True, exist_ok=True)
+        (root / GRID).write_bytes(image_png(array.repeat(2, axis=0).repeat(2, axis=1), "gray"))
+        drawn.append(GRID)
     page = (root / RULE).read_text(encoding="utf-8") if (root / RULE).exists() else ""
     for name in RULE_PLOTS:
         sources = _rule_sources(root, name)
