@@ -91,7 +91,7 @@ def _told(rows: Sequence[Row]) -> Iterator[list[str]]:
 def _spoiled(row: Row) -> str:
     """How features and letters were spoiled while it learned, where it matters for what is compared."""
     told = row["settings"]
-    words = [f"{name} {told[name]:g}" for name in ("noise", "hide") if told.get(name)]
+    words = [f"{name} {told[name]:g}" for name in ("noise", "hide", "dropout") if told.get(name)]
     return f"; {', '.join(words) or 'nothing spoiled'}" if row["name"].startswith("emoji") else ""
 
 
