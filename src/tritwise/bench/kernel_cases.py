@@ -61,6 +61,7 @@ def make_cases(device: torch.device, dtype: torch.dtype, widths: list[int], rows
     yield from _embedding_cases(device, rows, width)
     yield from _update_cases(device, width, blocks)
     yield from _nibble_cases(device, width, blocks)
+    yield from _scale_cases(width, blocks)
     yield from _direction_cases(device, width, blocks)
     yield from _graph_cases(rows, width, dtype)
     yield from _combine_cases(rows, width, dtype)
@@ -194,6 +195,27 @@ def _nibble_cases(device: torch.device, width: int, blocks: int) -> Iterator[Cas
     yield Case("nibble", "accumulate_nibbles", shape, make, accumulate, moved, changes=state)
     yield Case("nibble", "move_nibbles", shape, make, move, 6 * weights, changes=("registers",))
     yield Case("nibble", "momentum_of_many", shape, make, momentum, 5 * weights + rows + groups)
+
+
+def _scale_cases(width: int, blocks: int) -> Iterator[Case]:
+    """Scales of the rows of all matrices, a set each."""
+    rows = [outputs for outputs, _, _ in _matrices(width, blocks)]
+    keys = _keys(len(rows))
+
+    def make(generator: torch.Generator) -> Inputs:
+        return {
+            "exponents": [_int8(generator, 8, count, 1) - 40 for count in rows],
+            "evidences": [_int8(generator, 120, 1, count) for count in rows],
+            "momenta": [_int8(generator, 126, 1, count) for count in rows],
+        }
+
+    def move(given: Inputs) -> list[Tensor]:
+        state = given["exponents"], given["evidences"], given["momenta"]
+        ops.move_scales_many(*state, [0.005] * len(rows), keys)
+        return []
+
+    shape, state = f"{len(rows)} sets, {sum(rows):,}", ("exponents", "evidences")
+    yield Case("scales", "move_scales_many", shape, make, move, 5 * sum(rows), changes=state)
 
 
 def _direction_cases(device: torch.device, width: int, blocks: int) -> Iterator[Case]:

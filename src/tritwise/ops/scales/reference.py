@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tritwise.ops.direction.reference import unit_rms
+from tritwise.ops.direction.reference import TINY
 from tritwise.registers import Key, move_exponents, random_bits16_many
 
 
@@ -22,7 +22,7 @@ def move_scales_many(
 ) -> None:
     """See `tritwise.ops.scales.move_scales_many`."""
     device, counts = exponents[0].device, [exponent.numel() for exponent in exponents]
-    u_N = torch.cat([unit_rms(momentum.reshape(-1).to(torch.float32)) for momentum in momenta])
+    u_N = torch.cat([_unit_rms(momentum.reshape(-1)) for momentum in momenta])
     if still is not None:
         u_N = u_N.masked_fill(still, 0.0)
     if go is not None:
@@ -36,3 +36,11 @@ def move_scales_many(
     for tensors, values in zip((exponents, evidences), moved, strict=True):
         views = [part.view(tensor.shape) for tensor, part in zip(tensors, values.split(counts), strict=True)]
         torch._foreach_copy_(list(tensors), views)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _unit_rms(momentum_N: Tensor) -> Tensor:
+    """int8 [N] over the root of its mean square, float32. The sum is one of integers, so every backend has its bits."""
+    total = momentum_N.to(torch.int64).square().sum().to(torch.float32)
+    # The divisor is a tensor: CUDA multiplies by the reciprocal of a plain number, which is not the same float.
+    mean = total / torch.full_like(total, momentum_N.numel())
+    return momentum_N.to(torch.float32) / (mean.sqrt() + TINY)

@@ -1,7 +1,6 @@
 """Moving scales on a GPU: two launches for all sets of a model.
 
-The sum of squares of a set is a sum of integers, the same in whatever order its parts arrive. The reference adds up
-floats: of more than 1040 scales its RMS can be a rounding off this one; all else has the reference's bits.
+The sum of squares of a set is a sum of integers, the same in whatever order its parts arrive.
 """
 
 import functools
