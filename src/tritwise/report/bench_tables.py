@@ -148,6 +148,7 @@ def _summarise(label: str, trials: list[Trial]) -> Summary:
     best = _best(tried)
     finished = [trial for trial in by_rate[best.rate] if trial.bpb is not None]
     runs = sorted(finished, key=lambda trial: -1 if trial.seed is None else trial.seed)
+    devices = {str(trial.row.get("device") or "") for trial in runs}
 
     def of(key: str) -> list[float]:
         return [value for trial in runs or trials if (value := number(trial.row.get(key))) is not None]
@@ -170,7 +171,7 @@ def _summarise(label: str, trials: list[Trial]) -> Summary:
         zero_fraction=mean("zero_fraction"),
         saturation=mean("saturation"),
         step_ms=median(times) if (times := of("step_ms")) else None,
-        device="" if len(devices := {str(trial.row.get("device") or "") for trial in runs}) != 1 else devices.pop(),
+        device=devices.pop() if len(devices) == 1 else "",
     )
 
 

@@ -37,8 +37,7 @@ class Stepper:
     all float gradients together; 0: none. crew: the processes that share a step's micro-batches; `accum` counts those
     of all. seed: of dropout, whose masks follow from it, from `taken`, the steps taken so far (set by whoever resumes a
     run), and from the number of the micro-batch. steady: nothing but rates will change from step to step, so that a
-    step may be recorded whole. ValueError
-    for a graph away from a GPU.
+    step may be recorded whole. ValueError for a graph away from a GPU.
     """
 
     def __init__(
