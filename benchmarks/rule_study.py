@@ -191,6 +191,13 @@ def regular_cells(data: str) -> list[Cell]:
     ]
 
 
+def fp8_cells(data: str) -> list[Cell]:
+    """Products in float8, which want one scale a row, against the same model in bfloat16."""
+    base = replace(full(data), settings=STEADY)
+    base = replace(base, shape=base.shape | {"group": 1 << 16})
+    return [replace(base, seed=seed, settings=STEADY | own) for seed in range(3) for own in ({"fp8": True}, {})]
+
+
 def byte_cells(data: str) -> list[Cell]:
     """What one byte a weight could be, at a third of the length: no momentum, a short one, tables of two bytes."""
     base = replace(full(data), steps=1200)
@@ -268,6 +275,7 @@ STAGES: dict[str, Callable[[str], list[Cell]]] = {
     "steady": steady_cells,
     "byte": byte_cells,
     "regular": regular_cells,
+    "fp8": fp8_cells,
 }
 
 

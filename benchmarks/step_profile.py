@@ -1,0 +1,90 @@
+"""Where the time of a training step goes on a GPU: the kernels of one contender, by the time they take.
+
+    python benchmarks/step_profile.py SIZE[,SIZE…] --contenders ours,adamw-bf16 --out FOLDER [--steps 3] [--data TEXT]
+
+For every size (a preset of `tritwise bench step`) and contender FOLDER/profile_SIZE_CONTENDER.json lists kernels by
+name: calls a step, milliseconds a step, and the share. `busy_ms` is their sum, `wall_ms` the time a step takes while it
+is profiled: what lies between them the device waited.
+"""
+
+import argparse
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from tritwise.bench.runner import Batches, Runner, entries_called
+from tritwise.bench.sizes import size_called
+from tritwise.files import write_json
+from tritwise.train.run import surroundings
+
+LONGEST = 120  # letters of a kernel's name
+
+
+def profiled(size_name: str, name: str, device: torch.device, steps: int, data: str) -> dict[str, Any]:
+    """The kernels of `steps` steps, after three that count for nothing."""
+    size, entry = size_called(size_name), entries_called([name])[name]
+    cuda = device.type == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    runner = Runner(entry, size, Batches(size, device, data), device, dtype)
+    for _ in range(3):
+        runner.step()
+    if cuda:
+        torch.cuda.synchronize(device)
+    kinds = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    with profile(activities=kinds) as seen:
+        began = time.perf_counter()
+        for _ in range(steps):
+            runner.step()
+        if cuda:
+            torch.cuda.synchronize(device)
+        wall = time.perf_counter() - began
+    kernels: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    for event in seen.events() or []:
+        if (event.device_type == DeviceType.CUDA) == cuda:
+            kernel = kernels[event.name[:LONGEST]]
+            kernel[0] += 1
+            kernel[1] += event.device_time if cuda else event.self_cpu_time_total
+    busy = sum(microseconds for _, microseconds in kernels.values())
+    ordered = sorted(kernels.items(), key=lambda item: -item[1][1])
+    lines = [
+        {"kernel": kernel, "calls": calls / steps, "ms": us / 1000 / steps, "share": us / busy}
+        for kernel, (calls, us) in ordered
+    ]
+    told = {"bench": "profile", "size": size_name, "contender": name, "mode": size.mode, "steps": steps}
+    return told | {
+        "wall_ms": 1000 * wall / steps,
+        "busy_ms": busy / 1000 / steps,
+        "kernels": lines,
+        **surroundings(device),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("sizes")
+    parser.add_argument("--contenders", default="ours")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--data", default="shakespeare")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for size in options.sizes.split(","):
+        for name in options.contenders.split(","):
+            found = profiled(size, name, device, options.steps, options.data)
+            write_json(options.out / f"profile_{size}_{name}.json", found)
+            print(f"{size} {name}: {found['wall_ms']:.1f} ms a step, {found['busy_ms']:.1f} ms of kernels")
+            for line in found["kernels"][:25]:
+                print(f"{line['ms']:9.3f} ms {line['calls']:7.1f} x  {line['kernel']}")
+
+
+if __name__ == "__main__":
+    main()
