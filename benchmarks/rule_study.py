@@ -16,6 +16,7 @@ from rich.console import Console
 
 from tritwise.bench.grid import GRID, grid_cells
 from tritwise.bench.harness import Cell
+from tritwise.bench.runner import TURNS
 from tritwise.bench.sweep import SweepLines, devices_called, run_cells
 
 SPLIT = "first:38000000,last:2000000"
@@ -198,6 +199,20 @@ def fp8_cells(data: str) -> list[Cell]:
     return [replace(base, seed=seed, settings=STEADY | own) for seed in range(3) for own in ({"fp8": True}, {})]
 
 
+def turn_cells(data: str) -> list[Cell]:
+    """Matrices that take turns at moving, at every 2nd to 8th step: cheaper, and how much worse?"""
+    base = replace(full(data), settings=STEADY)
+
+    def turns(interval: int, **changes: Any) -> Cell:
+        return replace(base, settings=STEADY | TURNS | {"interval": interval}, **changes)
+
+    return [
+        *(turns(4, seed=seed) for seed in range(3)),
+        *(turns(interval, steps=1200) for interval in (4, 2, 8)),
+        *(turns(2, seed=seed) for seed in range(3)),
+    ]
+
+
 def byte_cells(data: str) -> list[Cell]:
     """What one byte a weight could be, at a third of the length: no momentum, a short one, tables of two bytes."""
     base = replace(full(data), steps=1200)
@@ -276,6 +291,7 @@ STAGES: dict[str, Callable[[str], list[Cell]]] = {
     "byte": byte_cells,
     "regular": regular_cells,
     "fp8": fp8_cells,
+    "turns": turn_cells,
 }
 
 

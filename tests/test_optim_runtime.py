@@ -282,7 +282,7 @@ def test_skipped_steps_are_counted_when_someone_asks(monkeypatch):
 # --- recorded ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("own", [{}, {"row_memory": 0.8}, {"compact": True}])
+@pytest.mark.parametrize("own", [{}, {"row_memory": 0.8}, {"compact": True}, {"interval": 2}])
 def test_a_step_that_reads_keys_and_rates_from_the_device_has_the_bits_of_any_other(own):
     results = []
     for records in (False, True):
@@ -300,8 +300,9 @@ def test_a_step_that_reads_keys_and_rates_from_the_device_has_the_bits_of_any_ot
                 with optimizer.recording() as changed:
                     assert {id(t) for t in changed} >= {id(p) for p in model.parameters()}
                     optimizer.before_replay()
-                    optimizer.consume(layers_of(model), grads)
-                    optimizer.step()
+                    with optimizer.ahead(-1):  # what was recorded is a step of this phase
+                        optimizer.consume(layers_of(model), grads)
+                        optimizer.step()
             else:
                 optimizer.consume(layers_of(model), grads)
                 optimizer.step()
@@ -408,8 +409,21 @@ def test_moves_are_made_once_and_recorded_the_second_time(monkeypatch):
 def test_what_cannot_be_recorded_says_so():
     assert not TritOptimizer(Four(), 0.1).recordable  # a sparse table
     linear = [TritLinear(16, 8)]
-    assert not TritOptimizer(linear, 0.1, interval=2).recordable
     assert TritOptimizer(linear, 0.1).recordable
+    optimizer = TritOptimizer([{"params": [TritLinear(16, 8)], "rate": 0.1}, {"params": linear, "rate": 0.1}], 0.1)
+    optimizer.param_groups[0]["step"] = 1  # whose layers have other turns than those of the other group
+    assert not optimizer.recordable
+
+
+def test_phases_are_the_turns_of_all_groups_together():
+    groups = [{"params": [TritLinear(16, 8)], "rate": 0.1, "interval": interval} for interval in (1, 4, 6)]
+    optimizer = TritOptimizer(groups, 0.1)
+    assert (optimizer.phases, optimizer.phase) == (12, 0)
+    for group in optimizer.param_groups:
+        group["step"] = 25
+    with optimizer.ahead(3):
+        assert optimizer.phase == 4
+    assert optimizer.phase == 1 and optimizer.step_count == 25
 
 
 @pytest.mark.parametrize("how", ["configure", "load", "forget", "add"])

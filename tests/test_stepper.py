@@ -128,11 +128,14 @@ def test_a_graph_away_from_a_gpu_is_refused():
 
 
 class Replayed:
-    """What a recording does, without a GPU: the same pass again at every call."""
+    """What a recording does, without a GPU: the same pass again at every call, and the updates of the same layers."""
 
-    def __init__(self, model: Any, loss: Any, batch: tuple[Any, ...], updates: Sequence[TritOptimizer] = ()) -> None:
+    def __init__(
+        self, model: Any, loss: Any, batch: tuple[Any, ...], booth: object, updates: Sequence[TritOptimizer] = ()
+    ) -> None:
         self.model, self.loss, self.batch, self.updates = model, loss, batch, list(updates)
         self.port_grads: dict[Any, Tensor] = {}
+        self.phases = [optimizer.phase for optimizer in updates]
 
     def __call__(self, batch: tuple[Any, ...]) -> Tensor:
         assert [part.shape for part in batch] == [part.shape for part in self.batch]
@@ -146,18 +149,24 @@ class Replayed:
         loss.backward()
         for layer, consumer in zip(layers, consumers, strict=True):
             self.port_grads[layer], layer.port.grad, layer.consumer = layer.port.grad, None, consumer
+        for optimizer, phase in zip(self.updates, self.phases, strict=True):
+            assert (optimizer.step_count - 1) % optimizer.phases == phase  # before_replay has counted this step
+            with optimizer.ahead(-1), optimizer.recording():
+                optimizer.consume(list(self.port_grads), list(self.port_grads.values()))
+                optimizer.step()
         return loss.detach()
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_every_shape_has_a_recording_until_there_are_too_many(rule, monkeypatch):
-    """Recordings of two shapes and eager steps of a third in turn: the bits of eager steps alone."""
+@pytest.mark.parametrize(("rule", "steady"), [*((rule, False) for rule in RULES), ("trit", True)])
+def test_every_shape_has_a_recording_until_there_are_too_many(rule, steady, monkeypatch):
+    """Recordings of two shapes or phases and eager steps of others in turn: the bits of eager steps alone."""
     monkeypatch.setattr(stepper_module, "_Recording", Replayed)
+    monkeypatch.setattr(stepper_module, "_Booth", lambda device: None)
     monkeypatch.setattr(stepper_module, "MOST_RECORDED", 2)
     found = []
     for recorded in (True, False):
         model, optimizers = build(rule, **({} if rule in ("adamw", "muon") else {"interval": 2}))
-        stepper = Stepper(model, optimizers)
+        stepper = Stepper(model, optimizers, steady=steady)
         stepper._record = recorded
         losses = []
         for length, (ids, targets) in zip((16, 8, 16, 12, 8, 12), batches(6), strict=True):
@@ -197,7 +206,7 @@ def test_a_graph_gives_the_state_of_eager_steps(rule):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", [{"graph": True}, {"records": True}])
-@pytest.mark.parametrize("own", [{}, {"row_memory": 0.9}, {"roles": {"embedding": {"scale_rate": 0.5}}}])
+@pytest.mark.parametrize("own", [{}, {"row_memory": 0.9, "interval": 4}, {"roles": {"embedding": {"scale_rate": 0.5}}}])
 @pytest.mark.parametrize("shape", [{"group": 64}, {"group": 1 << 16}, {"group": 64, "column_scales": False}])
 def test_scales_that_learn_fast_have_the_bits_of_eager_steps(shape, own, how):
     """A recorded step takes the scales of all layers at once, an eager one those of each; several to a row, or one."""
@@ -247,7 +256,7 @@ def test_every_depth_has_a_recording_and_they_share_one_state():
         torch.manual_seed(0)
         shape = ModelConfig(width=64, depth=2, ctx=32, loops=3, loop_embedding=True, repeat_skip=True, gains=True)
         model = ByteLM(shape).to("cuda")
-        optimizer = TritOptimizer(model, rate=0.02)
+        optimizer = TritOptimizer(model, rate=0.02, interval=2)
         stepper = Stepper(model, [optimizer], graph=graph)
         data, losses, flips = batches(6, "cuda"), [], []
         if graph:
@@ -255,6 +264,7 @@ def test_every_depth_has_a_recording_and_they_share_one_state():
             before = state_of(model, [])
             warm_up(stepper, model, [optimizer], data[:1], [1, 2, 0])
             assert_equal(state_of(model, []), before)
+            assert len(stepper._replays) == 3 * 2 and optimizer.step_count == 0
         for (ids, targets), loops, factor in zip(data, (1, 1, 2, 0, 2, 0), (1.0, 0.9, 0.7, 0.5, 0.3, 0.1), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = 0.02 * factor

@@ -31,9 +31,14 @@ class Entry(NamedTuple):
     held: float
 
 
+TURNS = {"interval": 4, "embedding_interval": 1, "head_interval": 1}
+"""Matrices take turns at moving, as in `tritwise train`."""
+
 ENTRIES = {
     "ours": Entry("ours", 0.03, {}, 2.1),
     "ours-fp8": Entry("ours", 0.03, {"fp8": True}, 2.1),
+    "ours-turns": Entry("ours", 0.03, TURNS, 2.1),
+    "ours-turns-fp8": Entry("ours", 0.03, {"fp8": True} | TURNS, 2.1),
     "ours-compact": Entry("ours", 0.03, {"compact": True}, 1.15),
     "adamw": Entry("adamw", 3e-4, {}, 16.0),
     "adamw-bf16": Entry("adamw-bf16", 3e-4, {}, 8.0),

@@ -17,6 +17,7 @@ A compact layer keeps momentum and register in one byte, as nibbles (`tritwise.r
 `round` is stochastic and counter-based. The gradient is let go of at once: memory never holds two. Source: DESIGN.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -200,9 +201,30 @@ class TritOptimizer(Consuming, Moving):
 
     @property
     def recordable(self) -> bool:
-        """Whether a step can be recorded in a CUDA graph: every layer moves at every step, by the same calls."""
-        plain = all(group["interval"] == 1 for group in self.param_groups)
-        return plain and not any(layer.sparse for layer in self.layers)
+        """Whether a step can be recorded in a CUDA graph: steps of one phase move the same layers by the same calls."""
+        alike = len({group["step"] for group in self.param_groups}) == 1
+        return alike and not any(layer.sparse for layer in self.layers)
+
+    @property
+    def phases(self) -> int:
+        """After so many steps it is the turn of the same layers again."""
+        return math.lcm(*(group["interval"] for group in self.param_groups))
+
+    @property
+    def phase(self) -> int:
+        """Whose turn it is at the next step: 0 … phases - 1. A recording serves the steps of one phase."""
+        return self.step_count % self.phases
+
+    @contextmanager
+    def ahead(self, steps: int) -> Iterator[None]:
+        """Inside, so many more steps seem to have been taken: to record phases before their turn."""
+        for group in self.param_groups:
+            group["step"] += steps
+        try:
+            yield
+        finally:
+            for group in self.param_groups:
+                group["step"] -= steps
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:

@@ -73,8 +73,9 @@ def speed_of(compile: str, model: ByteLM | Arb, accum: int = 1) -> Speed:
     return Speed(compile != "graph", graph=small and (accum == 1 or not floats))
 
 
-RECORDED = 1 << 29
-"""Weights at most whose moves are recorded: from Python their launches take longer than they run, up to here."""
+RECORDED = 1 << 32
+"""Weights at most whose moves are recorded. From Python their launches take longer than they run up to half a billion
+weights, and a third longer at a billion; above this, the memory that a recording keeps is better spent."""
 
 
 def record_moves(optimizers: Iterable[torch.optim.Optimizer], compiled: bool) -> None:

@@ -3,12 +3,14 @@
 A small model on a GPU is bound by launches: its kernels are shorter than the time Python takes to ask for them. With
 `compile` the model's loss is one compiled function, and with `graph` its forward and backward are recorded once and
 replayed, and where the optimizers allow it the update with them, so that a step costs the host a handful of launches.
-Gradients of ternary layers then wait in their ports until backward is over, all at once, which is for models that are
-small beside the GPU; otherwise every gradient is consumed the moment it is made.
+Where layers move in turns, there is a recording for each turn. Gradients of ternary layers then wait in their ports
+until backward is over, all at once, which is for models that are small beside the GPU; otherwise every gradient is
+consumed the moment it is made.
 
 Nothing here waits for the GPU: the loss comes back as a tensor that may not have been computed yet.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -24,7 +26,7 @@ from tritwise.optim import TritOptimizer
 from tritwise.train.crew import Crew
 
 WARM_UP = 3  # steps before a recording: libraries and the allocator settle, as torch.cuda.graph asks for
-MOST_RECORDED = 24  # recordings at most; batches of further shapes run eagerly
+MOST_RECORDED = 64  # recordings at most; batches of further shapes run eagerly
 
 
 class Stepper:
@@ -66,7 +68,8 @@ class Stepper:
         self.taken = 0
         self._seed = seed
         self._noise = (model.trunk if isinstance(model, Arb) else model).noise
-        self._replays: dict[tuple[Any, ...], _Recording] = {}  # one for every shape and number of repeats
+        self._replays: dict[tuple[Any, ...], _Recording] = {}  # one for every shape, number of repeats and phase
+        self._booth: _Booth | None = None
         self._versions: list[int] = []
         floats = [optimizer for optimizer in self.optimizers if not isinstance(optimizer, TritOptimizer)]
         self._guarded = floats if guard else []
@@ -89,8 +92,10 @@ class Stepper:
         if self.records_whole_steps:
             (batch,) = batches
             self._draw(step, 0)
-            if self.record(batch, loops):
-                self.shares = [self._replayed(batch, loops)]
+            if (recording := self._whole(batch, loops)) is not None:
+                for optimizer in recording.updates:
+                    optimizer.before_replay()
+                self.shares = [recording(batch).clone()]  # the next replay writes over it
                 return self.shares[0]
             batches = [batch]
         total: Tensor | None = None
@@ -123,44 +128,52 @@ class Stepper:
         if self._noise is not None:
             self._noise.fill_(noise_of(self._seed, step, micro))
 
-    def record(self, batch: tuple[Any, ...], loops: int = 0) -> bool:
-        """Record a whole step of this shape and depth, unless it is; every number stays as it was. Only where
-        `records_whole_steps`. False if there are too many recordings for one more."""
-        mine = [optimizer for optimizer in self.optimizers if isinstance(optimizer, TritOptimizer)]
-        versions = [optimizer.version for optimizer in mine]
+    def record(self, batch: tuple[Any, ...], loops: int = 0) -> None:
+        """Record whole steps of this shape and depth, one for every phase of the optimizers, unless they are; every
+        number stays as it was. Only where `records_whole_steps`."""
+        mine = self._ternary
+        for steps in range(math.lcm(*(optimizer.phases for optimizer in mine))):
+            with ExitStack() as stack:
+                for optimizer in mine:
+                    stack.enter_context(optimizer.ahead(steps))
+                self._whole(batch, loops)
+
+    @property
+    def _ternary(self) -> list[TritOptimizer]:
+        return [optimizer for optimizer in self.optimizers if isinstance(optimizer, TritOptimizer)]
+
+    def _whole(self, batch: tuple[Any, ...], loops: int) -> "_Recording | None":
+        """The recording of a whole step. None if there are too many recordings for one more."""
+        versions = [optimizer.version for optimizer in self._ternary]
         if self._versions != versions:
             self._replays.clear()  # made anew when an optimizer has changed since; its memory can serve the next one
+            self._booth = None
         self._versions = versions
-        return self._recording(batch, loops, mine) is not None
+        return self._recording(batch, loops, self._ternary)
 
     def _recording(
         self, batch: tuple[Any, ...], loops: int, updates: Sequence[TritOptimizer] = ()
     ) -> "_Recording | None":
-        """The recording for this shape and depth, made if there is room for it."""
-        shape = (loops, *shape_of(batch))
-        if shape not in self._replays or self._replays[shape].updates != list(updates):
-            if shape not in self._replays and len(self._replays) >= MOST_RECORDED:
+        """The recording for this shape, depth and phase of `updates`, made if there is room for it."""
+        key = (loops, *(optimizer.phase for optimizer in updates), *shape_of(batch))
+        if key not in self._replays or self._replays[key].updates != list(updates):
+            if key not in self._replays and len(self._replays) >= MOST_RECORDED:
                 return None
+            if self._booth is None:
+                self._booth = _Booth(next(self.model.parameters()).device)
             share = partial(self._share, loops=loops)
-            self._replays[shape] = _Recording(self.model, share, batch, updates)
-        return self._replays[shape]
+            self._replays[key] = _Recording(self.model, share, batch, self._booth, updates)
+        return self._replays[key]
 
     @property
     def records_whole_steps(self) -> bool:
         """Whether the update is recorded too: one micro-batch, every optimizer can, together they train every layer."""
-        mine = [o for o in self.optimizers if isinstance(o, TritOptimizer) and o.recordable]
+        mine = [optimizer for optimizer in self._ternary if optimizer.recordable]
         alone = self.accum == 1 and self.crew.size == 1
         if not (self._record and self.steady and alone) or not mine or len(mine) < len(self.optimizers):
             return False
         trained = {layer for optimizer in mine for layer in optimizer.layers}
         return all(layer in trained for _, layer in trit_modules(self.model) if layer.port is not None)
-
-    def _replayed(self, batch: tuple[Any, ...], loops: int) -> Tensor:
-        """One whole step out of its recording."""
-        for optimizer in self.optimizers:
-            assert isinstance(optimizer, TritOptimizer)
-            optimizer.before_replay()
-        return self._replays[(loops, *shape_of(batch))](batch).clone()  # the next replay writes over it
 
     def _pass(self, batch: tuple[Any, ...], loops: int) -> Tensor:
         """Forward and backward of one micro-batch; returns its share of the loss."""
@@ -194,6 +207,14 @@ def shape_of(batch: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(tuple(part.shape) if isinstance(part, Tensor) else part for part in batch)
 
 
+class _Booth:
+    """Where steps are recorded: a stream, and memory that all recordings share, as never two replay at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+
 class _Recording:
     """Forward and backward of one batch shape as a CUDA graph. Gradients lie where the recording put them: they are
     written anew by every replay, so they are neither added up nor set to None.
@@ -207,6 +228,7 @@ class _Recording:
         model: ByteLM | Arb,
         loss: Callable[..., Tensor],
         batch: tuple[Any, ...],
+        booth: _Booth,
         updates: Sequence[TritOptimizer] = (),
     ) -> None:
         self.updates = list(updates)
@@ -220,7 +242,7 @@ class _Recording:
         consumers = [layer.consumer for layer in self._layers]
         for layer in self._layers:
             layer.consumer = None  # the gradient stays in the port
-        side = torch.cuda.Stream(device)
+        side = booth.stream
         side.wait_stream(torch.cuda.current_stream(device))
         with ExitStack() as stack:
             changed = [t for optimizer in self.updates for t in stack.enter_context(optimizer.recording())]
@@ -233,7 +255,7 @@ class _Recording:
             torch.cuda.current_stream(device).wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             stack.enter_context(self._shelf)
-            with torch.cuda.graph(self._graph, stream=side):
+            with torch.cuda.graph(self._graph, pool=booth.pool, stream=side):
                 self._loss = self._run()
         self._shelf.fill()
         for layer, consumer in zip(self._layers, consumers, strict=True):

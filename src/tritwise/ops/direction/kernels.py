@@ -2,8 +2,8 @@
 
 Dividing rows and columns by their RMS in turn forgets all but the last division of each kind: after two rounds
 x = m * row * column, with row = 1 / RMS of a row of m * first column factors, and so on. So each pass reads int8 and
-writes a factor for every row, or sums of squares for every column and strip of rows (added up in one order, so that
-runs repeat). Shape suffixes: M matrices of one shape, O rows, I columns, S strips.
+writes a factor for every row, or sums of squares for every column and strip of rows, of which a small one makes factors
+(adding up in one order, so that runs repeat). Shape suffixes: M matrices of one shape, O rows, I columns, S strips.
 """
 
 import triton
@@ -19,29 +19,29 @@ def inverse_rms(squares, count):
 
 
 @triton.jit
-def column_factor(squares, matrix, column, rows, columns, strips, STRIPS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """1 / RMS of each of BLOCK_C columns, from their sums of squares [M, S, I]."""
-    strip = tl.arange(0, STRIPS)
+def column_factors(squares, out, rows, columns, strips, STRIPS: tl.constexpr, BLOCK: tl.constexpr):
+    """out [M, I] = 1 / RMS of each column, from sums of squares [M, S, I]. STRIPS: a power of two, at least S."""
+    across = tl.cdiv(columns, BLOCK)
+    matrix = tl.program_id(0) // across
+    column, strip = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STRIPS)
     at = (matrix * strips + strip)[:, None] * columns + column[None, :]
     part = tl.load(squares + at, mask=(strip < strips)[:, None] & (column < columns)[None, :], other=0.0)
-    return inverse_rms(tl.sum(part, axis=0), rows)
+    tl.store(out + matrix * columns + column, inverse_rms(tl.sum(part, axis=0), rows), mask=column < columns)
 
 
 @triton.jit
 def row_factors(
     momentum,
-    squares,
+    column_factor,
     out,
     rows,
     columns,
-    strips,
     SPAN: tl.constexpr,
-    STRIPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out [M, O] = 1 / RMS of each row of momentum [M, O, I], its columns weighed by their factors unless squares is
-    None. SPAN: at least the columns."""
+    """out [M, O] = 1 / RMS of each row of momentum [M, O, I], its columns weighed by column_factor [M, I] unless that
+    is None. SPAN: at least the columns."""
     down = tl.cdiv(rows, BLOCK_R)
     matrix = tl.program_id(0) // down
     row = tl.program_id(0) % down * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -51,8 +51,8 @@ def row_factors(
         mask = (row < rows)[:, None] & (column < columns)[None, :]
         at = (matrix * rows + row).to(tl.int64)[:, None] * columns + column[None, :]
         value = tl.load(momentum + at, mask=mask, other=0).to(tl.float32)
-        if squares is not None:
-            value *= column_factor(squares, matrix, column, rows, columns, strips, STRIPS, BLOCK_C)[None, :]
+        if column_factor is not None:
+            value *= tl.load(column_factor + matrix * columns + column, mask=column < columns, other=0.0)[None, :]
         total += value * value
     tl.store(out + matrix * rows + row, inverse_rms(tl.sum(total, axis=1), columns), mask=row < rows)
 
@@ -90,18 +90,17 @@ def column_squares(
 def weigh(
     momentum,
     row_factor,
-    squares,
+    column_factor,
     scale,
     plus,
     out,
     rows,
     columns,
-    strips,
-    STRIPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out [M, O, I] = momentum * row_factor * column factor * scale [M], plus `plus` where given, as its type."""
+    """out [M, O, I] = momentum * row_factor [M, O] * column_factor [M, I] * scale [M], plus `plus` where given, in its
+    own type."""
     across, down = tl.cdiv(columns, BLOCK_C), tl.cdiv(rows, BLOCK_R)
     column = tl.program_id(0) % across * BLOCK_C + tl.arange(0, BLOCK_C)
     matrix = tl.program_id(0) // across // down
@@ -110,7 +109,7 @@ def weigh(
     at = (matrix * rows + row).to(tl.int64)[:, None] * columns + column[None, :]
     factor = tl.load(row_factor + matrix * rows + row, mask=row < rows, other=0.0)
     value = tl.load(momentum + at, mask=mask, other=0).to(tl.float32) * factor[:, None]
-    value *= column_factor(squares, matrix, column, rows, columns, strips, STRIPS, BLOCK_C)[None, :]
+    value *= tl.load(column_factor + matrix * columns + column, mask=column < columns, other=0.0)[None, :]
     value *= tl.load(scale + matrix)
     if plus is not None:
         value += tl.load(plus + at, mask=mask, other=0.0)

@@ -22,6 +22,7 @@ from tritwise.ops.update.reference import power_of_two
 
 STRIP = 128  # rows whose squares one program adds up for each column
 ROUGH = 2  # steps of Newton-Schulz that may round x to float16
+HUGE = 0.5 / TINY  # a factor beyond it belongs to zeros
 ROUNDS = 2  # how often rows and columns are divided by their RMS, as in the reference
 
 
@@ -92,23 +93,26 @@ class _Balanced:
     def __init__(self, momentum_MOI: Tensor, size: float) -> None:
         matrices, rows, columns = momentum_MOI.shape
         device, strips = momentum_MOI.device, -(-rows // STRIP)
-        self._momentum_MOI, self._shape = momentum_MOI, (rows, columns, strips)
+        self._momentum_MOI, self._shape = momentum_MOI, (rows, columns)
         self._row_MO = torch.empty(matrices, rows, dtype=torch.float32, device=device)
-        self._square_MSI: Tensor | None = None
+        self._column_MI = torch.empty(matrices, columns, dtype=torch.float32, device=device)
+        square_MSI = torch.empty(matrices, strips, columns, dtype=torch.float32, device=device)
         across = min(gpu.power_of_two_above(columns), 256)
         down = max(1, 2048 // across)
-        self._tile = {"STRIPS": gpu.power_of_two_above(strips), "BLOCK_R": down, "BLOCK_C": across}
+        self._tile = {"BLOCK_R": down, "BLOCK_C": across}
         self._tiles = -(-rows // down), -(-columns // across)
-        for _ in range(ROUNDS):
-            given = (momentum_MOI, self._square_MSI, self._row_MO, *self._shape)
-            gpu.launch(_kernels().row_factors, matrices * self._tiles[0], device, *given, SPAN=columns, **self._tile)
-            self._square_MSI = torch.empty(matrices, strips, columns, dtype=torch.float32, device=device)
-            given = (momentum_MOI, self._row_MO, self._square_MSI, *self._shape)
-            programs, tile = matrices * strips * self._tiles[1], {"BLOCK_R": min(down, STRIP), "BLOCK_C": across}
-            gpu.launch(_kernels().column_squares, programs, device, *given, STRIP=STRIP, **tile)
-        assert self._square_MSI is not None
-        # Every column that is not all zeros has an RMS of 1 now.
-        full_M = (self._square_MSI.sum(dim=1) > 0).sum(dim=1).clamp_(min=1)
+        sums = {"STRIP": STRIP, "BLOCK_R": min(down, STRIP), "BLOCK_C": across}
+        parts = {"STRIPS": gpu.power_of_two_above(strips), "BLOCK": min(across, 64)}
+        run, counts = _kernels(), (rows, columns, strips)
+        for number in range(ROUNDS):
+            given = (momentum_MOI, self._column_MI if number else None, self._row_MO, *self._shape)
+            gpu.launch(run.row_factors, matrices * self._tiles[0], device, *given, SPAN=columns, **self._tile)
+            given = (momentum_MOI, self._row_MO, square_MSI, *counts)
+            gpu.launch(run.column_squares, matrices * strips * self._tiles[1], device, *given, **sums)
+            given = (square_MSI, self._column_MI, *counts)
+            gpu.launch(run.column_factors, matrices * -(-columns // parts["BLOCK"]), device, *given, **parts)
+        # Every column that is not all zeros has an RMS of 1 now; of zeros the factor is huge.
+        full_M = (self._column_MI < HUGE).sum(dim=1).clamp_(min=1)
         self._scale_M = size / (full_M * rows).float().sqrt()
 
     def weighed(self, dtype: torch.dtype, times: float = 1.0, plus: Tensor | None = None) -> Tensor:
@@ -119,7 +123,7 @@ class _Balanced:
             _kernels().weigh,
             len(momentum_MOI) * self._tiles[0] * self._tiles[1],
             momentum_MOI.device,
-            *(momentum_MOI, self._row_MO, self._square_MSI, self._scale_M * times, plus, out_MOI, *self._shape),
+            *(momentum_MOI, self._row_MO, self._column_MI, self._scale_M * times, plus, out_MOI, *self._shape),
             **self._tile,
         )
         return out_MOI
