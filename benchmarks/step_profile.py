@@ -4,7 +4,7 @@
 
 For every size (a preset of `tritwise bench step`) and contender FOLDER/profile_SIZE_CONTENDER.json lists kernels by
 name: calls a step, milliseconds a step, and the share. `busy_ms` is their sum, `wall_ms` the time a step takes while it
-is profiled: what lies between them the device waited.
+is profiled: what lies between them the device waited. `waits` lists before which kernels, and after which.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from tritwise.files import write_json
 from tritwise.train.run import surroundings
 
 LONGEST = 120  # letters of a kernel's name
+WAITS = 12  # that are listed, the longest
 
 
 def profiled(size_name: str, name: str, device: torch.device, steps: int, data: str) -> dict[str, Any]:
@@ -44,22 +45,35 @@ def profiled(size_name: str, name: str, device: torch.device, steps: int, data: 
             torch.cuda.synchronize(device)
         wall = time.perf_counter() - began
     kernels: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
-    for event in seen.events() or []:
-        if (event.device_type == DeviceType.CUDA) == cuda:
-            kernel = kernels[event.name[:LONGEST]]
-            kernel[0] += 1
-            kernel[1] += event.device_time if cuda else event.self_cpu_time_total
+    waits: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0])
+    events = [event for event in seen.events() or [] if (event.device_type == DeviceType.CUDA) == cuda]
+    end, last = None, ""
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        kernel, span = kernels[event.name[:LONGEST]], event.time_range
+        kernel[0] += 1
+        kernel[1] += event.device_time if cuda else event.self_cpu_time_total
+        if end is not None and span.start > end:
+            wait = waits[last, event.name[:LONGEST]]
+            wait[0] += 1
+            wait[1] += span.start - end
+        if end is None or span.end > end:
+            end, last = span.end, event.name[:LONGEST]
     busy = sum(microseconds for _, microseconds in kernels.values())
     ordered = sorted(kernels.items(), key=lambda item: -item[1][1])
     lines = [
         {"kernel": kernel, "calls": calls / steps, "ms": us / 1000 / steps, "share": us / busy}
         for kernel, (calls, us) in ordered
     ]
+    longest = sorted(waits.items(), key=lambda item: -item[1][1])[:WAITS]
     told = {"bench": "profile", "size": size_name, "contender": name, "mode": size.mode, "steps": steps}
     return told | {
         "wall_ms": 1000 * wall / steps,
         "busy_ms": busy / 1000 / steps,
         "kernels": lines,
+        "waits": [
+            {"after": after, "before": before, "times": times / steps, "ms": us / 1000 / steps}
+            for (after, before), (times, us) in longest
+        ],
         **surroundings(device),
     }
 
@@ -84,6 +98,8 @@ def main() -> None:
             print(f"{size} {name}: {found['wall_ms']:.1f} ms a step, {found['busy_ms']:.1f} ms of kernels")
             for line in found["kernels"][:25]:
                 print(f"{line['ms']:9.3f} ms {line['calls']:7.1f} x  {line['kernel']}")
+            for wait in found["waits"]:
+                print(f"waited {wait['ms']:9.3f} ms {wait['times']:7.1f} x  {wait['after'][:50]} | {wait['before'][:50]}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Who takes part in the engine's benchmarks, and one contender's model taking real steps."""
 
 import difflib
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from tritwise.data.sampler import Sampler
 from tritwise.data.source import describe
 from tritwise.data.split import named_part, split
 from tritwise.errors import UserError
+from tritwise.optim import TritOptimizer
 from tritwise.train.device import record_moves
 from tritwise.train.stepper import Stepper
 
@@ -31,8 +33,8 @@ class Entry(NamedTuple):
     held: float
 
 
-TURNS = {"interval": 4, "embedding_interval": 1, "head_interval": 1}
-"""Matrices take turns at moving, as in `tritwise train`."""
+TURNS = {"interval": 2, "embedding_interval": 1, "head_interval": 1}
+"""Matrices move at every second step, by twice as much: three seeds told no difference (docs/RULE.md)."""
 
 ENTRIES = {
     "ours": Entry("ours", 0.03, {}, 2.1),
@@ -100,6 +102,7 @@ class Runner:
         self._stepper = Stepper(self.model, self.optimizers, compile=whole, graph=graph)
         # Without optimizers a step only adds to the gradients: that is every micro-batch but the last.
         self._adder = Stepper(self.model, [], compile=whole)
+        self._round = math.lcm(*(o.phases for o in self.optimizers if isinstance(o, TritOptimizer)))
 
     def step(self) -> None:
         """One optimizer step on the next batch; the device is not waited for."""
@@ -109,8 +112,11 @@ class Runner:
         self.losses.append(self._stepper.step(*last).clone())
 
     def turn(self, steps: int) -> float:
-        """Seconds a step over `steps` of them, after one that does not count."""
-        self.step()
+        """Seconds a step over `steps` of them, or as many more as every layer then has moved as often as any other,
+        after a round of turns that does not count."""
+        for _ in range(self._round):
+            self.step()
+        steps = -(-steps // self._round) * self._round
         self._clock.wait()
         began = self._clock.mark()
         for _ in range(steps):
@@ -122,6 +128,7 @@ class Runner:
     def phases(self, steps: int) -> dict[str, float]:
         """Median milliseconds of the parts of a step: forward, backward, update. Where a graph holds both, forward and
         backward are one. Steps taken afterwards are slower: this comes last."""
+        steps = -(-steps // self._round) * self._round
         if not self.mode.endswith("graph"):
             timer = PhaseTimer(self.model, self.optimizers, self._loss)
             for _ in range(steps + 1):
