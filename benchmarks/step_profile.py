@@ -99,7 +99,9 @@ def main() -> None:
             for line in found["kernels"][:25]:
                 print(f"{line['ms']:9.3f} ms {line['calls']:7.1f} x  {line['kernel']}")
             for wait in found["waits"]:
-                print(f"waited {wait['ms']:9.3f} ms {wait['times']:7.1f} x  {wait['after'][:50]} | {wait['before'][:50]}")
+                print(
+                    f"waited {wait['ms']:9.3f} ms {wait['times']:7.1f} x  {wait['after'][:50]} | {wait['before'][:50]}"
+                )
 
 
 if __name__ == "__main__":

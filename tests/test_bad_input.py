@@ -164,6 +164,22 @@ CASES: dict[str, tuple[Callable[[World], list[object]], str]] = {
     "unknown recipe": (lambda w: ["train", "--recipe", "shakespear"], "did you mean shakespeare?"),
     "unknown optimizer": (lambda w: w.train("--set", "optimizer=sgd"), "choose one of trit, adamw, muon"),
     "optimizer without float weights": (lambda w: w.train("--set", "optimizer=muon"), "use trit with weights=trit"),
+    "fp8 of float weights": (
+        lambda w: w.train("--set=weights=float", "--set=optimizer=adamw", "--set=fp8=true"),
+        "fp8 is for ternary layers, whose trits are exact in it; use optimizer=trit",
+    ),
+    "fp8 of small layers": (
+        lambda w: w.train("--set", "fp8=true"),
+        "no ternary matrix has 1024 rows or columns, from where on it pays; leave fp8 off",
+    ),
+    "fp8 with several scales a row": (
+        lambda w: w.train("--set", "mlp_ratio=32", "--set", "fp8=true"),
+        "each row needs a single scale; set group=65536",
+    ),
+    "fp8 of an odd width": (
+        lambda w: w.train("--width", 40, "--set=mlp_ratio=32", "--set=group=65536", "--set=fp8=true"),
+        "must be multiples of 16, not (1280, 40); choose another width",
+    ),
     "unknown direction": (lambda w: w.train("--set", "direction=up"), "direction is 'up'; choose one of"),
     "unknown device": (lambda w: w.train("--set", "device=tpu"), "device is 'tpu'; choose one of auto, cpu, cuda"),
     "unknown split rule": (lambda w: w.train("--set", "split=most"), "unknown split rule: 'most'; use"),

@@ -77,6 +77,16 @@ def test_shapes_follow_the_weights():
     assert weights_of(shape_of(1, 8)) == weights_of(ModelConfig(width=64, depth=1))
 
 
+def test_float8_is_measured_where_it_pays():
+    settings = {"rate": 0.01, "fp8": True}
+    shape = replace(SMALL.config, mlp_ratio=32, group=1 << 16)
+    model, _ = build_quickly(RULES["ours"], shape, settings, torch.float32, CPU)
+    used = {name for name, layer in model.named_modules() if getattr(layer, "fp8_least", None) is not None}
+    assert used == {f"blocks.{number}.mlp.{name}" for number in range(3) for name in ("up", "down")}
+    with pytest.raises(UserError, match=r"ours cannot be set up: .* 1024 rows or columns.*; leave fp8 off"):
+        build_quickly(RULES["ours"], SMALL.config, settings, torch.float32, CPU)
+
+
 @pytest.mark.parametrize("rule", ["ours", "adamw-bf16"])
 def test_blocks_built_quickly_are_all_different(rule):
     model, optimizers = build_quickly(RULES[rule], SMALL.config, {"rate": 0.01}, torch.float32, CPU)
@@ -208,7 +218,8 @@ def test_hardware_is_measured():
 def test_contenders_take_turns(tmp_path):
     said: list[str] = []
     path = tmp_path / "step.json"
-    found = measure_steps(SMALL, rounds=2, steps=1, together=True, short=True, out=path, tell=said.append)
+    size = replace(SMALL, config=replace(SMALL.config, mlp_ratio=32, group=1 << 16))  # float8 has something to do
+    found = measure_steps(size, rounds=2, steps=1, together=True, short=True, out=path, tell=said.append)
     assert found == read_json(path) and found["side_by_side"] is True
     assert [line.split(":")[0] for line in said] == list(ENTRIES) * 2
     rows = {row["contender"]: row for row in found["rows"]}
@@ -220,7 +231,7 @@ def test_contenders_take_turns(tmp_path):
         assert row["ratio"] == pytest.approx(row["tokens_per_s"] / rival["tokens_per_s"])
         assert row["mfu"] == pytest.approx(row["tflops"] * 1e12 / found["hardware"]["matmul_flops_per_s"])
         assert set(row["phases_ms"]) == {"forward", "backward", "update"} and 0 < row["update_share"] < 1
-        assert row["weights"] == weights_of(SMALL.config) and row["last_loss"] < row["first_loss"]
+        assert row["weights"] == weights_of(size.config) and row["last_loss"] < row["first_loss"]
         every = row["settings"].get("interval", 1)  # steps come in rounds of so many
         assert row["steps_taken"] == 2 + 2 * 2 * every + 1 + every  # warm-up, turns with as many more, phases
     assert 2.0 < rows["ours"]["bytes_per_weight"] < 2.2 and 1.0 < rows["ours-compact"]["bytes_per_weight"] < 1.2

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tritwise.nn import TritEmbedding, TritLinear, TritModule, trit_modules
-from tritwise.optim import TritOptimizer
+from tritwise.optim import TritOptimizer, consuming
 from tritwise.optim.moves import RecordedMoves
 from tritwise.train.optimizers import keep_initial_rates, set_rates
 
@@ -277,6 +277,47 @@ def test_skipped_steps_are_counted_when_someone_asks(monkeypatch):
     assert optimizer.skipped == 2
     train(model, optimizer, 3, 4)
     assert optimizer.skipped == 2 and optimizer.flips > 0
+
+
+# --- gradients that wait ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("own", [{}, {"compact": True}])
+def test_gradients_that_wait_for_others_give_the_bits_of_those_that_do_not(own, device, monkeypatch):
+    """Micro-batches, a refused one, more than may wait, and what is forgotten while it waits."""
+    results, calls = [], []
+    for room in (0, 4 * 1200, 1 << 26):
+        monkeypatch.setattr(consuming, "WAITING", room)
+        monkeypatch.setattr(TritOptimizer, "_gathers", staticmethod(lambda grad, room=room: grad.nbytes < room))
+        torch.manual_seed(0)
+        layers = [TritLinear(16, 9, blocks=3), TritLinear(40, 24), TritLinear(24, 16), TritLinear(9, 6, group=3)]
+        model = nn.ModuleList(layers).to(device)
+        optimizer = TritOptimizer(model, 0.1, scale_rate=0.1, seed=5, **own)
+        taken, real = [], optimizer.consume
+        optimizer.consume = lambda layers, grads, real=real, taken=taken: (
+            taken.append(len(layers)),
+            real(layers, grads),
+        )
+        for step in range(4):
+            for micro in range(2):
+                for number, layer in enumerate(layers):
+                    grad = normal(*layer.register.shape, seed=100 * step + 10 * micro + number).to(device)
+                    if (step, micro, number) == (2, 1, 1):
+                        grad[0, 0] = math.nan
+                    layer.consumer(layer, grad)
+            assert optimizer.waiting_bytes <= room
+            optimizer.step()
+            assert optimizer.waiting_bytes == 0
+        assert optimizer.skipped == 1
+        results.append(everything(model, optimizer))
+        calls.append(max(taken))
+        layers[0].consumer(layers[0], torch.full((9, 16), math.nan, device=device))
+        optimizer.reset_runtime_state()
+        assert optimizer.waiting_bytes == 0
+    assert calls == [1, 3, 4]
+    for found in results[1:]:
+        assert_equal(found, results[0])
 
 
 # --- recorded ---------------------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ VARIANTS = {
     "n-grams": {"ngrams": 3, "ngram_rows": 64},
     "scales": {"scale_rate": 0.05},
     "turns": {"interval": 4},
+    "float8 products": {"mlp_ratio": 32, "group": 65_536, "fp8": True},
     "grouped heads and a window": {"heads": 2, "kv_heads": 1, "window": 5},
     "adamw": {"weights": "float", "optimizer": "adamw", "rate": 0.003},
     "muon": {"weights": "float", "optimizer": "muon", "rate": 0.02},

@@ -26,6 +26,7 @@ from tritwise.optim import TritOptimizer, rate_factor
 from tritwise.recipes import tiny
 from tritwise.registers import LEAD, zero_fraction
 from tritwise.report import write_report
+from tritwise.score import score
 from tritwise.ship import read_artifact
 from tritwise.train import RunFolder, TrainConfig, audit, finish, load_run, override, train
 from tritwise.train.finish import ship_run
@@ -249,6 +250,27 @@ def test_a_float_cannot_hide_from_the_audit(wide: Path):
     del model.roles
     with pytest.raises(ValueError, match=r"gain has no role; declare it in ByteLM\.roles"):
         audit(model)
+
+
+# Float8
+
+
+def test_products_in_float8_train_and_scores_stay_exact(small_config, text: Path, tmp_path: Path, cli, state_of):
+    """A hidden layer of 1024: of the two matrices beside it one rounds x, and one rounds dL/dy."""
+    large = {"mlp_ratio": 32, "group": 65_536, "data": str(text)}
+    train(small_config(**large), tmp_path / "exact")
+    train(small_config(**large, fp8=True), tmp_path / "fp8")
+    assert [line["message"] for line in lines_of(tmp_path / "fp8", "event")] == ["2 matrices multiply in float8"]
+    registers = [state_of(tmp_path / name)["model.blocks.0.mlp.up.register"] for name in ("exact", "fp8")]
+    assert not torch.equal(*registers)
+    losses = [[line["loss"] for line in lines_of(tmp_path / name, "train")] for name in ("exact", "fp8")]
+    assert losses[1] != losses[0] == pytest.approx(losses[1], rel=0.05)
+    config, model, _, _ = load_run(tmp_path / "fp8")
+    val = split(open_bytes(text), config.train.split)["val"][: config.train.eval_bytes]
+    assert lines_of(tmp_path / "fp8", "eval")[-1]["loss"] == score(model, val, stride=model.context).nats
+    # A machine that cannot do it may go on without.
+    done = cli("train", "--resume", "--out", tmp_path / "fp8", "--steps", 14, "--set", "fp8=false", "--json")
+    assert done.code == 0 and done.json["steps"] == 14 and not RunFolder(tmp_path / "fp8").config().train.fp8
 
 
 # Randomness and accumulation

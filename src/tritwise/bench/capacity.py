@@ -32,7 +32,7 @@ FILL = 0.75  # of the memory, that the first guess would take
 LEAST = 50_000  # weights, below which no smaller model is tried
 LEAVE = 0.8  # of a CPU's free memory that is used where no limit is given
 FIRST_SHARE = 0.6  # of the time that is left, for each contender but the last
-STEPS = 4
+STEPS = 8  # the loss of a new model often rises for a few, and then falls
 SLOWER = 0.1  # of a contender's rate elsewhere, for steps here come without a warm-up
 WIDTH = 512  # above which the rate falls as the width grows: the same step of every weight changes a wider model more
 

@@ -113,7 +113,8 @@ class PhaseTimer:
 
     def _timed(self, consumer: Consumer | None) -> Consumer:
         def take(layer: TritModule, grad: Tensor) -> None:
-            self.gradient_bytes = max(self.gradient_bytes, grad.nbytes)
+            waiting = sum(o.waiting_bytes for o in self.optimizers if isinstance(o, TritOptimizer))
+            self.gradient_bytes = max(self.gradient_bytes, grad.nbytes + waiting)
             if consumer is not None:
                 began = self._clock.mark()
                 consumer(layer, grad)

@@ -69,8 +69,7 @@ class Rule:
         generator, so they are the same on every device. dtype: of activations. steps: how long the run will be.
         Raises UserError for settings that the rule does not have.
         """
-        given = {name: value for name, value in settings.items() if name != "rate"}
-        self.check(given)
+        self.check({name: value for name, value in settings.items() if name != "rate"})
         torch.manual_seed(seed)
         shape = replace(config, weights=self.weights)
         model = ByteLM(shape, dtype, linear=self.linear, embedding=self.embedding)  # type: ignore[arg-type]
@@ -78,12 +77,17 @@ class Rule:
             for parameter in model.parameters():  # and no buffers: tables of constants stay as they are
                 parameter.data = parameter.data.to(self.parameters)
         model.to(device)
+        return model, self.optimizers(model, settings, seed, steps)
+
+    def optimizers(self, model: ByteLM, settings: dict[str, Any], seed: int, steps: int) -> Optimizers:
+        """The optimizers of a model of this rule, as `build` makes them, for settings that `check` lets pass."""
+        given = {name: value for name, value in settings.items() if name != "rate"}
         try:
             optimizers = self.optimize(model, settings["rate"], seed, steps, **given)
         except ValueError as error:
             raise UserError(f"{self.name} cannot be set up: {error}") from None
         keep_initial_rates(optimizers)
-        return model, optimizers
+        return optimizers
 
     def check(self, settings: dict[str, Any]) -> None:
         """Raises UserError, naming the nearest, for a setting that the rule does not have, or one of the wrong kind."""

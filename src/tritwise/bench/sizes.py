@@ -11,7 +11,6 @@ from torch import nn
 from tritwise.bench.rules import Optimizers, Rule
 from tritwise.errors import UserError
 from tritwise.models import ByteLM, ModelConfig
-from tritwise.train.optimizers import keep_initial_rates
 
 ASPECT = 64
 """Width over depth of the shapes that `shape_of` gives: near that of the presets."""
@@ -115,14 +114,11 @@ def build_quickly(
 
     settings: "rate", and any of the rule's settings.
     """
-    given = {name: value for name, value in settings.items() if name != "rate"}
-    rule.check(given)
+    rule.check({name: value for name, value in settings.items() if name != "rate"})
     # Made without settings: some change registers when an optimizer takes the layers, which must happen once.
     model, _ = rule.build(replace(shape, depth=1), {"rate": settings["rate"]}, seed, dtype, steps, device)
     deepen(model, shape.depth)
-    optimizers = rule.optimize(model, settings["rate"], seed, steps, **given)
-    keep_initial_rates(optimizers)
-    return model, optimizers
+    return model, rule.optimizers(model, settings, seed, steps)
 
 
 @torch.no_grad()

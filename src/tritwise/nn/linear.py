@@ -13,34 +13,40 @@ class TritLinear(TritModule):
     """y = x W^T with a ternary W [out_features, in_features].
 
     x: float [..., in_features] (float32 or bfloat16) -> [..., out_features] of the same dtype.
-    fp8: x and dL/dy are rounded to float8 for the products (`ops.linear_fp8`), which fast matrix units then take; see
-    `use_fp8`. Arguments as `TritModule`. Training needs an optimizer that consumes the port: `tritwise.TritOptimizer`.
+    fp8_least: None, or while gradients are recorded x and dL/dy are rounded to float8 for products that large
+    (`ops.linear_fp8`), which fast matrix units then take; see `use_fp8`.
+    Arguments as `TritModule`. Training needs an optimizer that consumes the port: `tritwise.TritOptimizer`.
     """
 
     def __init__(
         self, in_features: int, out_features: int, *, role: str = "matrix", group: int = 256, blocks: int = 1
     ) -> None:
         super().__init__(out_features, in_features, role=role, fan_in=in_features, group=group, blocks=blocks)
-        self.fp8 = False
+        self.fp8_least: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.scale_columns(x)
-        if self.fp8:
-            return ops.linear_fp8(x, self.register, self.row_scales(), self.port)
+        if self.fp8_least is not None and torch.is_grad_enabled():
+            return ops.linear_fp8(x, self.register, self.exponent, self.group, self.port, self.fp8_least)
         return ops.linear(x, self.register, self.exponent, self.group, self.port)
 
 
-def use_fp8(model: nn.Module) -> int:
-    """Let every ternary matrix of `model` (embedding and head are none) round its inputs to float8; how many do.
+def use_fp8(model: nn.Module, least: int = ops.FP8_LEAST) -> int:
+    """Let ternary matrices of `model` (embedding and head are none) round what large products multiply to float8, while
+    gradients are recorded: what is scored and sampled stays exact. How many matrices round anything; see `rounds_fp8`
+    for what `least` decides. Others are left alone.
 
-    ValueError, with the reason, if one cannot.
+    ValueError, with reason and remedy, if one that should cannot, or none should.
     """
     layers = [m for m in model.modules() if isinstance(m, TritLinear) and m.role == "matrix"]
+    layers = [layer for layer in layers if any(ops.rounds_fp8(layer.register, least))]
+    reasons = [reason for layer in layers if (reason := ops.refuses_fp8(layer.register, layer.exponent))]
+    if not layers:
+        reasons = [f"no ternary matrix has {least} rows or columns, from where on it pays; leave fp8 off"]
+    if reasons:
+        raise ValueError(f"float8 is not for this model: {reasons[0]}")
     for layer in layers:
-        if reason := ops.refuses_fp8(layer.register, layer.exponent):
-            raise ValueError(f"float8 is not for this model: {reason}")
-    for layer in layers:
-        layer.fp8 = True
+        layer.fp8_least = least
     return len(layers)
 
 

@@ -96,10 +96,6 @@ class TritModule(nn.Module):
             return x
         return x * self._scales[self.column_exponent.int() + 128].to(x.dtype)
 
-    def row_scales(self) -> Tensor:
-        """The scale of each row, float32 [rows]. Only where a row has one."""
-        return self._scales[self.exponent[:, 0].int() + 128]
-
     @torch.no_grad()
     def reset_parameters(self, span: float = 0.9) -> None:
         """New registers, uniform within +-span of a leading trit, and the scale that gives W its standard deviation."""

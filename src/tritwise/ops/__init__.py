@@ -4,7 +4,7 @@ Every operation is registered in the `tritwise` namespace of torch.library with 
 torch.compile sees one opaque node, and which backend runs is decided when it runs (`backends.py`).
 
     linear      y = x W^T, its input gradient, weight gradient and gradients of scales; W = trit * scale. linear_fp8:
-                the same with x and dL/dy rounded to float8 for the products
+                the same with x and dL/dy rounded to float8 for large products
     embedding   rows of W, and the weight gradient
     update      momentum (int8, stochastic rounding) and the move of registers
     scales      the move of scale exponents, with their directions
@@ -29,7 +29,8 @@ from tritwise.ops.linear import (
     linear_scale_grad,
     linear_scale_grads,
 )
-from tritwise.ops.linear.fp8 import linear_fp8, refuses_fp8
+from tritwise.ops.linear.fp8 import LEAST as FP8_LEAST
+from tritwise.ops.linear.fp8 import linear_fp8, refuses_fp8, rounds_fp8
 from tritwise.ops.nibble import (
     accumulate_nibble,
     accumulate_nibble_many,
@@ -47,6 +48,7 @@ from tritwise.ops.update import (
 )
 
 __all__ = [
+    "FP8_LEAST",
     "LEVEL_FLOOR",
     "accumulate_momentum",
     "accumulate_momentum_many",
@@ -75,4 +77,5 @@ __all__ = [
     "move_registers_many",
     "move_scales_many",
     "refuses_fp8",
+    "rounds_fp8",
 ]

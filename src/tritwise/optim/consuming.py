@@ -15,9 +15,40 @@ from tritwise.registers import Key, Place, make_key
 # of columns down.
 _ACCUMULATE, _ACCUMULATE_COLUMN = 2, -2
 
+WAITING = 1 << 26
+"""Bytes of gradients on a GPU that wait for others, to be taken in one call."""
+
 
 class Consuming(Book):
     """Takes gradients, whole or only the rows that have one."""
+
+    _waiting: dict[TritModule, Tensor]
+
+    def take(self, layer: TritModule, grad: Tensor) -> None:
+        """`consume` for the gradient that backward has just made. On a GPU small ones wait for each other, as one call
+        for many costs as many launches as one for one; no two of one layer wait, nor any beyond `step()`."""
+        if layer.sparse or not self._gathers(grad):
+            self.consume([layer], [grad])
+            return
+        if layer in self._waiting or self.waiting_bytes + grad.nbytes > WAITING:
+            self.take_waiting()
+        self._waiting[layer] = grad
+
+    @staticmethod
+    def _gathers(grad: Tensor) -> bool:
+        return grad.is_cuda and grad.nbytes < WAITING
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of the gradients that wait."""
+        return sum(grad.nbytes for grad in self._waiting.values())
+
+    def take_waiting(self) -> None:
+        """Consume the gradients that wait."""
+        if self._waiting:
+            layers, grads = zip(*self._waiting.items(), strict=True)
+            self._waiting.clear()
+            self.consume(layers, grads)
 
     @torch.no_grad()
     def consume(self, layers: Sequence[TritModule], grads: Sequence[Tensor]) -> None:

@@ -14,7 +14,8 @@ and at `step()`:
 
 A compact layer keeps momentum and register in one byte, as nibbles (`tritwise.registers.nibble`): half the state.
 
-`round` is stochastic and counter-based. The gradient is let go of at once: memory never holds two. Source: DESIGN.
+`round` is stochastic and counter-based. The gradient is let go of at once, or with some others if they are small.
+Source: DESIGN.
 """
 
 import math
@@ -51,7 +52,7 @@ class TritOptimizer(Consuming, Moving):
 
     Gradient accumulation: call backward several times before `step()`, each with loss / count. Every micro-batch is
     added into the integer momentum. `zero_grad` is not needed. On a GPU neither consuming a gradient nor a step waits
-    for the device, unless a layer is sparse.
+    for the device, unless a layer is sparse, and small gradients are consumed several at once (`take`).
     Raises ValueError for a rate, momentum or direction that cannot work.
     """
 
@@ -90,6 +91,7 @@ class TritOptimizer(Consuming, Moving):
         self._received = {}
         self._taken = []
         self._touched = {}
+        self._waiting = {}
         self._uncounted: Tensor | None = None  # skipped steps that the host has not read yet
         self._live = None
         self._records = False
@@ -124,7 +126,7 @@ class TritOptimizer(Consuming, Moving):
             self._layers[layer.register] = layer
             self._group_of[layer.register] = len(self.param_groups) - 1
             self._number[layer.register] = len(self._number)
-            layer.consumer = lambda layer, grad: self.consume([layer], [grad])
+            layer.consumer = self.take
 
     @property
     def layers(self) -> list[TritModule]:
@@ -178,7 +180,7 @@ class TritOptimizer(Consuming, Moving):
         """Forget what is not a weight: momentum, the evidence of scales, gradients taken since the last step, and the
         counts of steps and skipped steps. Registers, scale exponents and settings stay."""
         self.state.clear()
-        for pending in (self._received, self._taken, self._touched, self.flips_by_layer):
+        for pending in (self._received, self._taken, self._touched, self._waiting, self.flips_by_layer):
             pending.clear()
         self._uncounted = None
         self.version += 1
@@ -258,6 +260,7 @@ class TritOptimizer(Consuming, Moving):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.take_waiting()
         go = torch.cat(self._taken).all() if self._taken else None
         known = True  # whether something may move, as far as the host knows without asking a GPU
         if go is not None and go.is_cuda:

@@ -14,9 +14,14 @@ EXPONENTS_PER_OCTAVE = 8
 EXPONENT_LIMIT = 127
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # a compiler takes the table as it is, and does not see how it was made
 def scale_table(device: torch.device | str = "cpu") -> Tensor:
     """All 256 scales as float32 [256]; entry E + 128 is bf16(2**(E/8)). Kept per device; do not change it."""
+    return _table(device)
+
+
+@functools.cache
+def _table(device: torch.device | str) -> Tensor:
     # 2.0 ** (E / 8) is computed by Python in double precision: no device's own exp2 takes part.
     values = [2.0 ** (e / EXPONENTS_PER_OCTAVE) for e in range(-128, 128)]
     with torch.inference_mode(False):  # kept for whoever comes next, who may want it in autograd

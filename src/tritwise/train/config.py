@@ -67,6 +67,8 @@ class TrainConfig:
                    it are also recorded once and replayed; graph: they are recorded there, and not compiled
     checkpoint     block: of a block only its input is kept for backward, which computes the rest again; none
     loss_chunk     positions whose logits exist at one time; 0: all of a micro-batch
+    fp8            what ternary matrices with a side of 1024 or more multiply in training is rounded to float8, which
+                   saves time on GPUs with matrix units for it; needs group=65536. Scores, samples, what ships are exact
     """
 
     data: str = "shakespeare"
@@ -114,6 +116,7 @@ class TrainConfig:
     compile: str = "auto"
     checkpoint: str = "none"
     loss_chunk: int = 0
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -184,6 +187,10 @@ class Config:
             )
         if self.train.compact and (self.train.optimizer != "trit" or self.model.ngrams > 1):
             raise UserError("compact is for ternary layers without n-gram tables; use optimizer=trit and ngrams=1")
+        if self.train.fp8 and self.train.optimizer != "trit":
+            raise UserError(
+                "fp8 is for ternary layers, whose trits are exact in it; use optimizer=trit, or leave fp8 off"
+            )
         if self.train.preserve_state:
             if self.model.mixer == "attention" and not self.model.window:
                 raise UserError(

@@ -9,7 +9,7 @@ from torch import Tensor
 from tritwise.data.sampler import Sampler
 from tritwise.errors import UserError
 from tritwise.models import Arb, ByteLM
-from tritwise.nn import trit_modules
+from tritwise.nn import trit_modules, use_fp8
 from tritwise.ops import gpu
 from tritwise.optim import TritOptimizer
 from tritwise.train.config import Config
@@ -46,6 +46,14 @@ def build_model(config: Config, device: torch.device) -> ByteLM | Arb:
     if config.media.task:
         return Arb(config.model, config.parts, dtype, **savings).to(device)
     return ByteLM(config.model, dtype, **savings).to(device)
+
+
+def round_products(model: ByteLM | Arb) -> int:
+    """`use_fp8`, for a run. Raises UserError where it cannot."""
+    try:
+        return use_fp8(model)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 class Speed(NamedTuple):

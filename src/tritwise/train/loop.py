@@ -19,7 +19,16 @@ from tritwise.train.average import Average
 from tritwise.train.config import Config
 from tritwise.train.course import Course
 from tritwise.train.crew import Crew
-from tritwise.train.device import Pace, Speed, build_model, device_called, record_moves, speed_of, wait_for
+from tritwise.train.device import (
+    Pace,
+    Speed,
+    build_model,
+    device_called,
+    record_moves,
+    round_products,
+    speed_of,
+    wait_for,
+)
 from tritwise.train.finish import raw_of, size_now, told_sizes
 from tritwise.train.memory import activation_bytes, memory_by_role
 from tritwise.train.meter import Meter
@@ -63,6 +72,7 @@ def _train(
 
     torch.manual_seed(settings.seed)
     model = build_model(config, device)
+    rounding = round_products(model) if settings.fp8 else 0
     optimizers = build_optimizers(model, settings)
     require_room(model, settings.budget)
     store, average = folder.store(settings.keep), Average()
@@ -160,6 +170,8 @@ def _train(
             event(f"resumed from step {step}")
         if warmed is not None:
             event(f"warmed {', '.join(map(str, course.depths))} repeats in {warmed:.1f} s, before the clock")
+        if rounding:
+            event(f"{rounding} matrices multiply in float8")
         if settings.budget:
             way = settings.ship_as if settings.ship_as != "none" else "auto"
             sizes = estimate(model, way, settings.ship_small, raw_of(task.tokenizer))

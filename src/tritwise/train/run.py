@@ -18,7 +18,7 @@ from tritwise.train.checkpoint import CheckpointStore
 from tritwise.train.config import Config, flat, override
 
 # What a resumed run may change without becoming another run. Changing steps or seconds changes the
-# schedule of the rate; another device or loss_chunk, or compiling, rounds sums in another way.
+# schedule of the rate; another device or loss_chunk, compiling or fp8 rounds in another way.
 RESUMABLE = frozenset(
     (
         "steps",
@@ -38,6 +38,7 @@ RESUMABLE = frozenset(
         "compile",
         "checkpoint",
         "loss_chunk",
+        "fp8",
     )
 )
 
