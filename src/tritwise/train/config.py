@@ -68,7 +68,7 @@ class TrainConfig:
     checkpoint     block: of a block only its input is kept for backward, which computes the rest again; none
     loss_chunk     positions whose logits exist at one time; 0: all of a micro-batch
     fp8            what ternary matrices with a side of 1024 or more multiply in training is rounded to float8, which
-                   saves time on GPUs with matrix units for it; needs group=65536. Scores, samples and what ships are exact
+                   saves time on GPUs with matrix units for it; needs group=65536. Scores, samples, what ships: exact
     """
 
     data: str = "shakespeare"
