@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from tritwise.bench.runner import Batches, Runner, entries_called
@@ -46,7 +45,7 @@ def profiled(size_name: str, name: str, device: torch.device, steps: int, data: 
         wall = time.perf_counter() - began
     kernels: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     waits: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0])
-    events = [event for event in seen.events() or [] if (event.device_type == DeviceType.CUDA) == cuda]
+    events = [event for event in seen.events() or [] if (event.device_type.name == "CUDA") == cuda]
     end, last = None, ""
     for event in sorted(events, key=lambda event: event.time_range.start):
         kernel, span = kernels[event.name[:LONGEST]], event.time_range

@@ -15,6 +15,7 @@ KIND_YYYY-MM-DD.json or .jsonl; the newest of a kind, by name, counts:
                      the study.json of benchmarks/score_study.py: one model and one text each, or the beginning of one
     step_19m_h100, step_124m_h100, step_1.3b_h100, memory_3b_h100
                      made by `tritwise bench step`; with h200 for h100 what another device measured: the newest counts
+    capacity_h100    made by `tritwise bench capacity`; h200 likewise
     drawn_trit_cpu2  the last grid of pictures of such a run, .npy
     arb_cpu2, arb_h100, layers_cpu2, layers_h100, recipes_cpu2
                      {"rows": […]} of benchmarks/arb_study.py, one for each run of an ARB model, of layers_study.py, and
@@ -40,7 +41,7 @@ from tritwise.report import arb_tables
 from tritwise.report.bench_markdown import ablation_markdown, recipe_markdown, rules_markdown, short_markdown
 from tritwise.report.bench_plots import choose_bench_plots
 from tritwise.report.bench_rows import read_bench
-from tritwise.report.engine_tables import engine_markdown, newest_of_each
+from tritwise.report.engine_tables import capacity_markdown, engine_markdown, newest_of_each
 from tritwise.report.score_tables import TABLES, score_sources, score_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -297,10 +298,19 @@ def _engine(root: Path) -> str:
     if not files:
         return "No step on a GPU has been recorded yet; `tritwise bench step` does it."
     read = {file: _read(file) for file in files}
-    kept = newest_of_each((file.stem.rsplit("_", 1)[1], made) for file, made in read.items())
+    kept = newest_of_each((_date(file), made) for file, made in read.items())
     names = sorted(file.name for file, made in read.items() if any(made is one for one in kept))
+    told = engine_markdown(kept)
+    capacity = max((file for name in DEVICES if (file := newest(root, f"capacity_{name}"))), default=None, key=_date)
+    if capacity:
+        names.append(capacity.name)
+        told += f"\n\n{capacity_markdown(_read(capacity))}"
     links = ", ".join(f"[{name}]({RESULTS}/{name})" for name in names)
-    return f"{engine_markdown(kept)}\n\nFrom {links}."
+    return f"{told}\n\nFrom {links}."
+
+
+def _date(file: Path) -> str:
+    return file.stem.rsplit("_", 1)[1]
 
 
 def _cost(root: Path, path: Path) -> str:

@@ -18,7 +18,7 @@ from tritwise.report.bench_plots import choose_bench_plots, write_bench_report
 from tritwise.report.bench_rows import Variant, read_bench, sort_rows
 from tritwise.report.bench_tables import Summary, summary, table
 from tritwise.report.bench_trends import least_squares, robustness, trends
-from tritwise.report.engine_tables import engine_markdown, newest_of_each
+from tritwise.report.engine_tables import capacity_markdown, engine_markdown, newest_of_each
 
 imread = pytest.importorskip("matplotlib.image").imread
 
@@ -374,6 +374,9 @@ def test_robustness_needs_the_rate_and_another_to_compare_with():
     ]
     assert [(p.size, round(p.bpb, 6)) for p in costs["width"]] == [(256, 0.1), (512, 0)]
     assert robustness(entries, entries[0].variant, None, 0.02) == {}
+    # At the length where most rules were run, the rate was not tuned: what is told is of the length where it was.
+    rows += [made_row(rule, rate=0.02, bpb=1.3, steps=7200) for rule in ("ours", "adamw", "lion")]
+    assert "at most 0.100" in choose_bench_plots(sort_rows(rows))["robustness"].alt
 
 
 # Plots
@@ -562,8 +565,9 @@ def test_readers_in_a_hurry_see_each_rule_once_and_ours_once_a_size():
 def step_file(size: str, weights: int, ours: float, rival: float | None, **changes) -> dict:
     """A result file of `tritwise bench step`."""
     row = {"size": size, "weights": weights, "bytes_a_step": 1024, "state_bytes": 2 * weights, "peak_bytes": 10**9}
-    rows = [row | {"contender": "ours", "step_ms": ours, "update_share": 0.125, "ratio": (rival or 0) / ours} | changes]
-    rows += [row | {"contender": "adamw-bf16", "step_ms": rival, "ratio": 1.0}] if rival else []
+    own = row | {"contender": "ours", "rule": "ours", "settings": {}}
+    rows = [own | {"step_ms": ours, "update_share": 0.125, "ratio": (rival or 0) / ours} | changes]
+    rows += [row | {"contender": "adamw-bf16", "rule": "adamw-bf16", "step_ms": rival, "ratio": 1.0}] if rival else []
     return {"bench": "step", "device": "a GPU", "torch": "2.11.0", "rows": rows}
 
 
@@ -572,10 +576,49 @@ def test_steps_of_every_size_stand_beside_adamw():
     told = engine_markdown(files)
     assert told.startswith("One a GPU, torch 2.11.0, bfloat16")
     small, large = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()[4:]]
-    assert small == ["20M", "1,024", "20.0", "15.0", "0.75", "12 %", "40.0 MB", "40.0 MB", "1.00 GB", "1.00 GB"]
-    assert large[:6] == ["3B", "1,024", "700", "", "", "12 %"] and large[7] == large[9] == ""
+    assert small == [
+        "20M",
+        "default",
+        "1,024",
+        "20.0",
+        "15.0",
+        "0.75",
+        "12 %",
+        "40.0 MB",
+        "40.0 MB",
+        "1.00 GB",
+        "1.00 GB",
+    ]
+    assert large[:7] == ["3B", "default", "1,024", "700", "", "", "12 %"] and large[8] == large[10] == ""
     failed = step_file("small", 20 * 10**6, 20.0, 15.0, error="out of memory")
     assert engine_markdown([failed]) == engine_markdown([]) == "Nothing has been measured yet."
+
+
+def test_other_settings_stand_below_the_default():
+    file = step_file("small", 20 * 10**6, 20.0, 15.0)
+    fast = {
+        "contender": "ours-turns-fp8",
+        "settings": {"fp8": True, "interval": 2, "head_interval": 1},
+        "step_ms": 10.0,
+    }
+    file["rows"].insert(0, file["rows"][0] | fast | {"ratio": 1.5})
+    told = [[cell.strip() for cell in line.split("|")[1:-1]] for line in engine_markdown([file]).splitlines()[4:]]
+    assert [row[1] for row in told] == ["default", "interval=2, fp8=true"]
+    assert told[1][3:6] == ["10.0", "15.0", "1.50"]
+
+
+def test_capacity_is_told_in_a_sentence():
+    largest = {"weights": 28_100_000_000, "peak_bytes": 6 * 10**10, "fits": True}
+    rows = [
+        {"contender": "ours", "largest": largest, "fails": 56_000_000_000},
+        {"contender": "adamw-bf16", "largest": {"weights": 9_900_000_000}, "fails": None},
+        {"contender": "adamw", "largest": None, "fails": 10**9},
+    ]
+    assert capacity_markdown({"room": 84e9, "rows": rows}) == (
+        "The largest model whose loss falls in 84.0 GB: **28.1B** weights with ours (60.0 GB at its peak, 56B do not "
+        "fit), **9.9B** weights with adamw-bf16."
+    )
+    assert capacity_markdown({"rows": rows[2:]}) == "Nothing has been measured yet."
 
 
 def test_a_size_that_was_measured_again_counts_once():

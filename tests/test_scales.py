@@ -17,6 +17,7 @@ from tritwise.registers import (
     scale_table,
     scale_values,
 )
+from tritwise.registers.scales import _table
 
 EXPONENTS = range(-128, 128)
 
@@ -86,7 +87,7 @@ def test_scale_values_reads_the_table(dtype):
 
 
 def test_a_table_made_in_inference_mode_serves_training():
-    scale_table.cache_clear()
+    _table.cache_clear()
     with torch.inference_mode():
         scale_values(torch.zeros(3, dtype=torch.int8))
     values = scale_values(torch.zeros(3, dtype=torch.int8))
@@ -199,7 +200,18 @@ def test_rounding_is_even_handed_and_has_its_own_bits():
 
 
 def test_a_table_first_asked_for_in_inference_mode_serves_training():
-    scale_table.cache_clear()
+    _table.cache_clear()
     with torch.inference_mode():
         assert not scale_table("cpu").is_inference()
-    scale_table.cache_clear()
+    _table.cache_clear()
+
+
+def test_a_compiler_takes_the_table_as_a_constant():
+    graphs: list[torch.fx.GraphModule] = []
+    torch._dynamo.reset()
+    compiled = torch.compile(scale_values, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    exponent = torch.arange(-128, 128).to(torch.int8)
+    assert torch.equal(compiled(exponent), scale_table())
+    kinds = [node.op for node in graphs[0].graph.nodes]
+    assert kinds.count("get_attr") == 1 and len(kinds) <= 7  # and nothing that makes it
+    torch._dynamo.reset()

@@ -81,7 +81,9 @@ def choose_bench_plots(bench: Bench, default_rate: float | None = None) -> dict[
     home = next(iter(home_cells(bench)), None)
     best = next((e.best.rate for e in entries if e.cell == home and e.variant == default), None)
     rate = best if default_rate is None else default_rate
-    if costs := robustness(entries, default, home, rate):
+    tuned = [entry.cell for entry in entries if entry.variant == default and len(entry.tried) > 1]
+    costs_of = (robustness(entries, default, cell, rate) for cell in (home, *tuned))
+    if costs := max(costs_of, key=lambda costs: sum(map(len, costs.values()))):
         worst = max(point.bpb for points in costs.values() for point in points)
         tried = sorted({point.rates for points in costs.values() for point in points})
         rates = f"{tried[0]}" if len(tried) == 1 else f"{tried[0]} to {tried[-1]}"
