@@ -3,8 +3,8 @@
 python scripts/coverage_rooms.py build/coverage.json      the JSON report of coverage.py
 
 Triton's kernels run in its interpreter, in processes that tests start and coverage.py follows. Where Triton is not
-installed its files are left out, and that is said. So are single lines that only a GPU can run, which say so themselves
-in a `pragma: no cover`; they are counted.
+installed its files are left out, and that is said; so is TileLang's. Single lines that only a GPU can run are left out
+too; they say so themselves in a `pragma: no cover`, and are counted.
 """
 
 import importlib.util
@@ -15,12 +15,15 @@ from typing import Any
 
 ROOMS = ("registers", "ops", "optim")
 LEAST = 95.0  # percent of lines
-TRITONS = ("triton.py", "triton_kernels.py", "kernels.py", "gpu.py")
+NEEDED = {  # library -> files that run only where it is installed
+    "triton": ("triton.py", "triton_kernels.py", "kernels.py", "gpu.py"),
+    "tilelang": ("tilelang_kernels.py",),
+}
 
 
-def without_triton(report: dict[str, Any]) -> dict[str, Any]:
-    """The report less the files that run only where Triton is installed."""
-    kept = {name: entry for name, entry in report["files"].items() if PurePath(name).name not in TRITONS}
+def without(library: str, report: dict[str, Any]) -> dict[str, Any]:
+    """The report less the files that run only where `library` is installed."""
+    kept = {name: entry for name, entry in report["files"].items() if PurePath(name).name not in NEEDED[library]}
     return report | {"files": kept}
 
 
@@ -46,9 +49,10 @@ def thinnest_files(report: dict[str, Any], count: int = 3) -> list[str]:
 def main(path: str) -> int:
     """Print each room's coverage; 0 if all reach LEAST, else 1."""
     report = json.loads(Path(path).read_text(encoding="utf-8"))
-    if importlib.util.find_spec("triton") is None:
-        report = without_triton(report)
-        print(f"Triton is not installed: {', '.join(TRITONS)} are left out")
+    for library, files in NEEDED.items():
+        if importlib.util.find_spec(library) is None:
+            report = without(library, report)
+            print(f"{library} is not installed: left out: {', '.join(files)}")
     percents = room_percents(report)
     for room, percent in percents.items():
         print(f"line coverage of {room}: {percent:.1f} %" + ("" if percent >= LEAST else f", below {LEAST:.0f} %"))

@@ -385,14 +385,17 @@ def test_each_room_must_be_covered(percents, code, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_kernels_count_only_where_triton_is_installed(installed, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("library", "file"), [("triton", "triton_kernels.py"), ("tilelang", "tilelang_kernels.py")])
+def test_kernels_count_only_where_their_library_is_installed(library, file, installed, tmp_path, capsys, monkeypatch):
     report = report_of(registers=100, ops=96, optim=100)
     kernels = {"summary": {"covered_lines": 0, "num_statements": 100}, "missing_lines": [1], "excluded_lines": [7, 8]}
-    report["files"]["src/tritwise/ops/triton_kernels.py"] = kernels
+    report["files"][f"src/tritwise/ops/{file}"] = kernels
     write_json(tmp_path / "coverage.json", report)
-    monkeypatch.setattr(coverage_rooms.importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(
+        coverage_rooms.importlib.util, "find_spec", lambda name: object() if installed or name != library else None
+    )
     assert coverage_rooms.main(str(tmp_path / "coverage.json")) == int(installed)
     told = capsys.readouterr().out
     assert ("ops: 48.0 %" in told, "ops: 96.0 %" in told) == (installed, not installed)
-    assert ("Triton is not installed" in told) == (not installed)
+    assert (f"{library} is not installed" in told) == (not installed)
     assert f"left out: {2 if installed else 0}" in told

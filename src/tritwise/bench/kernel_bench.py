@@ -4,6 +4,7 @@ A kernel is checked first: its integers must be the reference's, its floats with
 by itself, with the caches flushed before every call, so that each reads its inputs from memory as it does in training.
 """
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -78,7 +79,7 @@ def measure_kernels(
             "rows": found,
             "left_out": len(chosen) - len(found),
             "tolerance": TOLERANCE,
-            "backends": {row["operation"]: row["backend"] for row in found},
+            "backends": {row["operation"]: row["backend"] for row in found},  # of its last kernel
             **surroundings(device),
         }
     )
@@ -90,7 +91,8 @@ def measure_kernels(
 def _measure(case: Case, device: torch.device, hardware: dict[str, Any], flush: Tensor, calls: int) -> dict[str, Any]:
     exact, error = _compare(case, device)
     inputs = _inputs(case, device)
-    seconds, host = _time(lambda: case.run(inputs), device, flush, calls)
+    with _asked(case):
+        seconds, host = _time(lambda: case.run(inputs), device, flush, calls)
     name = backend_table()[case.operation]
     with backend("reference"):
         reference, _ = _time(lambda: case.run(inputs), device, flush, min(calls, REFERENCE_CALLS))
@@ -122,6 +124,10 @@ def _measure(case: Case, device: torch.device, hardware: dict[str, Any], flush: 
     }
 
 
+def _asked(case: Case) -> contextlib.AbstractContextManager[None]:
+    return backend(case.backend) if case.backend else contextlib.nullcontext()
+
+
 def _inputs(case: Case, device: torch.device) -> Inputs:
     return case.make(torch.Generator(device).manual_seed(0))
 
@@ -129,7 +135,8 @@ def _inputs(case: Case, device: torch.device) -> Inputs:
 def _compare(case: Case, device: torch.device) -> tuple[bool | None, float | None]:
     """Whether all integers that a call gives or leaves are the reference's (None: it makes none), and
     the largest error of its floats."""
-    ours = _results(case, device)
+    with _asked(case):
+        ours = _results(case, device)
     with backend("reference"):
         theirs = _results(case, device)
     exact: bool | None = None

@@ -17,6 +17,7 @@ from torch import Tensor
 from tritwise import ops
 from tritwise.ops import nibble
 from tritwise.ops.backends import choose
+from tritwise.ops.linear import tilelang
 from tritwise.registers import LEAD, Key, make_key
 
 OPS = torch.ops.tritwise
@@ -37,6 +38,7 @@ class Case:
     moved      bytes that must be read and written; flops: operations of its matrix products
     plain      the nearest thing that torch itself has for float weights, or None
     changes    which inputs `run` changes: they are results too
+    backend    asked for by name; None: what is chosen by itself
     """
 
     operation: str
@@ -48,6 +50,7 @@ class Case:
     flops: float = 0.0
     plain: Callable[[Inputs], Any] | None = None
     changes: tuple[str, ...] = ()
+    backend: str | None = None
 
 
 def make_cases(device: torch.device, dtype: torch.dtype, widths: list[int], rows: int, blocks: int) -> Iterator[Case]:
@@ -104,10 +107,13 @@ def _linear_cases(device: torch.device, dtype: torch.dtype, rows: int, outputs: 
     product, x, y = 2.0 * rows * weights, rows * inputs * size, rows * outputs * size
     passed = x + y + weights + groups
     yield Case("linear", "decode", matrix, make_gradient, decode, weights * (1 + size) + groups)
-    yield Case(
-        *("linear", "forward", shape, make, forward, passed, product),
-        plain=lambda given: given["x"] @ given["weight"].T,
-    )
+    by_name = [] if dtype not in tilelang.DTYPES or tilelang.refuses(device) else ["tilelang"]
+    for name in (None, *by_name):
+        yield Case(
+            *("linear", f"forward {name}" if name else "forward", shape, make, forward, passed, product),
+            plain=lambda given: given["x"] @ given["weight"].T,
+            backend=name,
+        )
     yield Case(
         *("linear", "input_grad", shape, make, input_grad, passed, product),
         plain=lambda given: given["grad"] @ given["weight"],

@@ -1,7 +1,8 @@
 """Which implementation of an operation runs: `with backend("…")` > TRITWISE_BACKEND > priority.
 
-Asked for and impossible raises with the reason. Chosen automatically, the next one in priority is taken and the
-fallback is said once. `backend_table()` reports what was chosen, for the run's manifest.
+Asked for and impossible raises with the reason. Operations that have no backend of the name asked for are chosen
+automatically: then the next one in priority is taken and the fallback is said once. `backend_table()` reports what was
+chosen, for the run's manifest.
 """
 
 import contextlib
@@ -87,7 +88,7 @@ def choose(operation: str, device: torch.device) -> ModuleType:
     if asked is not None:
         _check_name(asked)
         found = table.get(asked)
-        # A backend need not implement every operation; the reference serves the rest.
+        # A backend need not implement every operation; the rest are chosen as if nobody had asked.
         if found is not None:
             reason = found.refuses(device)
             if reason:

@@ -66,9 +66,14 @@ def _self_test(device: torch.device) -> bool:
     return decode(register, exponent, 256, torch.float32).tolist() == [[2.0, 2.0, 0.0, 0.0, 0.0, -2.0, -2.0]]
 
 
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes `device` the current GPU, which kernels are launched on, if it is one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
     """Run `programs` programs of a kernel on `device`, with no product and sum fused into one operation."""
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on(device):
         kernel[(programs,)](*arguments, **constants, enable_fp_fusion=False)
 
 

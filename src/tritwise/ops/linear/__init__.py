@@ -17,11 +17,14 @@ from torch import Tensor
 from tritwise.ops import gpu, native
 from tritwise.ops.backends import choose, implement
 from tritwise.ops.library import LIBRARY, define
-from tritwise.ops.linear import cpu, reference, triton
+from tritwise.ops.linear import cpu, reference, tilelang, triton
 
 implement("linear", "reference", reference)
 implement("linear", "cpu", cpu, priority=10, devices=("cpu",), refuses=native.refuses)
 implement("linear", "triton", triton, priority=20, devices=("cuda",), refuses=gpu.refuses)
+implement(
+    "linear", "tilelang", tilelang, priority=-10, devices=("cuda",), refuses=tilelang.refuses
+)  # only if asked for
 
 
 def _forward(x: Tensor, register: Tensor, exponent: Tensor, group: int, port: Tensor | None) -> Tensor:
