@@ -170,7 +170,7 @@ CASES: dict[str, tuple[Callable[[World], list[object]], str]] = {
     ),
     "fp8 of small layers": (
         lambda w: w.train("--set", "fp8=true"),
-        "no ternary matrix has 1024 rows or columns, from where on it pays; leave fp8 off",
+        "no ternary matrix is wide enough for it to pay, from 512 rows on; leave fp8 off",
     ),
     "fp8 with several scales a row": (
         lambda w: w.train("--set", "mlp_ratio=32", "--set", "fp8=true"),

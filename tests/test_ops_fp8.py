@@ -1,6 +1,7 @@
 """The ternary linear in float8: exact where float8 is, close elsewhere, the weight gradient untouched, and refusals."""
 
 import functools
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from tritwise import ops
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import TritLinear, trit_modules, use_fp8
-from tritwise.ops.linear.fp8 import rounded
+from tritwise.ops.linear.fp8 import rounded, rounded_unit
 from tritwise.registers import leading_trit, scale_values
 
 OPERATION = "linear"
@@ -86,6 +87,22 @@ def test_rounding_keeps_every_row_in_range():
     assert (back - x).abs().max(dim=1).values.le(x.abs().max(dim=1).values / 16 + 1e-13).all()
 
 
+@pytest.mark.parametrize("columns", [16, 48, 768, 3072, 8192])
+def test_rows_of_unit_rms_need_no_search_for_their_largest_number(columns):
+    """Not even a row whose whole RMS is in one number leaves the range; what lies further out ends at its edge."""
+    x = torch.randn(6, columns, generator=torch.Generator().manual_seed(0))
+    x /= x.square().mean(dim=1, keepdim=True).sqrt()
+    x[0], x[1] = 0.0, 0.0
+    x[0, 3], x[1, 3] = columns**0.5, -100 * columns**0.5
+    low, scale = rounded_unit(x)
+    assert low.dtype == torch.float8_e4m3fn and scale.shape == (6, 1) and len(scale.unique()) == 1
+    back = low.float() * scale
+    assert ((back - x).abs() <= x.abs() / 16 + 7e-5 * columns**0.5)[[0, 2, 3, 4, 5]].all()
+    assert back[1, 3] == -448 * scale[0] and math.log2(scale[0]).is_integer()
+    exact, _ = rounded(x[2:])
+    assert float((back[2:] - x[2:]).norm() / x[2:].norm()) < 0.03 and exact.dtype == low.dtype
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("rows", "columns", "rounds"),
@@ -97,14 +114,16 @@ def test_rounding_keeps_every_row_in_range():
         (8, 64, (False, False)),  # too few rows for a matrix unit
     ],
 )
-def test_only_what_pays_is_rounded(rows, columns, rounds, dtype):
+@pytest.mark.parametrize("unit", [False, True])
+def test_only_what_pays_is_rounded(rows, columns, rounds, unit, dtype):
     """x where it is multiplied often enough, by many outputs; dL/dy by many inputs. The rest has the bits of `linear`,
     and so has the gradient of the weight."""
     generator = torch.Generator().manual_seed(0)
     register, exponent = register_of(rows, columns), exponents(rows, -5)
-    assert ops.rounds_fp8(register, 48) == rounds
+    rounds = (rounds[0] or (unit and rows >= 24), rounds[1])  # x of unit RMS from half as many outputs on
+    assert ops.rounds_fp8(register, 48, unit) == rounds
     x, upstream = (torch.randn(2, 5, n, generator=generator).to(dtype) for n in (columns, rows))
-    found = run(functools.partial(ops.linear_fp8, least=48), x, upstream, register, exponent)
+    found = run(functools.partial(ops.linear_fp8, least=48, unit=unit), x, upstream, register, exponent)
     expected = run(ops.linear, x, upstream, register, exponent)
     for a, b, rounded_too in zip(found, expected, (*rounds, False), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b) is not rounded_too
@@ -114,6 +133,8 @@ def test_only_what_pays_is_rounded(rows, columns, rounds, dtype):
 def test_large_is_1024_if_nobody_says_otherwise():
     assert ops.FP8_LEAST == 1024
     assert ops.rounds_fp8(register_of(1024, 16)) == (True, False) and ops.rounds_fp8(register_of(1008, 1040))[1]
+    assert ops.rounds_fp8(register_of(512, 16), unit=True) == (True, False)
+    assert not any(ops.rounds_fp8(register_of(511, 1023), unit=True))
     assert not any(ops.rounds_fp8(register_of(1023, 1023)))
 
 
@@ -159,7 +180,7 @@ def test_layers_use_it_once_told_and_learn_their_scales():
 
 def test_layers_that_gain_nothing_are_left_alone():
     model = ByteLM(ModelConfig(width=32, depth=1, ctx=16))
-    assert use_fp8(model, least=64) == 3  # of 96 x 32, 32 x 32, 128 x 32 and 32 x 128
+    assert use_fp8(model, least=80) == 3  # of 96 x 32, 32 x 32, 128 x 32 and 32 x 128
     left = [layer for layer in model.modules() if isinstance(layer, TritLinear) and layer.fp8_least is None]
     assert [layer.role for layer in left] == ["matrix", "head"] and left[0] is model.blocks[0].attention.out
     narrow = nn.Sequential(TritLinear(32, 64), TritLinear(40, 40, group=8))  # of which the second could not
@@ -209,7 +230,7 @@ def test_what_does_not_fit_is_refused(layer, reason):
 
 def test_a_model_of_small_layers_is_refused():
     for model in (nn.Sequential(TritLinear(32, 32), TritLinear(512, 64)), nn.Linear(2048, 2048)):
-        with pytest.raises(ValueError, match=r"no ternary matrix has 1024 rows or columns.*; leave fp8 off"):
+        with pytest.raises(ValueError, match=r"no ternary matrix is wide enough.*, from 512 rows on; leave fp8 off"):
             use_fp8(model)
 
 

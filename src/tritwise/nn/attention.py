@@ -91,7 +91,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """out(attention(qkv(x))), queries and keys RMS-normalised per head and rotated.
+    """out(norm(attention(qkv(x)))), x of unit RMS, queries and keys RMS-normalised per head and rotated.
 
     width: C. heads: H, which divides C. kv_heads: K, which divides H (grouped-query attention, Ainslie et al. 2023).
     window: a position sees itself and window-1 before it; None sees all. `linear`: TritLinear or FloatLinear.
@@ -115,6 +115,7 @@ class Attention(nn.Module):
         rows = (heads + 2 * kv_heads) * self.size
         self.qkv = linear(width, rows, group=group, blocks=3 if heads == kv_heads else 1)
         self.out = linear(width, width, group=group)
+        self.qkv.unit_inputs = self.out.unit_inputs = True
 
     def forward(
         self, x_BTC: Tensor, rotary: Rotary, cache: KVCache | KVLedger | None = None, *, exclusive: bool = False

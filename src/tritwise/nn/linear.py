@@ -14,7 +14,8 @@ class TritLinear(TritModule):
 
     x: float [..., in_features] (float32 or bfloat16) -> [..., out_features] of the same dtype.
     fp8_least: None, or while gradients are recorded x and dL/dy are rounded to float8 for products that large
-    (`ops.linear_fp8`), which fast matrix units then take; see `use_fp8`.
+    (`ops.linear_fp8`), which fast matrix units then take; see `use_fp8`. unit_inputs: a layer sets it that gives this
+    one inputs of about unit RMS, which are easier to round.
     Arguments as `TritModule`. Training needs an optimizer that consumes the port: `tritwise.TritOptimizer`.
     """
 
@@ -23,11 +24,13 @@ class TritLinear(TritModule):
     ) -> None:
         super().__init__(out_features, in_features, role=role, fan_in=in_features, group=group, blocks=blocks)
         self.fp8_least: int | None = None
+        self.unit_inputs = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.scale_columns(x)
         if self.fp8_least is not None and torch.is_grad_enabled():
-            return ops.linear_fp8(x, self.register, self.exponent, self.group, self.port, self.fp8_least)
+            how = self.group, self.port, self.fp8_least, self.unit_inputs
+            return ops.linear_fp8(x, self.register, self.exponent, *how)
         return ops.linear(x, self.register, self.exponent, self.group, self.port)
 
 
@@ -39,10 +42,10 @@ def use_fp8(model: nn.Module, least: int = ops.FP8_LEAST) -> int:
     ValueError, with reason and remedy, if one that should cannot, or none should.
     """
     layers = [m for m in model.modules() if isinstance(m, TritLinear) and m.role == "matrix"]
-    layers = [layer for layer in layers if any(ops.rounds_fp8(layer.register, least))]
+    layers = [layer for layer in layers if any(ops.rounds_fp8(layer.register, least, layer.unit_inputs))]
     reasons = [reason for layer in layers if (reason := ops.refuses_fp8(layer.register, layer.exponent))]
     if not layers:
-        reasons = [f"no ternary matrix has {least} rows or columns, from where on it pays; leave fp8 off"]
+        reasons = [f"no ternary matrix is wide enough for it to pay, from {least // 2} rows on; leave fp8 off"]
     if reasons:
         raise ValueError(f"float8 is not for this model: {reasons[0]}")
     for layer in layers:

@@ -6,7 +6,8 @@ from tritwise.nn.norm import relu_squared_norm
 
 
 class MLP(nn.Module):
-    """down(norm(relu(up(x))^2)), the activation of So et al. 2021 ("Primer"). x: [..., width], same shape out.
+    """down(norm(relu(up(x))^2)), the activation of So et al. 2021 ("Primer"). x: [..., width], of unit RMS; same shape
+    out.
 
     `linear` makes the layers: TritLinear or FloatLinear. leak: slope of the relu below zero.
     """
@@ -18,6 +19,7 @@ class MLP(nn.Module):
         self.leak = leak
         self.up = linear(width, hidden, group=group)
         self.down = linear(hidden, width, group=group)
+        self.up.unit_inputs = self.down.unit_inputs = True
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(relu_squared_norm(self.up(x), self.leak))

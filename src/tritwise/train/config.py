@@ -67,7 +67,7 @@ class TrainConfig:
                    it are also recorded once and replayed; graph: they are recorded there, and not compiled
     checkpoint     block: of a block only its input is kept for backward, which computes the rest again; none
     loss_chunk     positions whose logits exist at one time; 0: all of a micro-batch
-    fp8            what ternary matrices with a side of 1024 or more multiply in training is rounded to float8, which
+    fp8            what large ternary matrices multiply in training, from a width of 512 on, is rounded to float8, which
                    saves time on GPUs with matrix units for it; needs group=65536. Scores, samples, what ships are exact
     """
 
