@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from tritwise.nn.ledger import KVLedger
+from tritwise.nn.linear import give_unit_inputs
 from tritwise.nn.norm import EPS, rms_norm
 
 
@@ -115,7 +116,7 @@ class Attention(nn.Module):
         rows = (heads + 2 * kv_heads) * self.size
         self.qkv = linear(width, rows, group=group, blocks=3 if heads == kv_heads else 1)
         self.out = linear(width, width, group=group)
-        self.qkv.unit_inputs = self.out.unit_inputs = True
+        give_unit_inputs(self.qkv, self.out)
 
     def forward(
         self, x_BTC: Tensor, rotary: Rotary, cache: KVCache | KVLedger | None = None, *, exclusive: bool = False

@@ -14,8 +14,8 @@ class TritLinear(TritModule):
 
     x: float [..., in_features] (float32 or bfloat16) -> [..., out_features] of the same dtype.
     fp8_least: None, or while gradients are recorded x and dL/dy are rounded to float8 for products that large
-    (`ops.linear_fp8`), which fast matrix units then take; see `use_fp8`. unit_inputs: a layer sets it that gives this
-    one inputs of about unit RMS, which are easier to round.
+    (`ops.linear_fp8`), which fast matrix units then take; see `use_fp8`. unit_inputs: whether x has about unit RMS,
+    which is easier to round (`give_unit_inputs`).
     Arguments as `TritModule`. Training needs an optimizer that consumes the port: `tritwise.TritOptimizer`.
     """
 
@@ -32,6 +32,13 @@ class TritLinear(TritModule):
             how = self.group, self.port, self.fp8_least, self.unit_inputs
             return ops.linear_fp8(x, self.register, self.exponent, *how)
         return ops.linear(x, self.register, self.exponent, self.group, self.port)
+
+
+def give_unit_inputs(*layers: nn.Module) -> None:
+    """Tell ternary layers that their inputs have about unit RMS, as behind a norm; others need not know."""
+    for layer in layers:
+        if isinstance(layer, TritLinear):
+            layer.unit_inputs = True
 
 
 def use_fp8(model: nn.Module, least: int = ops.FP8_LEAST) -> int:

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from tritwise.nn.linear import give_unit_inputs
 from tritwise.nn.norm import relu_squared_norm
 
 
@@ -19,7 +20,7 @@ class MLP(nn.Module):
         self.leak = leak
         self.up = linear(width, hidden, group=group)
         self.down = linear(hidden, width, group=group)
-        self.up.unit_inputs = self.down.unit_inputs = True
+        give_unit_inputs(self.up, self.down)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(relu_squared_norm(self.up(x), self.leak))
