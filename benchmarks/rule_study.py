@@ -199,6 +199,21 @@ def fp8_cells(data: str) -> list[Cell]:
     return [replace(base, seed=seed, settings=STEADY | own) for seed in range(3) for own in ({"fp8": True}, {})]
 
 
+def group_cells(data: str) -> list[Cell]:
+    """Fewer weights to a scale than 256: is what they cost worth it?"""
+    base = replace(full(data), settings=STEADY)
+
+    def grouped(group: int, **changes: Any) -> Cell:
+        return replace(base, shape=base.shape | {"group": group}, **changes)
+
+    return [
+        *(grouped(128, seed=seed) for seed in range(3)),
+        grouped(64),
+        *(grouped(group, steps=1200) for group in (128, 64, 32)),
+        *(grouped(64, seed=seed) for seed in (1, 2)),
+    ]
+
+
 def turn_cells(data: str) -> list[Cell]:
     """Matrices that take turns at moving, at every 2nd to 8th step: cheaper, and how much worse?"""
     base = replace(full(data), settings=STEADY)
@@ -292,6 +307,7 @@ STAGES: dict[str, Callable[[str], list[Cell]]] = {
     "regular": regular_cells,
     "fp8": fp8_cells,
     "turns": turn_cells,
+    "groups": group_cells,
 }
 
 

@@ -5,7 +5,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tritwise.nn import TritEmbedding, TritLinear, TritModule, trit_modules
 from tritwise.optim import TritOptimizer, consuming
 from tritwise.optim.moves import RecordedMoves
+from tritwise.optim.moving import Moving
 from tritwise.train.optimizers import keep_initial_rates, set_rates
 
 
@@ -318,6 +319,43 @@ def test_gradients_that_wait_for_others_give_the_bits_of_those_that_do_not(own, 
     assert calls == [1, 3, 4]
     for found in results[1:]:
         assert_equal(found, results[0])
+
+
+# --- lots -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_layers_of_several_groups_move_in_one_call_each_by_its_own_rate(records, monkeypatch):
+    results, calls = [], []
+    real = Moving._move
+    for alone in (True, False):
+        monkeypatch.setattr(TritOptimizer, "_moves_alone", staticmethod(lambda register, alone=alone: alone))
+        lots: list[int] = []
+        monkeypatch.setattr(
+            TritOptimizer,
+            "_move",
+            lambda self, layers, *rest, lots=lots: lots.append(len(layers)) or real(self, layers, *rest),
+        )
+        torch.manual_seed(0)
+        roles = ["embedding", "matrix", "head", "matrix", "matrix"]
+        model = nn.ModuleList([TritLinear(16, 12, role=role) for role in roles])
+        own = {
+            "embedding": {"direction": "balanced", "rate": 0.4},
+            "head": {"direction": "balanced", "scale_rate": 0.3},
+        }
+        optimizer = TritOptimizer(model, 0.1, scale_rate=0.1, roles=own, seed=5)
+        for step in range(3):
+            grads = [normal(12, 16, seed=10 * step + number) for number in range(len(roles))]
+            with optimizer.recording() if records else nullcontext():
+                if records:
+                    optimizer.before_replay()
+                with optimizer.ahead(-1) if records else nullcontext():
+                    optimizer.consume(layers_of(model), grads)
+                    optimizer.step()
+        results.append(everything(model, optimizer))
+        calls.append(lots[: len(lots) // 3])
+    assert calls == [[1] * 5, [5]]
+    assert_equal(*results)
 
 
 # --- recorded ---------------------------------------------------------------------------------------------------------

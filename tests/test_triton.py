@@ -490,9 +490,10 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
     pointers |= dict.fromkeys(("base", "gate", "grad", "x_grad", "gate_grad"), "*fp32")
     pointers |= dict.fromkeys(("peak_R", "old_R", "refused_T"), "*i32")
     pointers |= {"momentum": "*i8", "addresses": "*i64"}
-    pointers |= dict.fromkeys(("squares", "row_factor", "scale", "plus", "x"), "*fp32")
+    pointers |= dict.fromkeys(("squares", "row_factor", "column_factor", "scale", "plus", "x", "norm"), "*fp32")
+    pointers |= {"level": "*i16", "after": "*i16", "full": "*i32", "size": "fp32", "memory": "fp32"}
     tiles = {"TENSORS": 16, "BLOCK_R": 4, "BLOCK_C": 512, "ALIGNED": True}
-    block = {"STRIPS": 2, "BLOCK_R": 8, "BLOCK_C": 256}
+    block = {"BLOCK_R": 8, "BLOCK_C": 256}
     pointers |= dict.fromkeys(("step", "places", "keys"), "*i64") | {"rates": "*fp64"}
     messages, mixture, tables = graph_triton._kernels(), combine_triton._kernels(), gpu._table_kernels()
     scales, linear = scales_triton._kernels(), triton._kernels()
@@ -518,10 +519,14 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         ("column_grads", {"TENSORS": 16, "STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
         ("trits_float8", {"TURNED": True, "BLOCK": 64}),
         ("row_factors", block | {"SPAN": 600}),
-        ("row_factors", block | {"SPAN": 600, "squares": None, "rows": 1, "columns": 1, "strips": 1}),
+        ("row_factors", block | {"SPAN": 600, "column_factor": None, "rows": 1, "columns": 1}),
         ("column_squares", {"STRIP": 128, "BLOCK_R": 8, "BLOCK_C": 256}),
+        ("column_factors", {"STRIPS": 2, "BLOCK": 64}),
+        ("column_factors", {"STRIPS": 2, "BLOCK": 64, "full": None, "rows": 1, "columns": 1, "strips": 1}),
         ("weigh", block),
-        ("weigh", block | {"plus": None, "rows": 1, "columns": 1, "strips": 1}),
+        ("weigh", block | {"plus": None, "rows": 1, "columns": 1}),
+        ("row_scales", {"BLOCK": 256, "SPAN": 512}),
+        ("row_scales", {"BLOCK": 256, "SPAN": 512, "level": None, "after": None, "rows": 1, "columns": 1}),
         ("spread", {"BLOCK": 2048}),
     ):
         rooms = gpu.kernels(), tables, scales, linear, directions, messages, mixture

@@ -87,9 +87,6 @@ class Book(torch.optim.Optimizer):
     def _learns_scale(self, layer: TritModule) -> bool:
         return layer.learns_scale and self._settings_of(layer.register)["scale_rate"] > 0
 
-    def _is_compact(self, index: int) -> bool:
-        return self.param_groups[index]["compact"]
-
     def _place(self, layer: TritModule, stream: int) -> Place:
         group = self._settings_of(layer.register)
         return Place(group["seed"], group["step"], self._number[layer.register], stream)

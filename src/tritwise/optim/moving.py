@@ -20,6 +20,9 @@ _MOVE, _MOVE_SCALE, _MOVE_COLUMN = 0, 1, -1
 # Weights that move in one call on a GPU: their directions are held at once, about 10 bytes each.
 _TOGETHER = 1 << 25
 
+# What layers must have in common to move in one call; each has its own rate.
+_ALIKE = ("direction", "steps", "row_memory", "compact", "interval", "seed", "step")
+
 
 class Moving(Book):
     """Moves layers, on a GPU as many in one call as there is memory for."""
@@ -27,52 +30,60 @@ class Moving(Book):
     def _move_all(self, go: Tensor | None) -> dict[TritModule, Tensor]:
         """Move every layer whose turn it is; returns the flips of each."""
         flips: dict[TritModule, Tensor] = {}
-        lots = [(index, lot) for index, group in enumerate(self.param_groups) for lot in self._batches(group)]
-        places = [self._place(layer, _MOVE) for index, lot in lots if not self._is_compact(index) for layer in lot]
+        lots = list(self._lots())
+        keyed = [layer for lot in lots for layer in lot if not self._settings_of(layer.register)["compact"]]
+        places = [self._place(layer, _MOVE) for layer in keyed]
         keys, scales = self._keys(places) if places else [], ScaleMoves()
-        for index, lot in lots:
-            if self._is_compact(index):
-                flips |= self._move(index, lot, scales, [], go)
-            else:
-                flips |= self._move(index, lot, scales, keys[: len(lot)], go)
-                keys = keys[len(lot) :]
+        for lot in lots:
+            own = 0 if self._settings_of(lot[0].register)["compact"] else len(lot)
+            flips |= self._move(lot, scales, keys[:own], go)
+            keys = keys[own:]
         if scales.groups:
             if self._live is not None and self._records:
-                groups = gpu.upload([scales.groups], self._live.device)[0]
-                octaves = self._live.rates[:, 1].index_select(0, groups)
+                octaves: Sequence[float] | Tensor = self._live_rates(scales.groups, 1)
             else:
                 octaves = [reach(self.param_groups[index])[1] for index in scales.groups]
             scales.make(octaves, self._keys(scales.places), go)
         return flips
 
-    def _batches(self, group: dict[str, Any]) -> Iterator[list[TritModule]]:
-        """The layers of a group that move at this step, in lots that move in one call."""
-        batch: list[TritModule] = []
-        for register in group["params"]:
-            if register not in self._received or (group["step"] + self._number[register]) % group["interval"]:
-                continue
-            layer = self._layers[register]
-            if layer.sparse or not register.is_cuda:
-                yield [layer]
-                continue
-            if batch and sum(other.register.numel() for other in batch) + register.numel() > _TOGETHER:
-                yield batch
-                batch = []
-            batch.append(layer)
-        if batch:
-            yield batch
+    def _lots(self) -> Iterator[list[TritModule]]:
+        """The layers that move at this step, in lots that move in one call: those of groups with like settings."""
+        waiting: dict[tuple[Any, ...], list[TritModule]] = {}
+        for group in self.param_groups:
+            alike = tuple(group[name] for name in _ALIKE)
+            for register in group["params"]:
+                if register not in self._received or (group["step"] + self._number[register]) % group["interval"]:
+                    continue
+                layer = self._layers[register]
+                if layer.sparse or self._moves_alone(register):
+                    yield [layer]
+                    continue
+                lot = waiting.setdefault(alike, [])
+                if lot and sum(other.register.numel() for other in lot) + register.numel() > _TOGETHER:
+                    yield lot
+                    lot = waiting[alike] = []
+                lot.append(layer)
+        yield from waiting.values()
+
+    @staticmethod
+    def _moves_alone(register: Tensor) -> bool:
+        return not register.is_cuda
+
+    def _live_rates(self, groups: Sequence[int], which: int) -> Tensor:
+        """The rates of these groups on the device, of registers (0) or of scales (1)."""
+        assert self._live is not None
+        rates = self._live.rates[:, which]
+        if len(set(groups)) == 1:
+            return rates[groups[0]].expand(len(groups))
+        return rates.index_select(0, gpu.upload([groups], self._live.device)[0])
 
     def _move(
-        self,
-        index: int,
-        layers: list[TritModule],
-        scales: ScaleMoves,
-        keys: Sequence[Key] | Tensor,
-        go: Tensor | None,
+        self, layers: list[TritModule], scales: ScaleMoves, keys: Sequence[Key] | Tensor, go: Tensor | None
     ) -> dict[TritModule, Tensor]:
-        """Move the registers of layers of a group that are all dense, or of one sparse layer; their scales go into
-        `scales`. keys: one for each, unless the group is compact. Returns the flips."""
-        group, registers = self.param_groups[index], [layer.register for layer in layers]
+        """Move the registers of layers of like settings that are all dense, or of one sparse layer; their scales go
+        into `scales`. keys: one for each, unless they are compact. Returns the flips."""
+        indices = [self._group_of[layer.register] for layer in layers]
+        group, registers = self.param_groups[indices[0]], [layer.register for layer in layers]
         states = [self._state_of(layer, scales=False) for layer in layers]
         exponents, rows = [s["row_exponent"] for s in states], None
         levels = [s["row_level"] for s in states] if group["row_memory"] else []
@@ -91,9 +102,9 @@ class Moving(Book):
         blocks, how = [layer.blocks for layer in layers], (group["direction"], group["steps"])
         directions = ops.direction_many(momenta, exponents, *how, blocks, levels, group["row_memory"], go)
         if self._live is not None and self._records:
-            rates: Sequence[float] | Tensor = self._live.rates[index, 0].expand(len(layers))
+            rates: Sequence[float] | Tensor = self._live_rates(indices, 0)
         else:
-            rates = [reach(group)[0]] * len(layers)
+            rates = [reach(self.param_groups[index])[0] for index in indices]
         if group["compact"]:
             phase = self._phase(group["step"]) // group["interval"]
             keys = [make_key(group["seed"], NO_STEP, self._number[layer.register], _MOVE) for layer in layers]
@@ -104,7 +115,7 @@ class Moving(Book):
             layers[0].register[rows] = registers[0]
             for state, level in zip(states, levels, strict=False):
                 state["row_level"][rows] = level
-        for layer in layers:
+        for layer, index in zip(layers, indices, strict=True):
             if self._learns_scale(layer):
                 places = [self._place(layer, stream) for stream in (_MOVE_SCALE, _MOVE_COLUMN)]
                 scales.add(layer, self.state[layer.register], index, places, rows)

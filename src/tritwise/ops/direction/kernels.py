@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 TINY = tl.constexpr(1e-30)
+LEVELS, LEVEL_FLOOR = tl.constexpr(1024.0), tl.constexpr(-32768.0)  # as in the reference
 
 
 @triton.jit
@@ -19,14 +20,18 @@ def inverse_rms(squares, count):
 
 
 @triton.jit
-def column_factors(squares, out, rows, columns, strips, STRIPS: tl.constexpr, BLOCK: tl.constexpr):
-    """out [M, I] = 1 / RMS of each column, from sums of squares [M, S, I]. STRIPS: a power of two, at least S."""
+def column_factors(squares, out, full, rows, columns, strips, STRIPS: tl.constexpr, BLOCK: tl.constexpr):
+    """out [M, I] = 1 / RMS of each column, from sums of squares [M, S, I]; full [M], int32, counts the columns that are
+    not all zeros, unless it is None. STRIPS: a power of two, at least S."""
     across = tl.cdiv(columns, BLOCK)
     matrix = tl.program_id(0) // across
     column, strip = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STRIPS)
     at = (matrix * strips + strip)[:, None] * columns + column[None, :]
     part = tl.load(squares + at, mask=(strip < strips)[:, None] & (column < columns)[None, :], other=0.0)
-    tl.store(out + matrix * columns + column, inverse_rms(tl.sum(part, axis=0), rows), mask=column < columns)
+    total = tl.sum(part, axis=0)
+    tl.store(out + matrix * columns + column, inverse_rms(total, rows), mask=column < columns)
+    if full is not None:
+        tl.atomic_add(full + matrix, tl.sum((total > 0).to(tl.int32)))
 
 
 @triton.jit
@@ -91,7 +96,8 @@ def weigh(
     momentum,
     row_factor,
     column_factor,
-    scale,
+    full,
+    size,
     plus,
     out,
     rows,
@@ -99,8 +105,8 @@ def weigh(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out [M, O, I] = momentum * row_factor [M, O] * column_factor [M, I] * scale [M], plus `plus` where given, in its
-    own type."""
+    """out [M, O, I], in its own type = momentum * row_factor [M, O] * column_factor [M, I], brought to the Frobenius
+    norm `size`, plus `plus` where given. full [M]: columns that are not all zeros, each of RMS 1 before."""
     across, down = tl.cdiv(columns, BLOCK_C), tl.cdiv(rows, BLOCK_R)
     column = tl.program_id(0) % across * BLOCK_C + tl.arange(0, BLOCK_C)
     matrix = tl.program_id(0) // across // down
@@ -110,20 +116,78 @@ def weigh(
     factor = tl.load(row_factor + matrix * rows + row, mask=row < rows, other=0.0)
     value = tl.load(momentum + at, mask=mask, other=0).to(tl.float32) * factor[:, None]
     value *= tl.load(column_factor + matrix * columns + column, mask=column < columns, other=0.0)[None, :]
-    value *= tl.load(scale + matrix)
+    value *= size / tl.sqrt_rn(tl.maximum(tl.load(full + matrix), 1).to(tl.float32) * rows)
     if plus is not None:
         value += tl.load(plus + at, mask=mask, other=0.0)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def spread(x, scale, addresses, count, scaled, BLOCK: tl.constexpr):
-    """The `count` numbers of each matrix of x, times their scale, as float32 to the address that it has in a table.
-    scale: one number for every `scaled` of x, which divides `count`."""
+def mean_square(level, norm, scale, at, mask, memory, columns):
+    """Of rows: the running mean of their squares after one more, and that one, of a norm times a scale."""
+    value = tl.load(norm + at, mask=mask, other=0.0) * scale
+    square = value * value / columns
+    kept = tl.exp2(tl.load(level + at, mask=mask, other=0).to(tl.float32) / LEVELS)
+    return kept * memory + square * (1.0 - memory), square
+
+
+@triton.jit
+def row_scales(
+    norm,
+    level,
+    after,
+    out,
+    table,
+    memory,
+    rows,
+    columns,
+    BLOCK: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """out [M, O] = what the rows of a direction are multiplied by, from their Euclidean norms [M, O].
+
+    A program serves matrices that lie one above the other and get unit RMS together: the table, int64 [programs, 2],
+    has the first of them and their number. SPAN: at least the rows that any program has. level: None, or what is
+    remembered of every row, int16 [M, O]: rows are steadied, and `after` gets what is to be remembered.
+    """
+    start = tl.load(table + 2 * tl.program_id(0)) * rows
+    count = (tl.load(table + 2 * tl.program_id(0) + 1) * rows).to(tl.int32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, SPAN, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        value = tl.load(norm + start + row, mask=row < count, other=0.0)
+        total += value * value
+    scale = inverse_rms(tl.sum(total, axis=0), count.to(tl.float32) * columns)
+    again = 1.0
+    if level is not None:
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for first in range(0, SPAN, BLOCK):
+            row = first + tl.arange(0, BLOCK)
+            mean, square = mean_square(level, norm, scale, start + row, row < count, memory, columns)
+            total += tl.where(row < count, square / mean, 0.0)
+            told = tl.log2(mean) * LEVELS
+            size = (tl.abs(told) + 8388608.0) - 8388608.0  # rounded half to even
+            told = tl.maximum(tl.where(told < 0, 0.0 - size, size), LEVEL_FLOOR)
+            told = tl.minimum(told, -LEVEL_FLOOR - 1.0)
+            tl.store(after + start + row, told.to(tl.int16), mask=row < count)
+        again = inverse_rms(tl.sum(total, axis=0), count.to(tl.float32))
+    for first in range(0, SPAN, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        factor = tl.zeros((BLOCK,), dtype=tl.float32) + scale
+        if level is not None:
+            mean, _ = mean_square(level, norm, scale, start + row, row < count, memory, columns)
+            factor = tl.minimum(factor * again / tl.sqrt_rn(mean), 1.0 / TINY)  # a matrix of zeros stays one
+        tl.store(out + start + row, factor, mask=row < count)
+
+
+@triton.jit
+def spread(x, scale, addresses, count, columns, BLOCK: tl.constexpr):
+    """The `count` numbers of each matrix of x, rows of `columns` times their scale, as float32 to the address that it
+    has in a table."""
     blocks = tl.cdiv(count, BLOCK)
     matrix = tl.program_id(0) // blocks
     index = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + matrix.to(tl.int64) * count + index, mask=index < count, other=0.0).to(tl.float32)
-    factor = tl.load(scale + matrix * (count // scaled) + index // scaled, mask=index < count, other=0.0)
+    factor = tl.load(scale + matrix * (count // columns) + index // columns, mask=index < count, other=0.0)
     to = tl.load(addresses + matrix).to(tl.pointer_type(tl.float32))  # pyright: ignore[reportArgumentType]
     tl.store(to + index, value * factor, mask=index < count)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from tritwise.ops import gpu
-from tritwise.ops.direction.reference import TINY, A, B, C, remembered
+from tritwise.ops.direction.reference import TINY, A, B, C
 from tritwise.ops.update.reference import power_of_two
 
 STRIP = 128  # rows whose squares one program adds up for each column
+STRETCH = 4096  # rows of which a program thinks at a time
 ROUGH = 2  # steps of Newton-Schulz that may round x to float16
-HUGE = 0.5 / TINY  # a factor beyond it belongs to zeros
 ROUNDS = 2  # how often rows and columns are divided by their RMS, as in the reference
 
 
@@ -52,21 +52,19 @@ def direction_many(
         momentum_MOI = torch.cat([momenta[n].reshape(-1, rows, columns) for n in members])
         if momentum_MOI.numel() == 0:
             continue
-        exponent_MO1 = torch.cat([row_exponents[n].reshape(-1, rows, 1) for n in members])
-        turned_MOI = _turned(momentum_MOI, exponent_MO1, method, steps)
-        if levels:
-            level_MO = torch.cat([levels[n].reshape(-1, rows) for n in members])
-            scale, level_MO = _steady(turned_MOI, level_MO, memory, counts)
+        turned_MOI = _turned(momentum_MOI, [row_exponents[n] for n in members], method, steps)
+        level_MO = torch.cat([levels[n].reshape(-1, rows) for n in members]) if levels else None
+        scale_MO, level_MO = _row_scales(turned_MOI, level_MO, memory, counts)
+        if level_MO is not None:
             for n, level in zip(members, level_MO.split(list(counts)), strict=True):
                 levels[n] = level
-        else:
-            scale = _per_rms(turned_MOI, counts)
-        _spread(turned_MOI, scale, [out[n] for n in members], counts)
+        _spread(turned_MOI, scale_MO, [out[n] for n in members], counts)
     return out, levels
 
 
-def _turned(momentum_MOI: Tensor, exponent_MO1: Tensor, method: str, steps: int) -> Tensor:
-    """The directions before they are brought to unit RMS: float32, or float16 after Newton-Schulz on a GPU."""
+def _turned(momentum_MOI: Tensor, exponents: Sequence[Tensor], method: str, steps: int) -> Tensor:
+    """The directions before they are brought to unit RMS: float32, or float16 after Newton-Schulz on a GPU. exponents:
+    of rows, in order, [rows, 1] each; most methods divide rows by their RMS anyway."""
     if method == "sign":
         return momentum_MOI.to(torch.float32).sign_()
     half = torch.float16 if momentum_MOI.is_cuda else torch.float32
@@ -80,7 +78,7 @@ def _turned(momentum_MOI: Tensor, exponent_MO1: Tensor, method: str, steps: int)
             return low
         kept = half if steps - 1 <= ROUGH else torch.float32
         return _iterated(equal.weighed(kept, A, _product(*_factors(low, size))), steps - 1, size, half)
-    relative_MO1 = exponent_MO1.to(torch.int32)
+    relative_MO1 = torch.cat(list(exponents)).view(*momentum_MOI.shape[:2], 1).to(torch.int32)
     relative_MO1 = (relative_MO1 - relative_MO1.amax(dim=1, keepdim=True)).clamp_(min=-126)
     value_MOI = momentum_MOI * power_of_two(relative_MO1)
     return value_MOI if method == "rms" else newton_schulz(value_MOI, steps, half)
@@ -104,16 +102,15 @@ class _Balanced:
         sums = {"STRIP": STRIP, "BLOCK_R": min(down, STRIP), "BLOCK_C": across}
         parts = {"STRIPS": gpu.power_of_two_above(strips), "BLOCK": min(across, 64)}
         run, counts = _kernels(), (rows, columns, strips)
+        self._full_M = torch.zeros(matrices, dtype=torch.int32, device=device)
         for number in range(ROUNDS):
             given = (momentum_MOI, self._column_MI if number else None, self._row_MO, *self._shape)
             gpu.launch(run.row_factors, matrices * self._tiles[0], device, *given, SPAN=columns, **self._tile)
             given = (momentum_MOI, self._row_MO, square_MSI, *counts)
             gpu.launch(run.column_squares, matrices * strips * self._tiles[1], device, *given, **sums)
-            given = (square_MSI, self._column_MI, *counts)
+            given = (square_MSI, self._column_MI, self._full_M if number + 1 == ROUNDS else None, *counts)
             gpu.launch(run.column_factors, matrices * -(-columns // parts["BLOCK"]), device, *given, **parts)
-        # Every column that is not all zeros has an RMS of 1 now; of zeros the factor is huge.
-        full_M = (self._column_MI < HUGE).sum(dim=1).clamp_(min=1)
-        self._scale_M = size / (full_M * rows).float().sqrt()
+        self._size = size
 
     def weighed(self, dtype: torch.dtype, times: float = 1.0, plus: Tensor | None = None) -> Tensor:
         """The balanced matrices times a number, plus float32 [M, O, I] or nothing, rounded once to `dtype`."""
@@ -123,7 +120,8 @@ class _Balanced:
             _kernels().weigh,
             len(momentum_MOI) * self._tiles[0] * self._tiles[1],
             momentum_MOI.device,
-            *(momentum_MOI, self._row_MO, self._column_MI, self._scale_M * times, plus, out_MOI, *self._shape),
+            *(momentum_MOI, self._row_MO, self._column_MI, self._full_M, self._size * times),
+            *(plus, out_MOI, *self._shape),
             **self._tile,
         )
         return out_MOI
@@ -169,40 +167,28 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b).float()
 
 
-def _per_rms(x: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """1 over the RMS that counts[0] matrices of x [M, O, I] have together, then the next counts[1], …: float32 [M]."""
-    return _per_root(torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float32).square() / x[0].numel(), counts)
+def _row_scales(
+    x: Tensor, level_MO: Tensor | None, memory: float, counts: tuple[int, ...]
+) -> tuple[Tensor, Tensor | None]:
+    """What the rows of x [M, O, I] are multiplied by, float32 [M, O], so that counts[0] matrices have unit RMS
+    together, then the next counts[1], …; with levels, int16, rows are steadied first, and what comes after these is
+    given too."""
+    rows, columns = x.shape[1:]
+    norm_MO = torch.linalg.vector_norm(x, dim=2, dtype=torch.float32)
+    scale_MO, after_MO = torch.empty_like(norm_MO), None if level_MO is None else torch.empty_like(level_MO)
+    table = gpu.upload([(sum(counts[:n]), count) for n, count in enumerate(counts)], x.device)
+    span = gpu.power_of_two_above(max(counts) * rows)
+    given = norm_MO, level_MO, after_MO, scale_MO, table, memory, rows, columns
+    gpu.launch(_kernels().row_scales, len(counts), x.device, *given, SPAN=span, BLOCK=min(span, STRETCH))
+    return scale_MO, after_MO
 
 
-def _steady(x: Tensor, level_MO: Tensor, memory: float, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """What the rows of x [M, O, I] are multiplied by to be steadied and of unit RMS, float32 [M, O]; and the levels."""
-    rms_MO = torch.linalg.vector_norm(x, dim=2, dtype=torch.float32) / x.shape[2] ** 0.5
-    per_M1 = _per_root(rms_MO.square().mean(dim=1), counts).view(-1, 1)
-    square_MO = (rms_MO * per_M1).square()
-    mean_MO, level_MO = remembered(level_MO, square_MO, memory)
-    again_M1 = _per_root((square_MO / mean_MO).mean(dim=1), counts).view(-1, 1)
-    return (per_M1 * again_M1 / mean_MO.sqrt()).clamp_(max=1.0 / TINY), level_MO  # a matrix of zeros stays one
-
-
-def _per_root(square_M: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """1 over the root of the mean over the first counts[0] matrices, the next counts[1], …: float32 [M]."""
-    if max(counts) > 1:
-        square_M = (_together(counts, square_M.device) * square_M).sum(dim=1)
-    return 1.0 / (square_M.sqrt() + TINY)
-
-
-def _spread(x: Tensor, scale: Tensor, out: Sequence[Tensor], counts: Sequence[int]) -> None:
-    """x [M, O, I] times scale, [M] or [M, O], into float32 tensors, of which the first takes counts[0] matrices, and so
-    on. An operation's results must not share memory, so each has its own; one launch fills them all."""
+def _spread(x: Tensor, scale_MO: Tensor, out: Sequence[Tensor], counts: Sequence[int]) -> None:
+    """x [M, O, I] with its rows scaled into float32 tensors, of which the first takes counts[0] matrices, and so on. An
+    operation's results must not share memory, so each has its own; one launch fills them all."""
     size = x.shape[1] * x.shape[2]
     addresses = [[o.data_ptr() + 4 * size * n for o, count in zip(out, counts, strict=True) for n in range(count)]]
     table_M = gpu.upload(addresses, x.device)[0]
     programs = len(addresses[0]) * -(-size // gpu.ELEMENTS)
-    scaled = size * len(x) // scale.numel()  # elements in a row that share one
-    gpu.launch(_kernels().spread, programs, x.device, x, scale, table_M, size, scaled, BLOCK=gpu.ELEMENTS)
-
-
-@functools.lru_cache(maxsize=64)
-def _together(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """[matrices, matrices]: 1/n between the n matrices that belong together, else 0."""
-    return torch.block_diag(*(torch.full((n, n), 1.0 / n) for n in counts)).to(device)
+    given = x, scale_MO, table_M, size, x.shape[2]
+    gpu.launch(_kernels().spread, programs, x.device, *given, BLOCK=gpu.ELEMENTS)
