@@ -485,7 +485,8 @@ def test_the_study_says_what_was_met(study, tmp_path):
         "device_bytes": 7e9,
     }
     for stage in ("step-19m", "step-1.3b", "memory-3b"):
-        write_json(tmp_path / f"{stage}.json", {"rows": [step]})
+        names = ("ours", "ours-fp8", "ours-turns-fp8")
+        write_json(tmp_path / f"{stage}.json", {"rows": [step | {"contender": name} for name in names]})
     write_json(tmp_path / "capacity.json", {"rows": [{"contender": "ours", "largest": {"weights": 29e9}}]})
     scores = [("triton", 2.0), ("reference", 2.01), ("triton", 2.02), ("reference", 2.03)]
     write_json(tmp_path / "quality.json", {"rows": [{"backend": name, "val_bpb": bpb} for name, bpb in scores]})
