@@ -517,6 +517,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         ("scale_grads", {"TENSORS": 16, "SPAN": 256, "BLOCK_R": 8, "BLOCK_C": 256}),
         ("column_grad", {"STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
         ("column_grads", {"TENSORS": 16, "STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
+        ("strip_sums", {"TENSORS": 16, "SPAN": 16, "BLOCK": 128}),
         ("trits_float8", {"TURNED": True, "BLOCK": 64}),
         ("row_factors", block | {"SPAN": 600}),
         ("row_factors", block | {"SPAN": 600, "column_factor": None, "rows": 1, "columns": 1}),

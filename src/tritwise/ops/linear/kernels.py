@@ -163,6 +163,21 @@ def column_grads(
 
 
 @triton.jit
+def strip_sums(table, tensors, TENSORS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr):
+    """out [columns] = the sum of what column_grad wrote, [strips, columns], of many matrices. Of a line GRAD is where
+    that lies and ROWS the number of strips; SPAN: at least as many."""
+    line = table + find(table, tensors, TENSORS) * FIELDS
+    strips, columns = tl.load(line + ROWS).to(tl.int32), tl.load(line + COLUMNS).to(tl.int32)
+    column = (tl.program_id(0) - tl.load(line + FIRST).to(tl.int32)) * BLOCK + tl.arange(0, BLOCK)
+    parts, out = address(line + GRAD, tl.float32, True), address(line + OUT, tl.float32, True)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for strip in range(0, SPAN):
+        mask = (column < columns) & (strip < strips)
+        total += tl.load(parts + strip * columns + column, mask=mask, other=0.0)
+    tl.store(out + column, total, mask=column < columns)
+
+
+@triton.jit
 def trits_float8(register, out, rows, columns, TURNED: tl.constexpr, BLOCK: tl.constexpr):
     """out = the leading trits of register [rows, columns] as bytes of float8 e4m3; [columns, rows] if TURNED."""
     across = tl.cdiv(columns, BLOCK)

@@ -16,6 +16,7 @@ from tritwise.registers import scale_table
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 64  # rows and columns that one program turns
 STRIP = 128  # rows that one program sums up for the gradients of columns
+COLUMNS = 128  # whose strips one program adds up
 
 
 @functools.cache
@@ -86,22 +87,39 @@ def column_grads(
     weight_grads: Sequence[Tensor], registers: Sequence[Tensor], exponents: Sequence[Tensor], groups: Sequence[int]
 ) -> list[Tensor]:
     """`column_grad` of each of several matrices: one launch for the strips of all that are wide enough."""
-    parts: list[Tensor] = []
+    out: list[Tensor] = []
     lots: dict[int, list[_Matrix]] = {}
+    sums: list[tuple[Tensor, Tensor]] = []  # of strips, and where their sum goes
     for g, r, e, group in zip(weight_grads, registers, exponents, groups, strict=True):
         if not _sums(g, r, e, group):
-            parts.append(reference.column_grad(g, r, e, group)[None])
+            out.append(reference.column_grad(g, r, e, group))
             continue
         rows, columns = r.shape
         strips, block = -(-rows // STRIP), min(gpu.power_of_two_above(columns), 128)
-        parts.append(torch.empty(strips, columns, dtype=torch.float32, device=r.device))
+        part_SI = torch.empty(strips, columns, dtype=torch.float32, device=r.device)
+        out.append(torch.empty(columns, dtype=torch.float32, device=r.device))
+        sums.append((part_SI, out[-1]))
         programs = -(-columns // block) * strips
-        matrix = _Matrix(g.contiguous(), r.contiguous(), e.contiguous(), parts[-1], group, programs)
+        matrix = _Matrix(g.contiguous(), r.contiguous(), e.contiguous(), part_SI, group, programs)
         lots.setdefault(block, []).append(matrix)
     for block, lot in lots.items():
         constants = {"STRIP": STRIP, "BLOCK_R": 16, "BLOCK_C": block}
         _launch(_kernels().column_grad, _kernels().column_grads, lot, constants)
-    return [part_SI.sum(dim=0) for part_SI in parts]
+    if sums:
+        _add_up(sums)
+    return out
+
+
+def _add_up(sums: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """The sum of each [strips, columns] over its strips into [columns]: one launch."""
+    lines, programs, device = [], 0, sums[0][1].device
+    for part_SI, out_I in sums:
+        strips, columns = part_SI.shape
+        lines.append([programs, part_SI.data_ptr(), 0, 0, out_I.data_ptr(), strips, columns, 0, 0, 0])
+        programs += -(-columns // COLUMNS)
+    table, many = gpu.upload(lines, device), max(gpu.power_of_two_above(len(lines)), 16)
+    span = gpu.power_of_two_above(max(len(part_SI) for part_SI, _ in sums))
+    gpu.launch(_kernels().strip_sums, programs, device, table, len(lines), TENSORS=many, SPAN=span, BLOCK=COLUMNS)
 
 
 class _Matrix(NamedTuple):
