@@ -120,17 +120,19 @@ def verdict(where: Where, records: Sequence[Record]) -> str:
     if all(tests):
         one, other = map(statistics.fmean, tests)
         told += f" On test, which nothing was chosen by: {one:.4f} against {other:.4f}, {_signed(one - other)}."
-    return f"{told}{_busy(records)}"
+    return f"{told} {_busy(records)}".rstrip()
 
 
-def _busy(records: Sequence[Record]) -> str:
+def _busy(records: Iterable[Record]) -> str:
     """A warning where seeds of one recipe got very different numbers of steps in the same time."""
     found = [[record["steps"] for record in group] for group in alike(records)]
     worst = max(found, key=lambda steps: max(steps) / min(steps))
     if max(worst) < BUSY * min(worst):
         return ""
     least, most = min(worst), max(worst)
-    return f" But seeds of one recipe took {least:,} to {most:,} steps: the machine was busy, and this ranks nothing."
+    return (
+        f"Seeds of one recipe took {least:,} to {most:,} steps in this time: the machine was busy, this ranks nothing."
+    )
 
 
 def depth(records: Sequence[Record]) -> Iterator[str]:
@@ -140,9 +142,12 @@ def depth(records: Sequence[Record]) -> Iterator[str]:
         rows = [
             row for where, own in held for family in alike(own, "depth_plan") for row in _plans(where.short, family)
         ]
-        if rows:
-            yield f"{place}:"
-            yield markdown([*head, "bpb", "against constant"], rows)
+        if not rows:
+            continue
+        yield f"{place}:"
+        yield markdown([*head, "bpb", "against constant"], rows)
+        if told := _busy(record for _, own in held for record in own):
+            yield told
 
 
 def _plans(where: str, family: Iterable[Record]) -> Iterator[list[str]]:
