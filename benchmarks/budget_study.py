@@ -17,7 +17,8 @@ is not run again, and with --minutes none begins that would not end in time, so 
 as that: the same command goes on, and must name the same S and T. Whatever still runs when the minutes are over is told
 to stop, and goes on next time from where it was. After every cell FOLDER holds STAGE.md, a table, and STAGE.json, the
 records; --slim leaves no shipped models. All others wait for tune, and seeds for main. --tiny: the same cells in
-seconds.
+seconds. With another S the same FOLDER holds main, main4 and seeds of both lengths. collect_budget.py makes of it
+result files and records that can be committed.
 
 GPU-minutes, with 50 s around a cell of `tune` and 95 s around others (thought, not measured; a call learns from those
 before it): with S = 400 and T = 100 tune 30, main 41, main4 41, seeds 33, ablate 47, in all 192. Two calls of 9.7

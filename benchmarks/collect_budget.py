@@ -25,7 +25,7 @@ from budget_study import STAGES, tagged
 from collect_demo import PROVENANCE
 
 from tritwise.errors import UserError
-from tritwise.files import JsonLines, canonical_json, make_folder, read_json, read_json_lines, write_json
+from tritwise.files import JsonLines, atomic_write, canonical_json, make_folder, read_json, read_json_lines, write_json
 from tritwise.report.budget_rows import CONTESTS, packed, unpacked
 from tritwise.report.budget_rows import STAGES as ORDER
 
@@ -147,11 +147,16 @@ def write_record(run: Run, folder: Path) -> None:
             log.write(line)
 
 
-def result_file(runs: list[Run]) -> dict[str, Any]:
-    """The runs of one machine as one result file."""
-    done = sorted((run.record for run in runs if not run.failed), key=_order)
+def result_file(runs: list[Run]) -> bytes:
+    """The runs of one machine as JSON, a line each."""
+    done = packed(sorted((run.record for run in runs if not run.failed), key=_order))
     failed = [run.record for run in runs if run.failed]
-    return {"kind": "budget", "format": 1, **packed(done), "failed": failed}
+    head = [b'{"kind": "budget", "format": 1', b'"common": ' + canonical_json(done["common"])]
+    lists = [
+        b'"%s": [\n%s]' % (name, b",\n".join(canonical_json(one) for one in found))
+        for name, found in ((b"records", done["records"]), (b"failed", failed))
+    ]
+    return b",\n".join([*head, *lists]) + b"}\n"
 
 
 def _order(record: dict[str, Any]) -> tuple[Any, ...]:
@@ -179,7 +184,7 @@ def collect(places: list[Path], root: Path, date: str) -> Iterator[str]:
             if newest == target:
                 raise UserError(told)
             yield told
-        write_json(target, result_file(list(own.values())))
+        atomic_write(target, result_file(list(own.values())))
         yield f"{target.relative_to(root)}: {sum(not run.failed for run in own.values())} runs"
         for run in own.values():
             if run.folder is not None and run.record["stage"] in KEPT:

@@ -137,7 +137,7 @@ def _busy(records: Iterable[Record]) -> str:
 
 def depth(records: Sequence[Record]) -> Iterator[str]:
     """Recurrent models whose depth grows beside the same ones at full depth from the first step."""
-    head = ["budget, time", "weights", "repeats", "n", "steps", "of constant", "warm-up, s", "graphs in the clock"]
+    head = ["budget, time", "weights", "repeats", "n", "steps", "of constant", "seconds", "warm-up, s"]
     for place, held in places(records, (*CONTESTS, "small")).items():
         rows = [
             row for where, own in held for family in alike(own, "depth_plan") for row in _plans(where.short, family)
@@ -145,7 +145,7 @@ def depth(records: Sequence[Record]) -> Iterator[str]:
         if not rows:
             continue
         yield f"{place}:"
-        yield markdown([*head, "bpb", "against constant"], rows)
+        yield markdown([*head, "graphs in the clock", "bpb", "against constant"], rows)
         if told := _busy(record for _, own in held for record in own):
             yield told
 
@@ -169,6 +169,7 @@ def _plans(where: str, family: Iterable[Record]) -> Iterator[list[str]]:
             str(len(group)),
             f"{steps:,.0f}",
             f"{steps / _mean(always, 'steps'):.2f}×" if plan else "",
+            f"{_mean(group, 'seconds'):.1f}",
             f"{statistics.fmean(warm):.1f}" if warm else "",
             str(sum(record["compiled_in_clock"] or 0 for record in group)),
             f"{mean_bpb(group):.4f}",
@@ -210,6 +211,13 @@ def average(records: Sequence[Record]) -> Iterator[str]:
         yield f"{place}:"
         groups = [(where, group) for where, own in held for group in alike(own)]
         yield markdown([*head, "trits that differ", "ships"], [_averaged(where, group) for where, group in groups])
+    told = []
+    for weights, word in (("trit", "ternary"), ("float", "float")):
+        own = [record["averaged"] for record in records if record["config"]["model"]["weights"] == weights]
+        gaps = [averaged["bpb"] - averaged["bpb_unaveraged"] for averaged in own if averaged]
+        told += [f"{sum(gap < 0 for gap in gaps)} of {len(gaps)} {word} models"] if gaps else []
+    if told:
+        yield f"Of all runs of every stage the mean scores better than the last weights in {' and in '.join(told)}."
 
 
 def _averaged(where: Where, group: Sequence[Record]) -> list[str]:
