@@ -17,7 +17,8 @@ is not run again, and with --minutes none begins that would not end in time, so 
 as that: the same command goes on, and must name the same S and T. Whatever still runs when the minutes are over is told
 to stop, and goes on next time from where it was. After every cell FOLDER holds STAGE.md, a table, and STAGE.json, the
 records; --slim leaves no shipped models. All others wait for tune, and seeds for main. --tiny: the same cells in
-seconds.
+seconds. With another S the same FOLDER holds main, main4 and seeds of both lengths. collect_budget.py makes of it
+result files and records that can be committed.
 
 GPU-minutes, with 50 s around a cell of `tune` and 95 s around others (thought, not measured; a call learns from those
 before it): with S = 400 and T = 100 tune 30, main 41, main4 41, seeds 33, ablate 47, in all 192. Two calls of 9.7
@@ -38,11 +39,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tritwise.bench.budget import HEAD, folder_name, run_record, table_of
+from tritwise.bench.budget import folder_name, run_record
 from tritwise.bench.entries import ENTRIES, PARTS, base_config, entry
 from tritwise.data.source import describe, locate
 from tritwise.errors import UserError
 from tritwise.files import atomic_write, make_folder, read_json, write_json
+from tritwise.report.bench_markdown import markdown
+from tritwise.report.budget_rows import WHOLE
+from tritwise.report.budget_tables import HEAD, PART_HEAD, caption, part_rows, table_of
 from tritwise.train import Config, override
 from tritwise.train.progress import PlainLines
 
@@ -54,8 +58,9 @@ RATES = {
 }
 LIKE = {"recurrent-ternary-constant": "recurrent-ternary"}  # whose tuned rate a contestant takes
 OFF: dict[str, dict[str, Any]] = {part: {part: type(value)(0)} for part, value in PARTS.items()}
-ABLATIONS = {
-    "as it is": {},
+ABLATED = "recurrent-ternary-constant"
+ABLATIONS: dict[str, dict[str, Any]] = {
+    WHOLE: {},
     "no repeats": {"loops": 1, "repeat_skip": False},
     **{f"no {p}": off for p, off in OFF.items()},
 }
@@ -115,7 +120,7 @@ class Study:
 
     def ablate(self) -> list[Config]:
         """Each part taken away from the recurrent ternary model of one width, at full depth, for the same steps."""
-        name, rate = "recurrent-ternary-constant", self.best_rate("recurrent-ternary")
+        name, rate = ABLATED, self.best_rate("recurrent-ternary")
         shape = self.cell(name, 4_000_000, 0.0, 800).model
         fixed = {"width": shape.width, "depth": shape.depth, "average_every": 0, "rate": rate}
         return [
@@ -126,7 +131,7 @@ class Study:
         """Parts and forms of a model for a CPU, all for the same steps."""
         shape = {"width": 64, "depth": 3, "prelude": 1, "coda": 1, "loops": 3, "average_every": 10, "ship_small": 512}
         flat = {"width": 64, "depth": 3}
-        cells = [("recurrent-ternary-constant", shape | off) for off in ABLATIONS.values()]
+        cells = [(ABLATED, shape | off) for off in ABLATIONS.values()]
         cells += [("recurrent-ternary", shape), ("flat-ternary", flat | {"rate": 0.03})]
         cells += [("recurrent-float", shape | {"rate": rate, "momentum_warmup": 150}) for rate in (0.008, 0.024)]
         cells += [("flat-float", flat | {"ship_small": 512, "momentum_warmup": 150})]
@@ -167,11 +172,13 @@ def run_cell(study: Study, stage: str, name: str) -> int:
     """One cell in this process, by the name of its folder: 0, or 1 if it failed for good, with the reason beside it."""
     config = next(config for config in getattr(study, stage)() if folder_name(config) == name)
     parts = ("val",) if stage == "tune" else ("val", "test")
+    folder = study.folder(config)
     try:
-        run_record(config, study.folder(config), PlainLines(Console(highlight=False, soft_wrap=True)), parts)
+        record = run_record(config, folder, PlainLines(Console(highlight=False, soft_wrap=True)), parts)
+        write_json(folder / "record.json", tagged(record, stage))
     except UserError as error:  # one that does not fit, or diverged, is told and does not end the others
-        if (study.folder(config) / "config.json").exists() and not str(error).startswith("stopped at step"):
-            write_json(study.folder(config) / "failed.json", {"error": str(error)})
+        if (folder / "config.json").exists() and not str(error).startswith("stopped at step"):
+            write_json(folder / "failed.json", {"error": str(error)})
         print(f"FAILED: {error}")
         return 1
     return 0
@@ -246,46 +253,28 @@ def log_of(study: Study, config: Config) -> Path:
     return study.out / "logs" / f"{folder_name(config)}.log"
 
 
+def tagged(record: dict[str, Any], stage: str) -> dict[str, Any]:
+    """A record that says of which stage it is, and where parts are taken away, which of ABLATIONS."""
+    told = record | {"stage": stage}
+    if stage in ("ablate", "small") and record["recipe"] == ABLATED:
+        model, full = record["config"]["model"], {**PARTS, "loops": ENTRIES[ABLATED]["loops"]}
+        for name, off in ABLATIONS.items():
+            if all(model[key] == value for key, value in (full | off).items()):
+                told["variant"] = name
+    return told
+
+
 def write_tables(study: Study, stage: str, configs: list[Config]) -> None:
     """The records of a stage that are there, as JSON, and their table."""
-    records = [record for config in configs if (record := study.record(config)) is not None]
+    records = [tagged(record, stage) for config in configs if (record := study.record(config)) is not None]
     write_json(study.out / f"{stage}.json", {"stage": stage, "cells": len(configs), "records": records})
-    head, rows = list(HEAD), table_of(records)
-    lines = [*about(records), ""]
+    told = [caption(records) if records else "No cell has been run."]
     if stage in ("main", "main4", "seeds"):
-        lines.insert(1, f"Rates: the best of each contestant's three after {study.tuning:g} s at 16,000,000 bytes.")
-    lines += ["| " + " | ".join(cells) + " |" for cells in (head, ["--"] * len(head), *rows)]
-    if stage in ("ablate", "small"):
-        lines += ["", "| variant | bpb, val, sliding | seeds |", "| -- | -- | -- |", *ablation_rows(study, configs)]
-    atomic_write(study.out / f"{stage}.md", ("\n".join(lines) + "\n").encode())
-
-
-def about(records: list[dict[str, Any]]) -> list[str]:
-    """What the rows of a table have in common, in words."""
-    if not records:
-        return ["No cell has been run."]
-    first = records[0]
-    shape, settings = first["config"]["model"], first["config"]["train"]
-    asked = settings["seconds"]
-    length = f"{asked:g} s of training" if asked else f"{settings['steps']} steps"
-    compiled = sum(record["compiled_in_clock"] or 0 for record in records)
-    return [
-        f"{settings['data']}, split {settings['split']}, ctx {shape['ctx']}, batch {settings['batch']}, {length}, "
-        f"{first['budget']:,} bytes, {first['device']}, torch {first['torch']}, commit {str(first['commit'])[:10]}; "
-        f"{compiled} graphs compiled inside the clock. Bits per byte of val."
-    ]
-
-
-def ablation_rows(study: Study, configs: list[Config]) -> list[str]:
-    """One line a variant: its score at each seed."""
-    names, lines = list(ABLATIONS), []
-    for at, name in enumerate(names):
-        done = [study.record(config) for config in configs[at :: len(configs) // 2]]
-        scores = [record["scores"]["val_sliding"]["bpb"] for record in done if record is not None]
-        if scores:
-            each = ", ".join(f"{score:.4f}" for score in scores)
-            lines.append(f"| {name} | {sum(scores) / len(scores):.4f} | {each} |")
-    return lines
+        told.append(f"Rates: the best of each contestant's three after {study.tuning:g} s at 16,000,000 bytes.")
+    told.append(markdown(HEAD, table_of(records)))
+    if rows := part_rows(records):
+        told.append(markdown(PART_HEAD, rows))
+    atomic_write(study.out / f"{stage}.md", ("\n\n".join(told) + "\n").encode())
 
 
 def run(arguments: list[str] | None = None) -> int:

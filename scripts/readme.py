@@ -1,4 +1,4 @@
-"""Fills the generated blocks of README, docs/RULE.md, SCORING.md and ARB.md from benchmarks/results, with pictures.
+"""Fills the generated blocks of README and the pages of docs from benchmarks/results, with pictures.
 
 python scripts/readme.py            draw docs/*.png, docs/images/*.png and write the blocks
 python scripts/readme.py --check    change nothing; say what is stale and exit 1
@@ -21,8 +21,11 @@ KIND_YYYY-MM-DD.json or .jsonl; the newest of a kind, by name, counts:
                      {"rows": […]} of benchmarks/arb_study.py, one for each run of an ARB model, of layers_study.py, and
                      of recipe_times.py
 
+    budget_cpu2, budget_h100, budget_h200
+                     made by benchmarks/collect_budget.py, each with all runs on that kind of machine
+
 README has all of its blocks. docs/RULE.md, if it is there, has any of `RULE_BLOCKS`, docs/SCORING.md of `SCORE_BLOCKS`,
-docs/ARB.md of `ARB_BLOCKS`.
+docs/ARB.md of `ARB_BLOCKS`, docs/RECURRENCE.md of `BUDGET_BLOCKS`.
 
 A picture cannot be compared byte for byte, for matplotlib's versions draw differently. So the block beside it holds the
 checksums of the picture and of the file it was drawn from, and either one changing makes the block stale.
@@ -41,12 +44,16 @@ from tritwise.report import arb_tables
 from tritwise.report.bench_markdown import ablation_markdown, recipe_markdown, rules_markdown, short_markdown
 from tritwise.report.bench_plots import choose_bench_plots
 from tritwise.report.bench_rows import read_bench
+from tritwise.report.budget_rows import unpacked
+from tritwise.report.budget_tables import TABLES as BUDGET_TABLES
+from tritwise.report.budget_tables import budget_sources, budget_table
 from tritwise.report.engine_tables import capacity_markdown, engine_markdown, newest_of_each
 from tritwise.report.score_tables import TABLES, score_sources, score_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
 README, RULE, SCORING, ARB = "README.md", "docs/RULE.md", "docs/SCORING.md", "docs/ARB.md"
+RECURRENCE = "docs/RECURRENCE.md"
 LOSS, COST = "docs/loss.png", "docs/step_cost.png"
 RULE_PLOTS = ("loss", "state", "rates", "activity", "scaling", "robustness")  # as choose_bench_plots names them
 RULE_TABLES = {
@@ -65,6 +72,8 @@ LAYER_STUDIES = ("layers_cpu2", "layers_h100")
 RECIPE_STUDIES = ("recipes_cpu2",)
 DRAWN, GRID = "drawn_trit_cpu2", "docs/images/drawn.png"
 ARB_BLOCKS = tuple(f"arb_{name}" for name in ("sources", "picture", *arb_tables.TABLES))
+BUDGET_STUDIES = (*(f"budget_{device}" for device in DEVICES), "budget_cpu2")
+BUDGET_BLOCKS = tuple(f"budget_{name}" for name in ("sources", *BUDGET_TABLES))
 DATE = "[0-9]" * 4 + "-[0-9][0-9]-[0-9][0-9]"
 
 
@@ -142,15 +151,29 @@ def arb_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
     return made
 
 
+def budget_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
+    """Each wanted block of docs/RECURRENCE.md -> its text; names that are not in BUDGET_BLOCKS are left out."""
+    files = [file for study in BUDGET_STUDIES if (file := newest(root, study))]
+    links = [f"[{file.name}](../{file.relative_to(root).as_posix()})" for file in files]
+    read = [_read(file) for file in files]
+    records = [record for file in read for record in unpacked(file)]
+    made = {}
+    for block in dict.fromkeys(wanted):
+        name = block.removeprefix("budget_")
+        if block in BUDGET_BLOCKS:
+            made[block] = budget_sources(read, links) if name == "sources" else budget_table(name, records)
+    return made
+
+
+PAGES = {RULE: rule_blocks, SCORING: score_blocks, ARB: arb_blocks, RECURRENCE: budget_blocks}
+
+
 def pages(root: Path) -> dict[str, dict[str, str]]:
     """Page -> its blocks, of the pages that are there."""
     found = {README: blocks(root)}
-    if (root / RULE).exists():
-        found[RULE] = rule_blocks(root, _block_names((root / RULE).read_text(encoding="utf-8")))
-    if (root / SCORING).exists():
-        found[SCORING] = score_blocks(root, _block_names((root / SCORING).read_text(encoding="utf-8")))
-    if (root / ARB).exists():
-        found[ARB] = arb_blocks(root, _block_names((root / ARB).read_text(encoding="utf-8")))
+    for page, fill_in in PAGES.items():
+        if (root / page).exists():
+            found[page] = fill_in(root, _block_names((root / page).read_text(encoding="utf-8")))
     return found
 
 
@@ -335,11 +358,7 @@ def main(arguments: list[str]) -> int:
         return 2
     if arguments:
         old = stale(ROOT)
-        print(
-            f"stale: {', '.join(old)}; run make readme"
-            if old
-            else "README.md, docs/RULE.md, docs/SCORING.md and docs/ARB.md are current"
-        )
+        print(f"stale: {', '.join(old)}; run make readme" if old else f"{', '.join([README, *PAGES])} are current")
         return 1 if old else 0
     drawn = draw(ROOT)
     print(", ".join([*write(ROOT), *drawn]))

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tritwise.bench.budget import run_record, table_of
+from tritwise.bench.budget import run_record
 from tritwise.bench.entries import ENTRIES, EXTRA, PARTS, SPARE, base_config, entry, shape_bytes, shapes_of
 from tritwise.errors import UserError
 from tritwise.files import read_json, sha256_of
 from tritwise.models import ByteLM
 from tritwise.nn import trit_modules
+from tritwise.report.budget_tables import table_of
 from tritwise.ship import estimate
 
 BUDGET = 130_000

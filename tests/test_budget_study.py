@@ -1,5 +1,6 @@
 """The script of the study under a budget: its cells, and that it can be cut off and taken up."""
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from tritwise.bench.entries import ENTRIES, PARTS
 from tritwise.files import make_folder, read_json, write_json
+from tritwise.report.budget_rows import unpacked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,6 +37,9 @@ def test_cells_are_the_contest_and_fit_into_nine_minutes(study, tmp_path):
     assert len(ablated) == 2 * (2 + len(PARTS)) and len({study.folder_name(c) for c in ablated}) == len(ablated)
     assert len({(c.model.width, c.model.depth, c.train.steps, c.train.depth_plan) for c in ablated}) == 1
     assert not any(ablated[2 + at].model == ablated[0].model for at in range(len(PARTS)))
+    for stage, configs in (("ablate", ablated), ("small", cells.small()[: len(study.ABLATIONS)])):
+        told = [study.tagged({"recipe": c.recipe, "config": c.as_dict()}, stage) for c in configs]
+        assert [one["variant"] for one in told] == list(study.ABLATIONS) * (len(told) // len(study.ABLATIONS))
     with pytest.raises(study.UserError, match="run main first"):
         cells.seeds()
     assert study.waves(["tune", "main", "main4", "seeds", "ablate"]) == [
@@ -101,12 +106,22 @@ def test_cells_run_side_by_side_each_on_a_gpu_of_its_own(study, small_text, tmp_
     told = read_json(tmp_path / "main.json")
     assert [record["rate"] for record in told["records"]] == [0.02, 0.01] and told["records"][0]["ship_gap"] == 0
     table = (tmp_path / "main.md").read_text()
-    assert (
-        "three after 100 s" in table and "| flat-ternary | 0.02 |" in table and "4 steps, 150,000 bytes, cpu" in table
-    )
+    assert "three after 100 s" in table and "| flat-ternary | 0.02 |" in table
+    assert "**150,000 bytes, 4 steps of training.**" in table
     folder = cells.folder(own[0])
     assert not (folder / "checkpoints").exists() and not (folder / "model.tritwise").exists()
     assert read_json(tmp_path / "walls.json")["main"] > 0
+    # What they left can be collected as it is.
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    collect = importlib.import_module("collect_budget")
+    assert collect.main([str(tmp_path), "--date", "2026-01-31", "--root", str(tmp_path / "root")]) == 0
+    kept = read_json(tmp_path / "root/benchmarks/results/budget_cpu2_2026-01-31.json")
+    trit, real = sorted(unpacked(kept), key=lambda record: record["rate"], reverse=True)
+    assert trit["stage"] == real["stage"] == "main" and trit["scores"]["val_chunked"]["bpb"] == trit["chunked_before"]
+    assert trit.items() >= told["records"][0].items()
+    copied = [path for path in (tmp_path / "root/records/cpu2").rglob("*") if path.is_file()]
+    assert len(copied) == 8 and not any(str(tmp_path) in path.read_text() for path in copied)
+    assert read_json(tmp_path / "root/records/cpu2" / f"main-{folder.name}" / "record.json")["sha256"] == trit["sha256"]
 
 
 def test_a_cell_that_cannot_work_is_not_tried_again(study, small_text, tmp_path, capsys):

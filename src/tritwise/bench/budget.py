@@ -5,14 +5,13 @@ and `record.json`, whose size is the file system's and whose scores are of the f
 """
 
 import dataclasses
-import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tritwise.data.corpus import open_parts
 from tritwise.errors import UserError
-from tritwise.files import atomic_write, canonical_json, read_json, sha256_of, write_json
+from tritwise.files import canonical_json, read_json, sha256_of, write_json
 from tritwise.score import score
 from tritwise.ship import read_artifact
 from tritwise.train import Config, RunFolder, train
@@ -94,71 +93,15 @@ def recorded(config: Config, run: RunFolder, wanted: Sequence[str] = ("val", "te
     }
 
 
-HEAD = (
-    "recipe",
-    "rate",
-    "weights",
-    "steps",
-    "seconds",
-    "bytes",
-    "as",
-    "before",
-    "re-read",
-    "gap",
-    "chunked",
-    "n",
-    "sd",
-)
-
-
-def table_of(records: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """One row a recipe and setting, the best first: the columns of HEAD. Scores are means, bits per byte of val."""
-    groups: dict[bytes, list[dict[str, Any]]] = {}
-    for record in records:
-        config = record["config"]
-        alike = {**config, "train": {key: value for key, value in config["train"].items() if key != "seed"}}
-        groups.setdefault(canonical_json([record["recipe"], alike]), []).append(record)
-
-    def mean(group: list[dict[str, Any]], key: str, *inner: str) -> float:
-        values = [record[key] for record in group]
-        for name in inner:
-            values = [value[name] for value in values]
-        return statistics.fmean(values)
-
-    rows = []
-    for group in groups.values():
-        sliding = [record["scores"]["val_sliding"]["bpb"] for record in group]
-        first = group[0]
-        cells = [
-            first["recipe"],
-            f"{first['rate']:g}",
-            f"{first['weights']:,}",
-            f"{mean(group, 'steps'):,.0f}",
-            f"{mean(group, 'seconds'):.1f}",
-            f"{max(record['bytes'] for record in group):,}",
-            first["way"],
-            f"{mean(group, 'bpb_before'):.4f}",
-            f"{statistics.fmean(sliding):.4f}",
-            f"{mean(group, 'ship_gap'):.4f}",
-            f"{mean(group, 'scores', 'val_chunked', 'bpb'):.4f}",
-            str(len(group)),
-            f"{statistics.stdev(sliding):.4f}" if len(group) > 1 else "",
-        ]
-        rows.append((statistics.fmean(sliding), cells))
-    return [cells for _, cells in sorted(rows, key=lambda row: row[0])]
-
-
-def run_budget(configs: Sequence[Config], out: Path, display: Display | None = None) -> list[dict[str, Any]]:
-    """The record of every config, each in its own folder under out/records, and table.md beside them.
+def run_budget(configs: Sequence[Config], out: Path, display: Display | None = None) -> Iterator[list[dict[str, Any]]]:
+    """Run every config in its own folder under out/records; after each, all records so far.
 
     A record that is there already is kept. Raises UserError as `run_record` does; the records before it stay.
     """
     records = []
     for config in configs:
         records.append(run_record(config, out / "records" / folder_name(config), display))
-        lines = ["| " + " | ".join(cells) + " |" for cells in (HEAD, ["--"] * len(HEAD), *table_of(records))]
-        atomic_write(out / "table.md", ("\n".join(lines) + "\n").encode())
-    return records
+        yield records
 
 
 def folder_name(config: Config) -> str:

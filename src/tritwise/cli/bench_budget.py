@@ -32,9 +32,12 @@ def budget(
     json: Json = False,
 ) -> None:
     """Contestants under one budget of bytes and one of time or steps: trained, shipped, read back, scored."""
-    from tritwise.bench.budget import HEAD, run_budget, table_of
+    from tritwise.bench.budget import run_budget
     from tritwise.bench.entries import ENTRIES, base_config, entry
     from tritwise.data.source import BUNDLED_NAMES
+    from tritwise.files import atomic_write
+    from tritwise.report.bench_markdown import markdown
+    from tritwise.report.budget_tables import HEAD, table_of
     from tritwise.train.progress import make_display
 
     names = [name.strip() for name in recipes.split(",")] if recipes else list(ENTRIES)
@@ -57,7 +60,9 @@ def budget(
         for name, more in own.items()
     ]
     console = output.console(json)
-    records = run_budget(configs, out, make_display(console))
+    records: list[dict[str, Any]] = []
+    for records in run_budget(configs, out, make_display(console)):
+        atomic_write(out / "table.md", f"{markdown(HEAD, table_of(records))}\n".encode())
     console.print(output.table("", list(HEAD), table_of(records)))
     console.print(f"{out / 'records'} and {out / 'table.md'}")
     if json:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import mean
 from typing import Any
 
+from tritwise.report.machine import machine_name
+
 Row = dict[str, Any]
 ITEMS = {
     "digits": "spoken digits",
@@ -33,10 +35,7 @@ def grouped(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def _machine(row: Row) -> str:
-    made = row["surroundings"]
-    if made["device"] != "cpu":
-        return made["device"]
-    return f"{made['cpu']}, {made['threads']} thread{'s' * (made['threads'] > 1)}"
+    return machine_name(row["surroundings"])
 
 
 def _spread(values: Sequence[float], percent: bool) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from tritwise.report.machine import machine_name
 from tritwise.report.numbers import human_bytes, significant
 
 Record = dict[str, Any]
@@ -36,7 +37,7 @@ def score_sources(records: Sequence[Record], links: Sequence[str]) -> str:
             f"- **{_text(record)}**:{whole} the `{record['part']}` part of {record['split']}. A "
             f"model of {about['weights']:,} ternary weights (width {shape['width']}, depth {shape['depth']}, context "
             f"{shape['ctx']}), {about['bytes']:,} bytes as a file, trained in {trained['steps']:,} steps and "
-            f"{trained['seconds']:.0f} s. {_machine(made)}, torch {made['torch']}, n = 1. {link}"
+            f"{trained['seconds']:.0f} s. {machine_name(made)}, torch {made['torch']}, n = 1. {link}"
         )
     return "\n".join(lines)
 
@@ -44,12 +45,6 @@ def score_sources(records: Sequence[Record], links: Sequence[str]) -> str:
 def _where(record: Record, item: Record) -> Record:
     """The machine of an item, which may not be that of the others."""
     return item.get("where", record["manifest"])
-
-
-def _machine(made: Record) -> str:
-    if made["device"] != "cpu":
-        return made["device"]
-    return f"{made['cpu']}, {made['threads']} thread{'s' * (made['threads'] > 1)}"
 
 
 def _text(record: Record) -> str:
