@@ -54,7 +54,7 @@ RATES = {
     "flat-ternary": (0.02, 0.03, 0.045),
     "recurrent-ternary": (0.02, 0.03, 0.045),
     "flat-float": (0.01, 0.02, 0.04),
-    "recurrent-float": (0.004, 0.008, 0.016),
+    "recurrent-float": (0.008, 0.016, 0.032),
 }
 LIKE = {"recurrent-ternary-constant": "recurrent-ternary"}  # whose tuned rate a contestant takes
 OFF: dict[str, dict[str, Any]] = {part: {part: type(value)(0)} for part, value in PARTS.items()}

@@ -16,8 +16,9 @@ ROLE_DEFAULTS: dict[str, dict[str, Any]] = {
     # A vector's register is its number: it moves a little at every step, and has neither a scale nor spare bits.
     "vector": {"direction": "rms", "interval": 1, "scale_rate": 0.0, "compact": False, "row_memory": 0.0},
 }
-ROLE_RATES = {"embedding": 2.0, "head": 2.0}
-"""Rates of roles over that of matrices, unless given: docs/RULE.md."""
+ROLE_RATES = {"embedding": 2.0, "head": 2.0, "vector": 0.03}
+"""Rates of roles over that of matrices, unless given: docs/RULE.md. A vector's register is a number, not evidence for a
+trit: at the matrices' rate it would walk by .04 a step, which cost .14 bits a byte (docs/LOG.md)."""
 SETTINGS = ("rate", "momentum", "scale_rate", "direction", "steps", "row_memory", "interval", "seed")
 """What `configure` changes."""
 
