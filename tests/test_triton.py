@@ -448,6 +448,7 @@ def test_half_precision_newton_schulz_is_close(shape, steps, tolerance):
 
 @needs_triton
 @not_interpreted
+@pytest.mark.timeout(900)
 def test_in_the_interpreter():
     """Every test above on CPU tensors, those of lists of tensors, and torch's own checks of the operations."""
     here = Path(__file__).parent
