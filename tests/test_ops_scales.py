@@ -70,6 +70,16 @@ def test_the_numbers_are_those_by_hand(live, go, still, poisoned):
     assert (found != before).sum() > 300 - 100 * still
 
 
+def test_octaves_and_keys_may_lie_anywhere_on_the_device():
+    """One number that stands for all sets, and keys out of a wider table."""
+    found, expected = some(), some()
+    octaves, keys = torch.tensor(0.3, dtype=torch.float64).expand(len(SHAPES)), torch.tensor(KEYS).repeat(1, 2)[:, :2]
+    ops.move_scales_many(*found, octaves, keys)
+    ops.move_scales_many(*expected, [0.3] * len(SHAPES), KEYS)
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 @pytest.mark.parametrize("octaves", [0.005, 0.3, 40.0])
 def test_every_backend_has_the_bits_of_the_reference(octaves):
     (found, expected), momenta = (some() for _ in range(2)), some()[2]

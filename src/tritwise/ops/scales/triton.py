@@ -34,7 +34,8 @@ def move_scales_many(
     live_keys: Tensor | None = None,
 ) -> None:
     """See `tritwise.ops.scales.move_scales_many`."""
-    device, live = exponents[0].device, (live_octaves, live_keys)
+    device = exponents[0].device
+    live = tuple(None if one is None else one.contiguous() for one in (live_octaves, live_keys))
     sets = list(zip(exponents, evidences, momenta, strict=True))
     if not all(_moves(*one, device) for one in sets):
         return reference.move_scales_many(exponents, evidences, momenta, octaves, keys, still, go, *live)
