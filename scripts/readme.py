@@ -82,6 +82,16 @@ def newest(root: Path, kind: str, suffix: str = "json") -> Path | None:
     return max((root / RESULTS).glob(f"{kind}_{DATE}.{suffix}"), default=None)
 
 
+def newest_of(root: Path, kinds: Iterable[str], suffix: str = "json") -> list[Path]:
+    """The newest result file of each kind, where there is one."""
+    return [file for kind in kinds if (file := newest(root, kind, suffix))]
+
+
+def links_of(root: Path, files: Iterable[Path]) -> list[str]:
+    """Files as links from a page in docs."""
+    return [f"[{file.name}](../{file.relative_to(root).as_posix()})" for file in files]
+
+
 def blocks(root: Path) -> dict[str, str]:
     """Block of README -> its text, made from the newest results and the pictures as they are now."""
     demo, cost = newest(root, "demo_cpu2"), newest(root, "step_cost_cpu2")
@@ -105,8 +115,8 @@ def rule_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
         if not sources:
             made[block] = "Nothing has been recorded for this yet; `tritwise bench rules` measures it."
         elif name in RULE_TABLES:
-            links = [f"[{source.name}](../{source.relative_to(root).as_posix()})" for source in sources]
-            made[block] = f"{RULE_TABLES[name](read_bench(*sources))}\n\nAll of it in {' and '.join(links)}."
+            links = " and ".join(links_of(root, sources))
+            made[block] = f"{RULE_TABLES[name](read_bench(*sources))}\n\nAll of it in {links}."
         else:
             plot = choose_bench_plots(read_bench(*sources)).get(name)
             path = _rule_picture(name)
@@ -118,9 +128,9 @@ def rule_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
 
 def score_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
     """Each wanted block of docs/SCORING.md -> its text; names that are not in SCORE_BLOCKS are left out."""
-    files = [file for study in SCORE_STUDIES if (file := newest(root, study))]
+    files = newest_of(root, SCORE_STUDIES)
     records = [_read(file) for file in files]
-    links = [f"[{file.name}](../{file.relative_to(root).as_posix()})" for file in files]
+    links = links_of(root, files)
     made = {}
     for block in dict.fromkeys(wanted):
         name = block.removeprefix("score_")
@@ -131,12 +141,9 @@ def score_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
 
 def arb_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
     """Each wanted block of docs/ARB.md -> its text; names that are not in ARB_BLOCKS are left out."""
-    runs, layers, recipes = (
-        [file for study in studies if (file := newest(root, study))]
-        for studies in (ARB_STUDIES, LAYER_STUDIES, RECIPE_STUDIES)
-    )
+    runs, layers, recipes = (newest_of(root, studies) for studies in (ARB_STUDIES, LAYER_STUDIES, RECIPE_STUDIES))
     files = [*runs, *layers, *recipes]
-    links = ", ".join(f"[{file.name}](../{file.relative_to(root).as_posix()})" for file in files)
+    links = ", ".join(links_of(root, files))
     made = {}
     for block in dict.fromkeys(wanted):
         name = block.removeprefix("arb_")
@@ -153,8 +160,8 @@ def arb_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
 
 def budget_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
     """Each wanted block of docs/RECURRENCE.md -> its text; names that are not in BUDGET_BLOCKS are left out."""
-    files = [file for study in BUDGET_STUDIES if (file := newest(root, study))]
-    links = [f"[{file.name}](../{file.relative_to(root).as_posix()})" for file in files]
+    files = newest_of(root, BUDGET_STUDIES)
+    links = links_of(root, files)
     read = [_read(file) for file in files]
     records = [record for file in read for record in unpacked(file)]
     made = {}
@@ -252,7 +259,7 @@ def _block_names(text: str) -> list[str]:
 def _rule_sources(root: Path, name: str) -> list[Path]:
     """Where the block of that name comes from: files of its own kind, or those with the rules, one of each device."""
     for kind in (name, "rules"):
-        if files := [file for device in DEVICES if (file := newest(root, f"{kind}_{device}", "jsonl"))]:
+        if files := newest_of(root, (f"{kind}_{device}" for device in DEVICES), "jsonl"):
             return files
     return []
 
@@ -324,7 +331,7 @@ def _engine(root: Path) -> str:
     kept = newest_of_each((_date(file), made) for file, made in read.items())
     names = sorted(file.name for file, made in read.items() if any(made is one for one in kept))
     told = engine_markdown(kept)
-    capacity = max((file for name in DEVICES if (file := newest(root, f"capacity_{name}"))), default=None, key=_date)
+    capacity = max(newest_of(root, (f"capacity_{name}" for name in DEVICES)), default=None, key=_date)
     if capacity:
         names.append(capacity.name)
         told += f"\n\n{capacity_markdown(_read(capacity))}"

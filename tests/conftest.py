@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import importlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
@@ -66,6 +68,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "left_out" in metafunc.fixturenames:
         found = [(operation, refusals(operation)) for operation in backends._backends]
         metafunc.parametrize("left_out", found, ids=[operation for operation, _ in found])
+
+
+@pytest.fixture(scope="session")
+def benchmark_script() -> Callable[[str], ModuleType]:
+    """Gives benchmarks/NAME.py, which imports its neighbours as a script does."""
+
+    def load(name: str) -> ModuleType:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+            return importlib.import_module(name)
+
+    return load
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The study of the ARB model in small, and the tables that are made of its rows."""
 
 import gzip
-import importlib
 import json
 import struct
 from pathlib import Path
@@ -15,18 +14,10 @@ from tritwise.data.collections import Example, open_collection
 from tritwise.encoders import Features
 from tritwise.report.arb_tables import TABLES, arb_table, quarter_loss
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-def module(name: str) -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        return importlib.import_module(name)
-
 
 @pytest.fixture(scope="module")
-def study() -> ModuleType:
-    return module("arb_study")
+def study(benchmark_script) -> ModuleType:
+    return benchmark_script("arb_study")
 
 
 def test_every_item_is_a_config_of_both_sizes(study):
@@ -116,8 +107,8 @@ def test_tables_gather_seeds_and_hold_a_mixture_against_its_parts():
         assert "Nothing has been recorded" in arb_table(name, []) and json.dumps(rows)
 
 
-def test_recipes_are_timed_as_whole_commands_once(tmp_path):
-    times = module("recipe_times")
+def test_recipes_are_timed_as_whole_commands_once(benchmark_script, tmp_path):
+    times = benchmark_script("recipe_times")
     nowhere = [f"--{name}={tmp_path}" for name in ("images", "sounds", "pictures", "vision-encoder", "audio-encoder")]
     out = tmp_path / "times.json"
     given = [str(out), *nowhere, "--work", str(tmp_path), "--steps", "2", "--only", "train-text"]

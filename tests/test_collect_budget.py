@@ -1,6 +1,5 @@
 """From the folder of a study, with made-up runs, to result files and records that say nothing of where files lay."""
 
-import importlib
 import json
 import re
 from pathlib import Path
@@ -17,11 +16,8 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def collect() -> ModuleType:
-    """benchmarks/collect_budget.py, which imports its neighbours as a script does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        return importlib.import_module("collect_budget")
+def collect(benchmark_script) -> ModuleType:
+    return benchmark_script("collect_budget")
 
 
 def make_run(out: Path, name: str, device: str = "NVIDIA H100 80GB HBM3", lines: int = 2, **changes: Any) -> Path:

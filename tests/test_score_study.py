@@ -1,9 +1,7 @@
 """The study of scoring in small, and the tables that are made of it."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -17,15 +15,10 @@ from tritwise.report.score_tables import TABLES, score_sources, score_table
 from tritwise.score.learning import Learning
 from tritwise.ship import write_artifact
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def study() -> ModuleType:
-    """benchmarks/score_study.py, which imports its neighbours as a script does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        return importlib.import_module("score_study")
+def study(benchmark_script) -> ModuleType:
+    return benchmark_script("score_study")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Who takes part in the engine's benchmarks, and one contender's model taking real steps."""
 
 import difflib
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ from tritwise.data.sampler import Sampler
 from tritwise.data.source import describe
 from tritwise.data.split import named_part, split
 from tritwise.errors import UserError
-from tritwise.optim import TritOptimizer
 from tritwise.train.device import record_moves
 from tritwise.train.stepper import Stepper
 
@@ -102,7 +100,7 @@ class Runner:
         self._stepper = Stepper(self.model, self.optimizers, compile=whole, graph=graph)
         # Without optimizers a step only adds to the gradients: that is every micro-batch but the last.
         self._adder = Stepper(self.model, [], compile=whole)
-        self._round = math.lcm(*(o.phases for o in self.optimizers if isinstance(o, TritOptimizer)))
+        self._round = self._stepper.phases
 
     def step(self) -> None:
         """One optimizer step on the next batch; the device is not waited for."""

@@ -131,12 +131,16 @@ class Stepper:
     def record(self, batch: tuple[Any, ...], loops: int = 0) -> None:
         """Record whole steps of this shape and depth, one for every phase of the optimizers, unless they are; every
         number stays as it was. Only where `records_whole_steps`."""
-        mine = self._ternary
-        for steps in range(math.lcm(*(optimizer.phases for optimizer in mine))):
+        for steps in range(self.phases):
             with ExitStack() as stack:
-                for optimizer in mine:
+                for optimizer in self._ternary:
                     stack.enter_context(optimizer.ahead(steps))
                 self._whole(batch, loops)
+
+    @property
+    def phases(self) -> int:
+        """After so many steps it is the turn of the same layers again."""
+        return math.lcm(*(optimizer.phases for optimizer in self._ternary))
 
     @property
     def _ternary(self) -> list[TritOptimizer]:
