@@ -56,7 +56,8 @@ RATES = {
     "flat-float": (0.01, 0.02, 0.04),
     "recurrent-float": (0.008, 0.016, 0.032),
 }
-LIKE = {"recurrent-ternary-constant": "recurrent-ternary"}  # whose tuned rate a contestant takes
+# Whose tuned rate a contestant takes.
+LIKE = {"recurrent-ternary-constant": "recurrent-ternary", "flat-ternary-half": "flat-ternary"}
 OFF: dict[str, dict[str, Any]] = {part: {part: type(value)(0)} for part, value in PARTS.items()}
 ABLATED = "recurrent-ternary-constant"
 ABLATIONS: dict[str, dict[str, Any]] = {

@@ -55,6 +55,7 @@ DEFAULTS: dict[str, Any] = {
     "mix": 0.0,  # share of the plain momentum (unit RMS) in the direction
     "cautious": 0.0,  # 1: no step where direction and gradient disagree
     "pull": 0.0,  # registers shrink by rate * pull a step
+    "kick": 0.0,  # leading trits by which a register goes on when it flips, away from the boundary that it passed
     "levels": 127,  # of the momentum, each side; 0: float momentum
     "mgroup": 0,  # momentum values that share one power-of-two exponent; 0: a row
     "mu": 0.0,  # mu-law companding of the momentum's levels
@@ -253,6 +254,9 @@ class Ours:
             above = torch.bucketize(inside, shelves).clamp_(1, len(shelves) - 1)
             low, high = shelves[above - 1], shelves[above]
             rounded = torch.where((inside - low) > self.draw(target, self.offset) * (high - low), high, low)
+        if run["kick"]:
+            flips = torch.round(rounded / self.lead).clamp_(-1, 1) - self.trits()
+            rounded = (rounded + flips * round(run["kick"] * self.lead)).clamp_(-self.top, self.top)
         self.register.copy_(rounded)
         self.decode()
 

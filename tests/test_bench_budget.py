@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tritwise.bench.budget import run_record
-from tritwise.bench.entries import ENTRIES, EXTRA, PARTS, SPARE, base_config, entry, shape_bytes, shapes_of
+from tritwise.bench.entries import ENTRIES, EXTRA, PARTS, SMALLER, SPARE, base_config, entry, shape_bytes, shapes_of
 from tritwise.errors import UserError
 from tritwise.files import read_json, sha256_of
 from tritwise.models import ByteLM
@@ -29,13 +29,14 @@ def base(**changes):
 def test_a_contestant_is_as_wide_as_fits_and_its_count_is_the_models(name, budget):
     config = entry(name, base(), budget, {"ship_small": 500})
     assert config.recipe == name and config.train.budget == budget
-    assert shape_bytes(config) <= SPARE * budget
+    room = SPARE * budget * SMALLER.get(name, 1.0)
+    assert shape_bytes(config) <= room
     step = 32 if config.model.width < 128 else 64
     least = ENTRIES[name]["depth"]
     wide = replace(config.model, width=config.model.width + step, heads=0, kv_heads=0, depth=least)
-    assert shape_bytes(replace(config, model=wide)) > SPARE * budget
+    assert shape_bytes(replace(config, model=wide)) > room
     deep = replace(config.model, depth=config.model.depth + 1)
-    assert config.model.depth == least + EXTRA or shape_bytes(replace(config, model=deep)) > SPARE * budget
+    assert config.model.depth == least + EXTRA or shape_bytes(replace(config, model=deep)) > room
     given = entry(name, base(), budget, {"ship_small": 500, "width": 64})
     assert given.model.width == 64 and given.model.depth == least
     torch.manual_seed(0)

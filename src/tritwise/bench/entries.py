@@ -4,6 +4,7 @@ flat-float          the challenge's baseline recipe: one pass, Muon, int8 rows a
 recurrent-float     prelude, core, coda; the core repeats more often by and by; Muon with decay and clipping, the mean
                     of the last part ships as int8, int7 or int6 rows and zstd, whichever fits first
 flat-ternary        one pass, registers; what is trained is what ships
+flat-ternary-half   the same, made for half of the bytes: narrower, so that more steps fit into the time
 recurrent-ternary   registers, and the core repeats more often by and by
 recurrent-ternary-constant   the same at full depth from the first step
 
@@ -31,7 +32,7 @@ _FLOAT = {
     "momentum_warmup": 500,
     "decay": 0.5,
 }
-_TERNARY = {"direction": "balanced", "scale_rate": 0.005, "rate": 0.03, "decay": 1.0}
+_TERNARY = {"direction": "balanced", "scale_rate": 0.005, "rate": 0.03, "decay": 1.0, "column_scales": True}
 PARTS: dict[str, Any] = {
     "loop_embedding": True,
     "value_tables": 2,
@@ -68,14 +69,17 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "flat-ternary": {**_TERNARY, "depth": 8},
     "recurrent-ternary": {**_TERNARY, **_RECURRENT, **_AVERAGED},
     "recurrent-ternary-constant": {**_TERNARY, **_RECURRENT, **_AVERAGED, "depth_plan": ""},
+    "flat-ternary-half": {**_TERNARY, "depth": 8},
 }
 
+SMALLER = {"flat-ternary-half": 0.5}  # share of the budget that an entry is made for
 EXTRA = 4  # widths come in steps of 64; blocks beyond an entry's own fill what such a step leaves
 SPARE = 0.97  # share of the budget that the estimate may take: headers, and weights that compress badly
 
 
 def entry(name: str, base: Config, budget: int, changes: dict[str, Any]) -> Config:
-    """`base` as the contestant `name`, as wide as fits into `budget` bytes, and then as deep, up to EXTRA more blocks.
+    """`base` as the contestant `name`, as wide as fits into `budget` bytes (or its share of them), and then as deep, up
+    to EXTRA more blocks.
 
     A width given in `changes` stays, with the entry's own depth.
     changes: settings of models and training, over the entry's own. UserError for an unknown name, or if nothing fits.
@@ -87,9 +91,10 @@ def entry(name: str, base: Config, budget: int, changes: dict[str, Any]) -> Conf
         base = tokenizer_of(override(base, {"tokenizer": changes["tokenizer"]}))[0]  # the vocabulary takes room too
     own = {**ENTRIES[name], **changes, "budget": budget}
     if "width" not in changes:
-        own["width"] = _widest(override(base, own), budget)
+        room = int(budget * SMALLER.get(name, 1.0))
+        own["width"] = _widest(override(base, own), room)
         depths = range(own["depth"], own["depth"] + EXTRA + 1)
-        own["depth"] = max(depth for depth in depths if _fits(override(base, own | {"depth": depth}), budget))
+        own["depth"] = max(depth for depth in depths if _fits(override(base, own | {"depth": depth}), room))
     made = override(base, own)
     return Config(name, made.model, made.train)
 
