@@ -12,18 +12,19 @@ Stages, each a list of cells in order of importance:
     small    the same parts on CPU cores: any text, width 64, 3 blocks of which one repeats 3 times, 300 steps,
              and beside them flat and progressive models of the same blocks, flat ones in float; two seeds
 
-Every cell is a process of its own, one a GPU, side by side on all GPUs that there are. A cell whose record is in FOLDER
-is not run again, and with --minutes none begins that would not end in time, so a study can be cut into calls as short
-as that: the same command goes on, and must name the same S and T. Whatever still runs when the minutes are over is told
-to stop, and goes on next time from where it was. After every cell FOLDER holds STAGE.md, a table, and STAGE.json, the
-records; --slim leaves no shipped models. All others wait for tune, and seeds for main. --tiny: the same cells in
-seconds. With another S the same FOLDER holds main, main4 and seeds of both lengths. collect_budget.py makes of it
-result files and records that can be committed.
+Every cell is a process of its own, one a GPU, side by side on all GPUs that there are; with --each N so many cells of
+stages that go by steps and not by time (ablate, small) share one. A cell whose record is in FOLDER is not run again,
+and with --minutes none begins that would not end in time, so a study can be cut into calls as short as that: the same
+command goes on, and must name the same S and T. Whatever still runs when the minutes are over is told to stop, and
+goes on next time from where it was. After every cell FOLDER holds STAGE.md, a table, and STAGE.json, the records;
+--slim leaves no shipped models. All others wait for tune, and seeds for main. --tiny: the same cells in seconds. With
+another S the same FOLDER holds main, main4 and seeds of both lengths. collect_budget.py makes of it result files and
+records that can be committed.
 
 GPU-minutes, with 50 s around a cell of `tune` and 95 s around others (thought, not measured; a call learns from those
-before it): with S = 400 and T = 100 tune 30, main 41, main4 41, seeds 33, ablate 47, in all 192. Two calls of 9.7
-minutes on two GPUs, 38 GPU-minutes, hold the table of 16,000,000 bytes with S = 90 and T = 35: tune 17, main 15; a
-third call has room for main4, 15.
+before it): with S = 400 and T = 100 tune 30, main 50, main4 50, seeds 33, ablate 47, in all 210. Two calls of 9.7
+minutes on two GPUs, 38 GPU-minutes, hold the table of 16,000,000 bytes with S = 90 and T = 35: tune 17, main 19; a
+third call has room for main4, 19.
 """
 
 import argparse
@@ -66,6 +67,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     **{f"no {p}": off for p, off in OFF.items()},
 }
 STAGES = ("tune", "main", "main4", "seeds", "ablate", "small")
+BY_STEPS = {"ablate", "small"}  # their cells may share a GPU: what they reach does not depend on its speed
 OVERHEAD = {"tune": 50.0}  # seconds of a cell that are not training: building, compiling, shipping, scoring
 OTHERS, STEPPED = 95.0, 60.0  # those of other stages; the training of a cell that goes by steps
 GRACE = 20.0  # seconds in which a cell that was told to stop saves what it has
@@ -197,14 +199,16 @@ def waves(stages: list[str]) -> list[list[str]]:
 
 
 def run_wave(
-    study: Study, stages: list[str], ends: float, console: Console, more: list[str], slim: bool = False
+    study: Study, stages: list[str], ends: float, console: Console, more: list[str], slim: bool = False, each: int = 1
 ) -> int:
-    """Run the cells of these stages that end in time, one a GPU; returns how many are left. more: flags for each."""
+    """Run the cells of these stages that end in time, one a GPU, or `each` if none of them is timed; returns how many
+    are left. more: flags for each cell."""
     known = study.out / "walls.json"
     walls: dict[str, float] = read_json(known) if known.exists() else {}
     cells = {stage: getattr(study, stage)() for stage in stages}
     waiting = [(stage, config) for stage in stages for config in cells[stage] if study.open(config)]
-    free = list(range(max(1, torch.cuda.device_count())))
+    gpus = max(1, torch.cuda.device_count())
+    free = list(range(gpus * (each if BY_STEPS.issuperset(stages) else 1)))
     running: dict[int, tuple[subprocess.Popen[bytes], str, Config, float]] = {}
     for stage in stages:
         write_tables(study, stage, cells[stage])
@@ -212,19 +216,19 @@ def run_wave(
         now = time.monotonic()
         fits = [(s, c) for s, c in waiting if now < ends and (study.tiny or now + estimated(c, s, walls) <= ends)]
         while free and fits:
-            (stage, config), gpu = fits.pop(0), free.pop(0)
+            (stage, config), place = fits.pop(0), free.pop(0)
             waiting.remove((stage, config))
             console.print(f"{stage}: {config.recipe} rate {config.train.rate:g} seed {config.train.seed}", markup=False)
-            running[gpu] = (start_cell(study, stage, config, gpu, more), stage, config, now)
+            running[place] = (start_cell(study, stage, config, place % gpus, more), stage, config, now)
         if not running:
             return sum(study.open(config) for stage in stages for config in cells[stage])
-        for gpu, (process, stage, config, began) in list(running.items()):
+        for place, (process, stage, config, began) in list(running.items()):
             if process.poll() is None and now >= ends:
                 process.terminate() if now < ends + GRACE else process.kill()
             if process.poll() is None:
                 continue
-            del running[gpu]
-            free.append(gpu)
+            del running[place]
+            free.append(place)
             took, record = time.monotonic() - began, study.record(config)
             told = f"not done, see {log_of(study, config)}" if record is None else "done"
             console.print(f"{stage}: {config.recipe} {told}, {took:.0f} s in all", markup=False)
@@ -287,6 +291,7 @@ def run(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=1e9, help="no cell begins that would not end within these")
     parser.add_argument("--seconds", type=float, default=400.0, help="training of a cell of main, main4 and seeds")
     parser.add_argument("--tuning", type=float, default=100.0, help="training of a cell of tune")
+    parser.add_argument("--each", type=int, default=1, help="cells that share a GPU, of stages that go by steps")
     parser.add_argument("--slim", action="store_true", help="keep no shipped models, only what is said of them")
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU, to see that everything runs")
     parser.add_argument("--cell", help="one cell, in this process: the name of its folder")
@@ -306,7 +311,7 @@ def run(arguments: list[str] | None = None) -> int:
         make_folder(study.out)
         describe(data)  # unpacked once, before the cells need it
         for wave in waves(stages):
-            if left := run_wave(study, wave, ends, console, more, given.slim):
+            if left := run_wave(study, wave, ends, console, more, given.slim, given.each):
                 break
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -124,6 +124,27 @@ def test_cells_run_side_by_side_each_on_a_gpu_of_its_own(study, small_text, tmp_
     assert read_json(tmp_path / "root/records/cpu2" / f"main-{folder.name}" / "record.json")["sha256"] == trit["sha256"]
 
 
+@pytest.mark.parametrize(("stage", "begun"), [("ablate", ["0", "1", "0", "1"]), ("main", ["0", "1"])])
+def test_only_cells_that_go_by_steps_share_a_gpu(study, small_text, tmp_path, monkeypatch, stage, begun):
+    cells, running, most = study.Study(str(small_text), tmp_path, tiny=True), [], []
+    own = getattr(cells, stage)()[:5]
+    monkeypatch.setattr(cells, stage, lambda *_: own)
+    monkeypatch.setattr(study.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    class Process:
+        def __init__(self, command, *, env, **rest):
+            running.append(env["CUDA_VISIBLE_DEVICES"])
+
+        def poll(self):
+            most.append(list(running))
+            return 0
+
+    monkeypatch.setattr(study.subprocess, "Popen", Process)
+    assert study.run_wave(cells, [stage], 1e18, study.Console(quiet=True), [], each=2) == len(own)
+    assert most[0] == begun and len(running) == len(own)
+
+
 def test_a_cell_that_cannot_work_is_not_tried_again(study, small_text, tmp_path, capsys):
     cells = study.Study(str(small_text), tmp_path, tiny=True)
     config = cells.tune()[0]
