@@ -198,7 +198,8 @@ def test_any_move(device, direction, rate, key):
 
 @on_each_device
 @pytest.mark.parametrize(
-    ("columns", "group"), [(256, 256), (130, 256), (600, 256), (130, 64), (81, 40), (13, 5), (1, 1)]
+    ("columns", "group"),
+    [(256, 256), (130, 256), (600, 256), (130, 64), (128, 64), (1536, 512), (81, 40), (80, 40), (13, 5), (1, 1)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_decoding(device, columns, group, dtype, poisoned):
