@@ -347,6 +347,17 @@ def test_embedding_gradients_of_any_shape(device, count, rows, columns, dtype, p
     assert found.dtype == torch.float32 and torch.equal(found == 0, expected == 0)
 
 
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_an_embedding_gradient_that_is_not_finite_stays_so(device, bad, dtype):
+    """So that the optimizer refuses it; whether other rows are spoilt as well does not matter to that."""
+    grad, ids = normal(70, 20).to(dtype), torch.arange(70) % 9
+    grad[33, 7] = bad
+    found, *_ = results("triton", device, OPS.embedding_weight_grad, grad, ids, 9)
+    assert not bool(found[33 % 9, 7].isfinite()) and bool(found[:, :7].isfinite().all())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("wrong", [9, 10**6, -1])
 def test_an_id_outside_the_table_gives_no_number(wrong):
