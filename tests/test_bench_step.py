@@ -501,3 +501,28 @@ def test_the_study_ends_a_stage_that_hangs(study):
     told = study.run_limited([sys.executable, "-c", "print('begun', flush=True); import time; time.sleep(60)"], 1.0)
     assert told["code"] is None and "begun" in told["said"] and time.monotonic() - began < 20
     assert sum(stage.share for stage in study.STAGES.values()) == pytest.approx(1)
+
+
+# --- the profile ----------------------------------------------------------------------------------------------------
+
+
+def test_gaps_are_where_no_kernel_runs_on_any_stream(benchmark_script):
+    gaps_of = benchmark_script("step_profile").gaps_of
+    spans = [
+        (30.0, 31.0, "late"),
+        (0.0, 10.0, "long"),
+        (2.0, 4.0, "within"),
+        (9.0, 12.0, "overlaps"),
+        (15.0, 20.0, "b"),
+    ]
+    assert gaps_of(spans) == [(3.0, 12.0, "overlaps", "b"), (10.0, 20.0, "b", "late")]
+    assert gaps_of([]) == gaps_of(spans[:1]) == []
+
+
+def test_a_profile_says_where_the_time_went(benchmark_script):
+    found = benchmark_script("step_profile").profiled("tiny", "ours", CPU, 1, "shakespeare")
+    gaps = [gap["ms"] for gap in found["gaps"]]
+    assert found["wall_ms"] > 0 and found["kernels"] and 0 < len(gaps) <= 12
+    assert gaps == sorted(gaps, reverse=True) and 0 < sum(gaps) <= found["idle_ms"] * 1.0001
+    assert sum(wait["ms"] for wait in found["waits"]) <= found["idle_ms"] * 1.0001
+    assert all(gap["at_ms"] >= 0 and gap["after"] and gap["before"] for gap in found["gaps"])

@@ -25,6 +25,7 @@ from tritwise.ops.combine import triton as combine_triton
 from tritwise.ops.direction import METHODS
 from tritwise.ops.direction import triton as direction_triton
 from tritwise.ops.direction.reference import newton_schulz, unit_rms
+from tritwise.ops.embedding import triton as embedding_triton
 from tritwise.ops.graph import triton as graph_triton
 from tritwise.ops.linear import reference, triton
 from tritwise.ops.scales import triton as scales_triton
@@ -197,7 +198,8 @@ def test_any_move(device, direction, rate, key):
 
 @on_each_device
 @pytest.mark.parametrize(
-    ("columns", "group"), [(256, 256), (130, 256), (600, 256), (130, 64), (81, 40), (13, 5), (1, 1)]
+    ("columns", "group"),
+    [(256, 256), (130, 256), (600, 256), (130, 64), (128, 64), (1536, 512), (81, 40), (80, 40), (13, 5), (1, 1)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_decoding(device, columns, group, dtype, poisoned):
@@ -319,6 +321,41 @@ def test_embedding_gradients_are_the_same_every_time(device, count, rows):
     expected = torch.zeros(rows, 40, dtype=torch.float64).index_add_(0, ids, grad.double())
     assert_close(first, expected, 1e-6)
     assert first.dtype == torch.float32 and torch.equal(first == 0, expected == 0)
+
+
+@on_each_device
+@pytest.mark.parametrize(
+    ("count", "rows", "columns", "dtype"),
+    [
+        (1, 1, 1, torch.float32),
+        (700, 300, 70, torch.float32),  # two tiles down and across, several splits
+        (1100, 512, 130, torch.bfloat16),
+        (600, 33, 20, torch.float16),
+        (65, 256, 64, torch.float64),  # is not multiplied
+    ],
+)
+def test_embedding_gradients_of_any_shape(device, count, rows, columns, dtype, poisoned):
+    """Numbers of all sizes lose nothing in the parts that they are cut into; an id outside the table adds nothing."""
+    ids = torch.randint(0, rows, (count,), generator=torch.Generator().manual_seed(7))
+    grad = floats((count, columns), 4, -14, 8).to(dtype)
+    if device == "cpu" or dtype is not torch.float64:
+        ids[1:4] = torch.tensor([-1, rows, 2**32])[: max(count - 1, 0)]
+    found, *_ = results("triton", device, OPS.embedding_weight_grad, grad, ids, rows)
+    inside = (ids >= 0) & (ids < rows)
+    expected = torch.zeros(rows, columns, dtype=torch.float64).index_add_(0, ids[inside], grad.double()[inside])
+    assert_close(found, expected, 1e-6)
+    assert found.dtype == torch.float32 and torch.equal(found == 0, expected == 0)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_an_embedding_gradient_that_is_not_finite_stays_so(device, bad, dtype):
+    """So that the optimizer refuses it; whether other rows are spoilt as well does not matter to that."""
+    grad, ids = normal(70, 20).to(dtype), torch.arange(70) % 9
+    grad[33, 7] = bad
+    found, *_ = results("triton", device, OPS.embedding_weight_grad, grad, ids, 9)
+    assert not bool(found[33 % 9, 7].isfinite()) and bool(found[:, :7].isfinite().all())
 
 
 @pytest.mark.gpu
@@ -488,7 +525,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
     pointers |= dict.fromkeys(("register", "exponent"), "*i8")
     pointers |= dict.fromkeys(("source", "first", "index", "slot"), "*i64")
     pointers |= dict.fromkeys(("scales", "weight", "weight_grad", "out"), "*fp32")
-    pointers |= dict.fromkeys(("base", "gate", "grad", "x_grad", "gate_grad"), "*fp32")
+    pointers |= dict.fromkeys(("base", "gate", "grad", "x_grad", "gate_grad", "parts"), "*fp32")
     pointers |= dict.fromkeys(("peak_R", "old_R", "refused_T"), "*i32")
     pointers |= {"momentum": "*i8", "addresses": "*i64"}
     pointers |= dict.fromkeys(("squares", "row_factor", "column_factor", "scale", "plus", "x", "norm"), "*fp32")
@@ -497,6 +534,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
     block = {"BLOCK_R": 8, "BLOCK_C": 256}
     pointers |= dict.fromkeys(("step", "places", "keys"), "*i64") | {"rates": "*fp64"}
     messages, mixture, tables = graph_triton._kernels(), combine_triton._kernels(), gpu._table_kernels()
+    embeddings = embedding_triton._kernels()
+    products = {"BLOCK_V": 256, "BLOCK_C": 64, "BLOCK_N": 64, "SPAN": 2048, "NARROW": True}
     scales, linear = scales_triton._kernels(), triton._kernels()
     pointers |= {"square_T": "*i64", "still": "*i1", "octaves": "*fp64"}
     for name, constants in (
@@ -520,6 +559,9 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         ("column_grads", {"TENSORS": 16, "STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
         ("strip_sums", {"TENSORS": 16, "SPAN": 16, "BLOCK": 128}),
         ("trits_float8", {"TURNED": True, "BLOCK": 64}),
+        ("row_sums", products | {"PARTS": 3}),
+        ("row_sums", products | {"PARTS": 1}),
+        ("split_sums", {"SPAN": 16, "BLOCK": 1024}),
         ("row_factors", block | {"SPAN": 600}),
         ("row_factors", block | {"SPAN": 600, "column_factor": None, "rows": 1, "columns": 1}),
         ("column_squares", {"STRIP": 128, "BLOCK_R": 8, "BLOCK_C": 256}),
@@ -531,7 +573,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         ("row_scales", {"BLOCK": 256, "SPAN": 512, "level": None, "after": None, "rows": 1, "columns": 1}),
         ("spread", {"BLOCK": 2048}),
     ):
-        rooms = gpu.kernels(), tables, scales, linear, directions, messages, mixture
+        rooms = gpu.kernels(), tables, scales, linear, directions, messages, mixture, embeddings
         kernel = next(getattr(room, name) for room in rooms if hasattr(room, name))
         types = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in kernel.arg_names}
         source = ASTSource(kernel, types, {(kernel.arg_names.index(a),): v for a, v in constants.items()})

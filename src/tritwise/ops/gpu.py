@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritwise.registers import Key, scale_table
+from tritwise.registers import Key
 
 OLDEST = (7, 0)  # compute capability that Triton still compiles for
 INTERPRET = "TRITON_INTERPRET"
 ELEMENTS = 2048  # of a program of the update kernels
+SMALL = 1 << 21  # numbers of a matrix that the threads of a GPU decode at once, each eight: 132 times 2048 threads
 LINES = 256  # of a table that a program fills
 ALIGNED = 16  # numbers of a table in a shelf: where others begin
 
@@ -159,21 +160,26 @@ def decode(register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype, i
     groups = e.shape[1]
     rows = table_rows if ids is None else ids.numel()
     weight = torch.empty(rows, columns, dtype=dtype, device=r.device)
+    if ids is None and columns == groups * group and group % 32 == 0:  # groups lie as rows do, and need no division
+        rows, table_rows, columns, groups = rows * groups, rows * groups, group, 1
     if groups == 1:
         group = power_of_two_above(columns)
     # The widest block that never straddles two groups; where groups are odd, blocks straddle.
     block, uniform = min(group & -group, 1024), True
     if block < min(32, group):
         block, uniform = min(power_of_two_above(columns), 256), False
-    block_rows = max(1, 4096 // block)
+    # A thread writes 16 bytes, which need no exchange between threads; of a large matrix more, to start fewer programs.
+    numbers, warps = (4096 // weight.element_size(), 8) if weight.numel() <= SMALL else (4096, 4)
+    block_rows, across = max(1, numbers // block), -(-columns // block)
     launch(
         kernels().decode,
-        -(-rows // block_rows) * -(-columns // block),
+        -(-rows // block_rows) * across,
         r.device,
-        *(ids, r, e, scale_table(r.device), weight, rows, table_rows, columns, groups, group),
+        *(ids, r, e, weight, rows, table_rows, columns, groups, group, across),
         BLOCK_R=block_rows,
         BLOCK_C=block,
         UNIFORM=uniform,
+        num_warps=warps,
     )
     return weight
 

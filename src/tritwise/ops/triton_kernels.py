@@ -19,6 +19,10 @@ INFINITE = tl.constexpr(0x7F800000)  # bits of +infinity; above it lie the NaNs
 LIMIT = tl.constexpr(127)  # of the momentum; a register can be asked to move by twice as much
 FLOOR, CEILING = tl.constexpr(-126), tl.constexpr(120)  # of its exponents
 
+SIGN = tl.constexpr(-0x80000000)
+# The first bits behind the point of 2**(n/8) as a bfloat16, a byte each: n = 0 … 3, and n = 4 … 7.
+EIGHTHS, LATER_EIGHTHS = tl.constexpr(0x26180C00), tl.constexpr(0x6B574535)
+
 # Columns of the tables. Addresses are byte addresses; DECAY and FACTOR are the bits of a float32.
 FIELDS = tl.constexpr(10)
 FIRST, KEY_FIRST, KEY_SECOND = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -37,6 +41,14 @@ def float_of(bits):
 def power_of_two(exponent):
     """2**exponent as float32, exact, for exponents of normal numbers."""
     return float_of((exponent + 127) << 23)
+
+
+@triton.jit
+def scale_of(exponent):
+    """The scale that an exponent (int32, of int8) stands for: bf16(2**(exponent / 8)), the bits of `scale_table`."""
+    eighths = tl.where((exponent & 4) == 0, EIGHTHS, LATER_EIGHTHS)
+    fraction = (eighths >> ((exponent & 3) << 3)) & 0x7F
+    return float_of((((exponent >> 3) + 127) << 23) | (fraction << 16))
 
 
 @triton.jit
@@ -239,22 +251,22 @@ def decode(
     ids,
     register,
     exponent,
-    scales,
     weight,
     rows,
     table_rows,
     columns,
     groups,
     group,
+    across,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UNIFORM: tl.constexpr,
 ):
     """weight [rows, columns] = rows `ids` (None: all in order) of the matrix, round(register / 81) * scale, exact.
 
-    UNIFORM: every block of columns lies within one group. An id outside the table gives a row of NaN.
+    UNIFORM: every block of columns lies within one group. across: blocks of columns; known to be 1 when it is compiled,
+    it saves a division. An id outside the table gives a row of NaN.
     """
-    across = tl.cdiv(columns, BLOCK_C)
     row = (tl.program_id(0) // across).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     left = tl.program_id(0) % across * BLOCK_C
     column = left + tl.arange(0, BLOCK_C)
@@ -267,14 +279,14 @@ def decode(
     r = tl.load(register + source[:, None] * columns + column[None, :], mask=mask, other=0).to(tl.int32)
     if UNIFORM:
         e = tl.load(exponent + source * groups + left // group, mask=known & (row < rows), other=0).to(tl.int32)
-        scale = tl.load(scales + (e + 128))[:, None]
+        scale = scale_of(e)[:, None]
     else:
         at = source[:, None] * groups + (column // group)[None, :]
-        scale = tl.load(scales + (tl.load(exponent + at, mask=mask, other=0).to(tl.int32) + 128))
+        scale = scale_of(tl.load(exponent + at, mask=mask, other=0).to(tl.int32))
     size = tl.abs(r)
-    w = ((size > 40).to(tl.int32) + (size > 121).to(tl.int32)).to(tl.float32) * scale
+    w = tl.where(size > 121, scale + scale, tl.where(size > 40, scale, 0.0))
     # The reference rounds a small negative register to a negative zero; so does the sign put on here.
-    w = float_of(w.to(tl.int32, bitcast=True) | ((r < 0).to(tl.int32) << 31))
+    w = float_of(w.to(tl.int32, bitcast=True) | (r & SIGN))
     if ids is not None:
         w = tl.where(known[:, None], w, float("nan"))
     to = weight + row[:, None] * columns + column[None, :]

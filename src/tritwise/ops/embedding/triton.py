@@ -1,10 +1,32 @@
 """The ternary embedding on a GPU: a kernel gathers and decodes rows in one pass; the gradient has fixed bits."""
 
+import functools
+import importlib
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from tritwise.ops import gpu
 from tritwise.ops.embedding import reference
+
+ROWS = 512  # up to which a table is small: the product grows with them, the sort that is its alternative does not
+PARTS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1}  # bfloat16s that hold a number
+OLDEST = (8, 0)  # compute capability with matrix units for bfloat16
+TILE = {
+    "BLOCK_V": 256,
+    "BLOCK_C": 64,
+    "BLOCK_N": 64,
+    "num_warps": 8,
+    "num_stages": 3,
+}  # 246 registers, where all is aligned
+PROGRAMS = 128  # that fill a GPU: one on each of its 132 processors
+SUMMED = 1024  # numbers that one program adds up over the splits
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    return importlib.import_module("tritwise.ops.embedding.kernels")
 
 
 def forward(ids: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
@@ -22,8 +44,43 @@ def forward(ids: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tens
 def weight_grad(grad: Tensor, ids: Tensor, rows: int) -> Tensor:
     """dL/dW [V, D] float32: each row is the sum of the gradients of its uses, in the same order every time.
 
-    The reference's index_add_ adds by atomics on a GPU, in any order. torch's gradient of its own embedding sorts the
-    ids and sums runs of equal ones.
+    The reference's index_add_ adds by atomics on a GPU, in any order. Of a small table the gradient is a product, in
+    two launches; for a large one torch's gradient of its own embedding sorts the ids and sums runs of equal ones, in
+    twenty. An id outside the table adds nothing to it.
     """
-    grad_ND = grad.reshape(-1, grad.shape[-1]).float()
-    return torch.ops.aten.embedding_dense_backward(grad_ND, ids.reshape(-1), rows, -1, False)
+    grad_ND, ids_N = grad.reshape(-1, grad.shape[-1]), ids.reshape(-1)
+    if _multiplies(grad_ND, ids_N, rows):
+        return _product(grad_ND.contiguous(), ids_N.contiguous(), rows)
+    return torch.ops.aten.embedding_dense_backward(grad_ND.float(), ids_N, rows, -1, False)
+
+
+def _multiplies(grad_ND: Tensor, ids_N: Tensor, rows: int) -> bool:
+    """Whether the gradient is taken as a product."""
+    served = grad_ND.dtype in PARTS and ids_N.dtype is torch.int64 and grad_ND.device == ids_N.device
+    if not served or not 0 < rows <= ROWS or grad_ND.numel() == 0:
+        return False
+    return not grad_ND.is_cuda or torch.cuda.get_device_capability(grad_ND.device) >= OLDEST
+
+
+def _product(grad_ND: Tensor, ids_N: Tensor, rows: int) -> Tensor:
+    """The one-hot matrix of the ids [V, N] times grad: sums over spans of tokens, then the sum of these."""
+    (tokens, columns), device = grad_ND.shape, grad_ND.device
+    tile = TILE | {
+        "NARROW": device.type == "cuda",
+        "BLOCK_V": min(max(gpu.power_of_two_above(rows), 16), TILE["BLOCK_V"]),  # no side of a product is shorter
+        "BLOCK_C": min(max(gpu.power_of_two_above(columns), 16), TILE["BLOCK_C"]),
+    }
+    tiles = -(-rows // tile["BLOCK_V"]) * -(-columns // tile["BLOCK_C"])
+    # The power of two below what gives each processor one program: few lengths, each of which is compiled for.
+    span = max(gpu.power_of_two_above(tokens * tiles // PROGRAMS + 1) // 2, 4 * tile["BLOCK_N"])
+    splits = -(-tokens // span)
+    part_SVD = torch.empty(splits, rows, columns, dtype=torch.float32, device=device)
+    given = grad_ND, ids_N, part_SVD, tokens, rows, columns
+    gpu.launch(_kernels().row_sums, tiles * splits, device, *given, PARTS=PARTS[grad_ND.dtype], SPAN=span, **tile)
+    if splits == 1:
+        return part_SVD[0]
+    out_VD = torch.empty(rows, columns, dtype=torch.float32, device=device)
+    given, most = (part_SVD, out_VD, splits, out_VD.numel()), gpu.power_of_two_above(splits)
+    programs = -(-out_VD.numel() // SUMMED)
+    gpu.launch(_kernels().split_sums, programs, device, *given, SPAN=most, BLOCK=SUMMED)
+    return out_VD

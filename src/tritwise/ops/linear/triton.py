@@ -176,5 +176,6 @@ def trits_float8(register: Tensor, turned: bool) -> Tensor:
         *(register.contiguous(), out.view(torch.uint8), rows, columns),
         TURNED=turned,
         BLOCK=TILE,
+        num_warps=8,  # 16 bytes a thread: one load, one store
     )
     return out
