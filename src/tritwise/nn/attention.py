@@ -121,8 +121,8 @@ class Attention(nn.Module):
     def forward(
         self, x_BTC: Tensor, rotary: Rotary, cache: KVCache | KVLedger | None = None, *, exclusive: bool = False
     ) -> Tensor:
-        """exclusive: what a head found loses its part along the position's own value, which the residual stream has
-        already (`without_own`)."""
+        """exclusive: what a head found, normalised, loses its part along the position's own value, which the residual
+        stream has already (`without_own`)."""
         batch, time, width = x_BTC.shape
         parts = self.qkv(x_BTC).view(batch, time, self.heads + 2 * self.kv_heads, self.size)
         start = cache.used if cache is not None else 0
@@ -141,9 +141,12 @@ class Attention(nn.Module):
             is_causal=self.causal and mask is None and time > 1,
             enable_gqa=self.heads != self.kv_heads,
         )
+        y_BTC = rms_norm(y_BHTD.transpose(1, 2).reshape(batch, time, width))
         if exclusive:
-            y_BHTD = without_own(y_BHTD, own_BKTD)
-        return self.out(rms_norm(y_BHTD.transpose(1, 2).reshape(batch, time, width)))
+            # After the norm: the first position finds its own value alone, and of nothing a norm would make noise.
+            found_BHTD = y_BTC.view(batch, time, self.heads, self.size).transpose(1, 2)
+            y_BTC = without_own(found_BHTD, own_BKTD).transpose(1, 2).reshape(batch, time, width)
+        return self.out(y_BTC)
 
     def _mask(self, time: int, total: int, device: torch.device) -> Tensor | None:
         """True where a query may look. None where plain causality (or a single last query) says it all."""
