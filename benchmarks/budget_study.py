@@ -1,6 +1,7 @@
 """The runs behind the table of models under a budget of bytes: rates tuned, contestants compared, parts taken away.
 
     python benchmarks/budget_study.py STAGE[,STAGE…] --data ENWIK8 --out FOLDER [--minutes M] [--seconds S] [--tuning T]
+        [--known FILE]
 
 Stages, each a list of cells in order of importance:
 
@@ -46,7 +47,7 @@ from tritwise.data.source import describe, locate
 from tritwise.errors import UserError
 from tritwise.files import atomic_write, make_folder, read_json, write_json
 from tritwise.report.bench_markdown import markdown
-from tritwise.report.budget_rows import WHOLE
+from tritwise.report.budget_rows import WHOLE, unpacked
 from tritwise.report.budget_tables import HEAD, PART_HEAD, caption, part_rows, table_of
 from tritwise.train import Config, override
 from tritwise.train.progress import PlainLines
@@ -74,10 +75,23 @@ GRACE = 20.0  # seconds in which a cell that was told to stop saves what it has
 
 
 class Study:
-    """Cells of one text in one folder: `seconds` of training each, `tuning` in the stage tune. `tiny` shrinks all."""
+    """Cells of one text in one folder: `seconds` of training each, `tuning` in the stage tune. `tiny` shrinks all.
+    known: a result file; what it has of tune is not run again."""
 
-    def __init__(self, data: str, out: Path, tiny: bool, seconds: float = 400.0, tuning: float = 100.0) -> None:
+    def __init__(
+        self,
+        data: str,
+        out: Path,
+        tiny: bool,
+        seconds: float = 400.0,
+        tuning: float = 100.0,
+        known: Path | None = None,
+    ) -> None:
         self.data, self.out, self.tiny, self.seconds, self.tuning = data, out, tiny, seconds, tuning
+        records = unpacked(read_json(known)) if known else []
+        self.known = {
+            _told(one["recipe"], one["config"]["train"]): one for one in records if one.get("stage") == "tune"
+        }
 
     def cell(self, name: str, budget: int, seconds: float, steps: int = 10**9, seed: int = 0, **changes: Any) -> Config:
         """One contestant. seconds 0: by steps."""
@@ -87,7 +101,9 @@ class Study:
             budget, seconds, steps = 150_000, seconds / 200, min(steps, 10**9 if seconds else 4)
             changes = {"ship_small": 500, **changes}
         base = base_config(self.data, steps=steps, seconds=seconds, seed=seed, **shape)
-        settings = {"eval_interval": 500, "eval_bytes": 262_144, "save_interval": 0, "keep": 1, "softcap": 30.0}
+        settings = {"eval_interval": 2000, "eval_bytes": 262_144, "save_interval": 0, "keep": 1, "softcap": 30.0}
+        if "loops" in ENTRIES[name] and torch.cuda.is_available():
+            settings["compile"] = "blocks"  # three depths as one code each took 105 s of a GPU before the clock
         config = entry(name, override(base, settings), budget, changes)
         return Config(config.recipe, config.model, replace(config.train, log_interval=100))
 
@@ -154,7 +170,7 @@ class Study:
     def record(self, config: Config) -> dict[str, Any] | None:
         """What is known of a cell; None if it has not been run."""
         place = self.folder(config) / "record.json"
-        return read_json(place) if place.exists() else None
+        return read_json(place) if place.exists() else self.known.get(_told(config.recipe, config.as_dict()["train"]))
 
     def folder(self, config: Config) -> Path:
         """Where a cell's files lie."""
@@ -165,8 +181,14 @@ class Study:
         return self.record(config) is None and not (self.folder(config) / "failed.json").exists()
 
 
+def _told(recipe: str, train: dict[str, Any]) -> tuple[Any, ...]:
+    """What a cell of tune is known by."""
+    return (recipe, *(train[key] for key in ("rate", "seed", "budget", "seconds", "split")))
+
+
 def estimated(config: Config, stage: str, walls: dict[str, float]) -> float:
-    """Seconds that a cell takes: its training, and what the stage's cells took beside it so far, a little more."""
+    """Seconds that a cell takes at the least: its training, and the least that a cell of the stage took beside it, a
+    little more. One that takes longer is stopped, and goes on in the next call: better than GPUs that wait."""
     around = 1.1 * walls[stage] if stage in walls else OVERHEAD.get(stage, OTHERS)
     return (config.train.seconds or STEPPED) + around
 
@@ -233,7 +255,7 @@ def run_wave(
             told = f"not done, see {log_of(study, config)}" if record is None else "done"
             console.print(f"{stage}: {config.recipe} {told}, {took:.0f} s in all", markup=False)
             if record is not None:
-                walls[stage] = max(walls.get(stage, 0.0), took - record["seconds"])
+                walls[stage] = min(walls.get(stage, took), took - record["seconds"])
                 write_json(known, walls)
                 shutil.rmtree(study.folder(config) / "checkpoints", ignore_errors=True)
                 if slim:
@@ -291,6 +313,7 @@ def run(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=1e9, help="no cell begins that would not end within these")
     parser.add_argument("--seconds", type=float, default=400.0, help="training of a cell of main, main4 and seeds")
     parser.add_argument("--tuning", type=float, default=100.0, help="training of a cell of tune")
+    parser.add_argument("--known", type=Path, help="a result file whose runs of tune count, if S and T are the same")
     parser.add_argument("--each", type=int, default=1, help="cells that share a GPU, of stages that go by steps")
     parser.add_argument("--slim", action="store_true", help="keep no shipped models, only what is said of them")
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU, to see that everything runs")
@@ -298,9 +321,9 @@ def run(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     ends, console = time.monotonic() + 60 * given.minutes, Console(highlight=False, soft_wrap=True)
     data = str(locate(given.data).resolve()) if Path(given.data).exists() else given.data
-    study, left = Study(data, given.out, given.tiny, given.seconds, given.tuning), 0
+    study, left = Study(data, given.out, given.tiny, given.seconds, given.tuning, given.known), 0
     more = ["--data", data, "--seconds", str(given.seconds), "--tuning", str(given.tuning)]
-    more += ["--tiny"] if given.tiny else []
+    more += [*(["--tiny"] if given.tiny else []), *(["--known", str(given.known)] if given.known else [])]
     try:
         stages = given.stages.split(",")
         for stage in stages:

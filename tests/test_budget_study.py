@@ -80,6 +80,16 @@ def test_the_best_rate_is_taken(study, small_text, tmp_path, capsys):
     assert study.run(["everything", *words]) == 2
 
 
+def test_what_a_result_file_has_of_tune_is_not_run_again(study, small_text, tmp_path):
+    cells = tuned(study, tmp_path, small_text)
+    records = [cells.record(c) | {"stage": "tune", "config": c.as_dict()} for c in cells.tune()]
+    other = records[3] | {"stage": "main", "scores": {"val_sliding": {"bpb": 0.1}}}
+    write_json(tmp_path / "known.json", {"kind": "budget", "records": [*records[:-1], other]})
+    again = study.Study(str(small_text), tmp_path / "new", tiny=True, known=tmp_path / "known.json")
+    assert [study.folder_name(c) for c in again.tune() if again.open(c)] == [study.folder_name(cells.tune()[-1])]
+    assert again.best_rate("flat-ternary") == 0.02 and all(again.open(c) for c in again.main())
+
+
 def test_cells_run_side_by_side_each_on_a_gpu_of_its_own(study, small_text, tmp_path, monkeypatch):
     """Two processes at once, each told of another GPU; what they left is in the table, without what is large."""
     cells, given = tuned(study, tmp_path, small_text), []

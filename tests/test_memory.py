@@ -263,8 +263,8 @@ def test_a_run_in_bfloat16(small_config, tmp_path: Path):
 
 
 def test_compiling_is_for_gpus_unless_asked_for():
-    assert speed_of("auto", build()) == speed_of("false", build()) == (False, False)
-    assert speed_of("true", build()) == (True, False)
+    assert speed_of("auto", build()) == speed_of("false", build()) == (False, False, False)
+    assert speed_of("true", build()) == (True, False, False) and speed_of("blocks", build()) == (False, False, True)
 
 
 def test_moves_are_recorded_where_steps_are_compiled_and_models_not_too_large(monkeypatch):
@@ -285,7 +285,7 @@ def test_on_a_gpu(how):
     found = []
     for graph in (False, True):
         model = build(dtype=torch.bfloat16, **how).to("cuda")
-        assert speed_of("auto", model, accum=2) == (True, True)
+        assert speed_of("auto", model, accum=2) == (True, True, False)
         stepper = Stepper(model, [TritOptimizer(model, rate=0.02)], 2, graph=graph, guard=True)
         rows = [(ids.cuda(), targets.cuda()) for ids, targets in batches(8)]
         losses = [stepper.step_over(rows[n : n + 2]) for n in range(0, 8, 2)]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tritwise.train.stepper as stepper_module
+from tritwise.bench.entries import PARTS
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import trit_modules
 from tritwise.optim import TritOptimizer
@@ -104,6 +105,25 @@ def test_compiled_has_the_same_bits(rule, quick_compiler):
     assert losses == expected
     assert_equal(state, by_hand)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1  # and it was compiled
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_compiled_blocks_of_every_depth_share_what_is_compiled(quick_compiler, checkpoint):
+    """Bits of eager steps at every depth, one code for layers of a kind, nothing compiled where scores are taken."""
+    found, ids = [], torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(2))
+    for blocks in (False, True):
+        torch.manual_seed(0)
+        shape = ModelConfig(width=32, depth=4, ctx=16, prelude=1, coda=1, loops=3, **PARTS | {"exclusive": 2})
+        model = ByteLM(shape, checkpoint=checkpoint)
+        stepper = Stepper(model, [TritOptimizer(model, rate=0.02)], blocks=blocks)
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        losses = [float(stepper.step_over([(ids[:, :-1], ids[:, 1:])], loops)) for loops in (1, 2, 3, 1)]
+        made = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+        assert made == 2 * blocks  # exclusive and other layers
+        with torch.inference_mode():
+            found.append([*losses, *model(ids[:1, :7]).flatten().tolist()])
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == made and model.fast_blocks is None
+    assert found[0] == found[1]
 
 
 def test_the_loss_is_a_tensor_without_a_graph_and_gradients_are_let_go_of():

@@ -16,7 +16,7 @@ from tritwise.data.source import describe
 from tritwise.data.split import named_part, split
 from tritwise.errors import UserError
 from tritwise.train.device import record_moves
-from tritwise.train.stepper import Stepper
+from tritwise.train.stepper import Stepper, loss_of
 
 BATCHES = 4  # batches that steps go through in turn; they lie on the device, so reading is not measured
 
@@ -93,13 +93,11 @@ class Runner:
         if self.mode != "eager":
             # Models of one shape share what was compiled, whatever their weights; another rule adds to it.
             torch._dynamo.config.recompile_limit = 256
-        if self.mode.startswith("blocks"):
-            for block in self.model.blocks:
-                block.compile(dynamic=False)
-        self._loss = torch.compile(self.model.loss, dynamic=False) if whole else self.model.loss
-        self._stepper = Stepper(self.model, self.optimizers, compile=whole, graph=graph)
+        blocks = self.mode.startswith("blocks")
+        self._loss = loss_of(self.model, compile=whole, blocks=blocks)
+        self._stepper = Stepper(self.model, self.optimizers, compile=whole, blocks=blocks, graph=graph)
         # Without optimizers a step only adds to the gradients: that is every micro-batch but the last.
-        self._adder = Stepper(self.model, [], compile=whole)
+        self._adder = Stepper(self.model, [], compile=whole, blocks=blocks)
         self._round = self._stepper.phases
 
     def step(self) -> None:

@@ -3,7 +3,7 @@
 Shape suffixes: B batch, T time, C width, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -128,6 +128,8 @@ class ByteLM(nn.Module):
         self.rotary = Rotary(config.head_size, config.ctx)
         if config.column_scales:
             add_column_scales(self)
+        self.fast_blocks: Sequence[Callable[..., Tensor]] | None = None
+        """What runs in the place of the blocks: these, compiled. None but within a step of training."""
         self.noise: Tensor | None
         self.roles = {"noise": "table"}
         self.register_buffer("noise", torch.zeros((), dtype=torch.int64) if config.dropout else None, persistent=False)
@@ -161,6 +163,7 @@ class ByteLM(nn.Module):
         )
         first = self.config.prelude + self.config.core  # the number of the first layer that repeats another
         before: dict[int, Tensor] = {}  # block -> what it gave last
+        blocks = self.fast_blocks or self.blocks
         for index, layer in enumerate(layers):
             if embeddings:
                 x_BTC = x_BTC + embeddings[layer.number]
@@ -169,7 +172,7 @@ class ByteLM(nn.Module):
             if skips and layer.repeat:
                 x_BTC = torch.addcmul(x_BTC, skips[layer.number - first], before[layer.block])
             exclusive = index >= len(layers) - self.config.exclusive
-            block, given = self.blocks[layer.block], (x0_BTC, exclusive, noise, 2 * index + 1)
+            block, given = blocks[layer.block], (x0_BTC, exclusive, noise, 2 * index + 1)
             if self.checkpoint and state is None and torch.is_grad_enabled():
                 x_BTC = recomputed(block, x_BTC, self.rotary, None, *given, **_AGAIN)  # type: ignore[assignment]
             else:

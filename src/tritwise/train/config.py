@@ -64,7 +64,8 @@ class TrainConfig:
     device         auto, cpu or cuda
     dtype          of the activations: float32, bfloat16, or auto: bfloat16 on a GPU that has it, else float32
     compile        true, false, or auto: on a GPU, where the forward and backward pass of a model that is small beside
-                   it are also recorded once and replayed; graph: they are recorded there, and not compiled
+                   it are also recorded once and replayed; graph: they are recorded there, and not compiled; blocks:
+                   block by block, which is ready sooner where there are many layers or depths, for slower steps
     checkpoint     block: of a block only its input is kept for backward, which computes the rest again; none
     loss_chunk     positions whose logits exist at one time; 0: all of a micro-batch
     fp8            what large ternary matrices multiply in training, from a width of 512 on, is rounded to float8, which
@@ -156,7 +157,7 @@ class TrainConfig:
             ("direction", METHODS),
             ("device", ("auto", "cpu", "cuda")),
             ("dtype", ("auto", "float32", "bfloat16")),
-            ("compile", ("auto", "true", "false", "graph")),
+            ("compile", ("auto", "true", "blocks", "false", "graph")),
             ("checkpoint", ("none", "block")),
             ("ship_as", ("none", *WAYS)),
         ):
@@ -196,7 +197,8 @@ class Config:
                 raise UserError(
                     "attention without a window has no state to preserve; use --set window=64 or mixer=lstm"
                 )
-            once = self.train.accum > 1 or self.train.checkpoint != "none" or self.train.compile == "true"
+            once = self.train.accum > 1 or self.train.checkpoint != "none"
+            once = once or self.train.compile in ("true", "blocks")
             if once or self.train.seconds or self.train.depth_plan:
                 raise UserError(
                     "preserve_state carries state from step to step; use accum=1, checkpoint=none, compile=auto, "

@@ -57,14 +57,15 @@ def round_products(model: ByteLM | Arb) -> int:
 
 
 class Speed(NamedTuple):
-    """How steps run: `compile` and `graph` as `Stepper` takes them."""
+    """How steps run: `compile`, `graph` and `blocks` as `Stepper` takes them."""
 
     compile: bool
     graph: bool
+    blocks: bool = False
 
 
 def speed_of(compile: str, model: ByteLM | Arb, accum: int = 1) -> Speed:
-    """How to run the steps of `model`, where it is now. compile: true, false, graph, or auto: on a GPU that can.
+    """How to run the steps of `model` where it is now. compile: true, blocks, false, graph, or auto: on a GPU that can.
 
     A recording pays for small models, whose kernels are shorter than the calls that start them. Its gradients wait in
     memory all at once, so all of them, in float32, must be small beside the GPU. It writes the gradients of float
@@ -72,13 +73,14 @@ def speed_of(compile: str, model: ByteLM | Arb, accum: int = 1) -> Speed:
     """
     device = next(model.parameters()).device
     able = device.type == "cuda" and gpu.refuses(device) is None
-    wanted = compile == "true" or (compile in ("auto", "graph") and able)
-    if not wanted or device.type != "cuda":
-        return Speed(wanted, graph=False)
+    asked, blocks = compile in ("true", "blocks"), compile == "blocks"
+    if device.type != "cuda" or not (asked or (compile in ("auto", "graph") and able)):
+        return Speed(asked and not blocks, graph=False, blocks=asked and blocks)
     numbers = sum(layer.register.numel() for _, layer in trit_modules(model))
     floats = sum(p.numel() for p in model.parameters() if p.requires_grad)
     small = 4 * (numbers + floats) <= SMALL * torch.cuda.get_device_properties(device).total_memory
-    return Speed(compile != "graph", graph=small and (accum == 1 or not floats))
+    whole = compile in ("true", "auto")
+    return Speed(whole, graph=small and (accum == 1 or not floats), blocks=blocks)
 
 
 RECORDED = 1 << 32

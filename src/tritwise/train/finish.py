@@ -61,8 +61,11 @@ def finish(
 
     before = None if ternary else scored(going)  # ternary weights lose nothing: their file has the same logits
     if ternary or config.train.ship_as != "none":
+        shipping = time.perf_counter()
         info, way, final = ship_and_reread(going, folder.artifact, config, val, done, device, tokenizer=tokenizer)
+        took = time.perf_counter() - shipping - final.seconds  # of packing, and of reading it back and comparing
         result["artifact"] = {"path": str(info.path), "bytes": info.bytes, "bpb_reread": final.bpb, "way": way}
+        result["artifact"]["seconds"] = round(took, 3)
         result["artifact"]["streams"] = info.streams
         result["weights"] = info.weights
         if before is not None:
@@ -76,6 +79,7 @@ def finish(
         "bytes": final.bytes,
         "window": final.window,
         "stride": final.stride,
+        "seconds": round(final.seconds, 3),
     }
     chunked = scored(going, model.context)
     result["val_chunked"] = {"nats": chunked.nats, "bpb": chunked.bpb, "bytes": chunked.bytes}
