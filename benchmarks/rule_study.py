@@ -228,6 +228,18 @@ def warm_cells(data: str) -> list[Cell]:
     ]
 
 
+def nesterov_cells(data: str) -> list[Cell]:
+    """Directions that count the newest gradient once more."""
+    base = replace(full(data), settings=STEADY | {"nesterov": True})
+    finer = replace(base, shape=base.shape | {"group": 128})
+    return [
+        *(replace(finer, seed=seed) for seed in range(3)),
+        replace(finer, settings=finer.settings | {"momentum": 0.93}),
+        *(replace(base, seed=seed) for seed in range(3)),
+        replace(finer, rate=0.025),
+    ]
+
+
 def turn_cells(data: str) -> list[Cell]:
     """Matrices that take turns at moving, at every 2nd to 8th step: cheaper, and how much worse?"""
     base = replace(full(data), settings=STEADY)
@@ -323,6 +335,7 @@ STAGES: dict[str, Callable[[str], list[Cell]]] = {
     "turns": turn_cells,
     "groups": group_cells,
     "warm": warm_cells,
+    "nesterov": nesterov_cells,
 }
 
 

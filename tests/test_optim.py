@@ -121,6 +121,34 @@ def test_a_step_is_the_direction_of_the_momentum_rounded(direction, steps, block
         assert ((layer.register + 0.1 * LEAD * u).abs() > 1.5).any()
 
 
+@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("micros", [1, 3])
+def test_nesterov_looks_at_the_newest_gradient_once_more(micros, interval):
+    """The direction is that of momentum * M + G, M being what the same optimizer without it has; it leaves no state."""
+    layers, grads = [linear(64, 48), linear(64, 48)], [normal(48, 64, seed=seed) for seed in range(4)]
+    made = [
+        TritOptimizer(layer, rate=0.1, direction="rms", scale_rate=0.0, interval=interval, nesterov=nesterov)
+        for layer, nesterov in zip(layers, (False, True), strict=True)
+    ]
+    for grad in grads:
+        before = layers[1].register.clone()
+        for optimizer, layer in zip(made, layers, strict=True):
+            for _ in range(micros):
+                give(layer, grad / micros)
+            optimizer.step()
+        wanted = 0.9 * value(made[0], layers[0]) + grad.double()
+        moved = (layers[1].register - before).double()
+        if optimizer.flips_by_layer:
+            exact = -interval * 0.1 * LEAD * wanted / wanted.square().mean().sqrt()
+            free = before.abs() < 60
+            assert (moved - exact)[free].abs().max() < 1.6 * interval  # rounded, of int8 momenta
+            plain = -interval * 0.1 * LEAD * (m := value(made[0], layers[0])) / m.square().mean().sqrt()
+            assert grad is grads[0] or (moved - plain)[free].abs().max() > 3
+    one, other = (optimizer.state[layer.register] for optimizer, layer in zip(made, layers, strict=True))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert not made[1]._lookahead
+
+
 @pytest.mark.parametrize("direction", ["newton_schulz", "balanced", "row_column", "rms", "sign"])
 def test_steps_lower_the_loss(direction):
     layer, x = linear(24, 24), normal(64, 24)
@@ -456,6 +484,7 @@ def test_the_newest_optimizer_gets_the_gradients():
         ({"momentum": 1.0}, "momentum is 1.0; it must be at least 0 and below 1"),
         ({"momentum": -0.5}, "momentum is -0.5; it must be at least 0 and below 1"),
         ({"momentum": math.nan}, "momentum is nan; it must be at least 0 and below 1"),
+        ({"nesterov": True, "compact": True}, "nesterov needs a momentum of its own byte; leave compact or nesterov"),
         ({"row_memory": 1.0}, "row_memory is 1.0; it must be at least 0 and below 1"),
         (
             {"direction": "adam"},

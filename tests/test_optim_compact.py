@@ -125,3 +125,9 @@ def test_a_gradient_that_is_no_number_moves_nothing():
 def test_a_sparse_layer_cannot_be_compact():
     with pytest.raises(ValueError, match="a sparse layer cannot be compact; make it with sparse=False"):
         TritOptimizer(TritEmbedding(9, 6, sparse=True), compact=True)
+    with pytest.raises(ValueError, match="a sparse layer cannot have nesterov; make it with sparse=False"):
+        TritOptimizer(TritEmbedding(9, 6, sparse=True), nesterov=True)
+    with pytest.raises(ValueError, match="a sparse layer cannot have nesterov"):
+        TritOptimizer(TritEmbedding(9, 6, sparse=True)).configure(nesterov=True)
+    with pytest.raises(ValueError, match="nesterov needs a momentum of its own byte"):
+        TritOptimizer(TritEmbedding(9, 6), compact=True).configure(nesterov=True)

@@ -109,7 +109,7 @@ def test_changed_settings_are_used_at_once():
     assert_equal(everything(model, optimizer), everything(other, fresh))
 
 
-LISTED = "rate, momentum, scale_rate, direction, steps, row_memory, interval, seed"
+LISTED = "rate, momentum, nesterov, scale_rate, direction, steps, row_memory, interval, seed"
 
 
 @pytest.mark.parametrize(

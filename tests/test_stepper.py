@@ -20,7 +20,7 @@ from tritwise.train.stepper import Stepper
 from tritwise.train.warm import warm_up
 
 SHAPE = ModelConfig(width=32, depth=1, ctx=16, column_scales=True)
-TRIT = {"trit": {}, "compact": {"compact": True}, "steadied": {"row_memory": 0.9}}
+TRIT = {"trit": {}, "compact": {"compact": True}, "steadied": {"row_memory": 0.9}, "nesterov": {"nesterov": True}}
 RULES = (*TRIT, "adamw", "muon")
 
 

@@ -29,6 +29,9 @@ class Book(torch.optim.Optimizer):
     _received: dict[Tensor, int]  # micro-batches since the last step
     _taken: list[Tensor]  # bool [tensors], whether a gradient was a number
     _touched: dict[Tensor, Tensor]  # bool [rows] of sparse layers
+    _lookahead: dict[
+        Tensor, tuple[Tensor, Tensor]
+    ]  # momentum and row exponents that a direction looks at, within a step
     _live: Live | None
     _records: bool
 
@@ -86,6 +89,11 @@ class Book(torch.optim.Optimizer):
 
     def _learns_scale(self, layer: TritModule) -> bool:
         return layer.learns_scale and self._settings_of(layer.register)["scale_rate"] > 0
+
+    def _moves_now(self, register: Tensor) -> bool:
+        """Whether it is this layer's turn to move at this step."""
+        group = self._settings_of(register)
+        return (group["step"] + self._number[register]) % group["interval"] == 0
 
     def _place(self, layer: TritModule, stream: int) -> Place:
         group = self._settings_of(layer.register)

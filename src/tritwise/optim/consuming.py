@@ -74,6 +74,13 @@ class Consuming(Book):
             else:
                 entry = (state["momentum"], state["row_exponent"], grad, Place(*where, stream))
                 calls.setdefault(decay, []).append(entry)
+                if group["nesterov"] and self._moves_now(register):
+                    if micro == 0:
+                        self._lookahead[register] = state["momentum"].clone(), state["row_exponent"].clone()
+                    # Directions have no size, so a newest gradient that counts more is a momentum that counts less.
+                    less = decay * decay / (1 + decay) if micro == 0 else 1.0
+                    ahead = (*self._lookahead[register], grad, Place(*where, stream + 1))
+                    calls.setdefault(less, []).append(ahead)
             if scale_parts:
                 streams = (stream + 2, _ACCUMULATE_COLUMN - micro)
                 for one, part, own in zip(scale_sets(layer, state), scale_parts, streams, strict=False):

@@ -19,7 +19,7 @@ ROLE_DEFAULTS: dict[str, dict[str, Any]] = {
 ROLE_RATES = {"embedding": 2.0, "head": 2.0, "vector": 0.03}
 """Rates of roles over that of matrices, unless given: docs/RULE.md. A vector's register is a number, not evidence for a
 trit: at the matrices' rate it would walk by .04 a step, which cost .14 bits a byte (docs/LOG.md)."""
-SETTINGS = ("rate", "momentum", "scale_rate", "direction", "steps", "row_memory", "interval", "seed")
+SETTINGS = ("rate", "momentum", "nesterov", "scale_rate", "direction", "steps", "row_memory", "interval", "seed")
 """What `configure` changes."""
 
 
@@ -61,6 +61,8 @@ def check(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {group[name]}; it must be at least 0 and below 1")
     if group["direction"] not in METHODS:
         raise ValueError(f"there is no direction {group['direction']!r}; choose one of {', '.join(METHODS)}")
+    if group["nesterov"] and group["compact"]:
+        raise ValueError("nesterov needs a momentum of its own byte; leave compact or nesterov off")
     if group["steps"] < 1 or group["interval"] < 1:
         raise ValueError("steps and interval must be at least 1")
 

@@ -52,7 +52,7 @@ class Moving(Book):
         for group in self.param_groups:
             alike = tuple(group[name] for name in _ALIKE)
             for register in group["params"]:
-                if register not in self._received or (group["step"] + self._number[register]) % group["interval"]:
+                if register not in self._received or not self._moves_now(register):
                     continue
                 layer = self._layers[register]
                 if layer.sparse or self._moves_alone(register):
@@ -93,6 +93,8 @@ class Moving(Book):
             momenta = ops.momentum_of_many(registers, level, [s["group_exponent"] for s in states])
         else:
             momenta = [s["momentum"] for s in states]
+            if group["nesterov"]:
+                momenta, exponents = (list(part) for part in zip(*(self._lookahead[r] for r in registers), strict=True))
         if layers[0].sparse:
             rows = self._touched[registers[0]].nonzero()[:, 0]
             if not rows.numel():

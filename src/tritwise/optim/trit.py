@@ -40,7 +40,9 @@ class TritOptimizer(Consuming, Moving):
     layers: a model, an iterable of TritModule, or a list of groups {"params": [TritModule, …], "lr": …, …}. A model or
         an iterable is split into one group per declared role (matrix, embedding, head).
     rate: step of a register in leading-trit units for a direction of 1; stored as "lr", so torch's schedulers work.
-    momentum: decay of the int8 momentum. scale_rate: step of a scale in octaves (0: scales stay).
+    momentum: decay of the int8 momentum. nesterov: directions are made of momentum * M + gradient once more (Nesterov
+        1983, as in Muon), which takes one more byte a weight within a step, none between steps. scale_rate: step of a
+        scale in octaves (0: scales stay).
     direction: of the groups that have no other by default (ROLE_DEFAULTS), one of `tritwise.ops.direction.METHODS`;
         steps: Newton-Schulz steps. row_memory: rows of the direction are divided by the root of a running mean of their
         squares, and this is its decay; it takes two bytes a row. 0: they are not.
@@ -62,6 +64,7 @@ class TritOptimizer(Consuming, Moving):
         rate: float = 0.03,
         *,
         momentum: float = 0.9,
+        nesterov: bool = False,
         scale_rate: float = 0.005,
         direction: str = "balanced",
         steps: int = 3,
@@ -74,6 +77,7 @@ class TritOptimizer(Consuming, Moving):
         defaults = {
             "lr": rate,
             "momentum": momentum,
+            "nesterov": nesterov,
             "scale_rate": scale_rate,
             "direction": direction,
             "steps": steps,
@@ -91,6 +95,7 @@ class TritOptimizer(Consuming, Moving):
         self._received = {}
         self._taken = []
         self._touched = {}
+        self._lookahead = {}
         self._waiting = {}
         self._uncounted: Tensor | None = None  # skipped steps that the host has not read yet
         self._live = None
@@ -114,11 +119,8 @@ class TritOptimizer(Consuming, Moving):
             settings["lr"] = param_group["rate"]
         merged = self.defaults | settings
         check(merged)
+        _check_layers(merged, layers)
         if merged["compact"]:
-            if any(layer.sparse for layer in layers):
-                raise ValueError(
-                    "a sparse layer cannot be compact; make it with sparse=False, or take it out of the group"
-                )
             _drop_momentum(layers)
         self.version += 1
         super().add_param_group({"params": [layer.register for layer in layers], **settings})
@@ -161,13 +163,10 @@ class TritOptimizer(Consuming, Moving):
         if unknown:
             raise ValueError(f"there is no setting {sorted(unknown)[0]!r}; choose one of {', '.join(SETTINGS)}")
         changed = []
-        check(
-            self.defaults
-            | {name: settings[name] for name in settings if name != "rate"}
-            | {"lr": settings.get("rate", 0.0)}
-        )
         for group in groups:
             own = {name: value for name, value in settings.items() if name != "rate"}
+            check(dict(group) | own | {"lr": settings.get("rate", 0.0)})
+            _check_layers(own, [self._layers[register] for register in group["params"]])
             if "rate" in settings:
                 factor = ROLE_RATES.get(group.get("role", ""), 1.0) if role is None else 1.0
                 own["lr"] = own["initial_lr"] = settings["rate"] * factor
@@ -180,7 +179,14 @@ class TritOptimizer(Consuming, Moving):
         """Forget what is not a weight: momentum, the evidence of scales, gradients taken since the last step, and the
         counts of steps and skipped steps. Registers, scale exponents and settings stay."""
         self.state.clear()
-        for pending in (self._received, self._taken, self._touched, self._waiting, self.flips_by_layer):
+        for pending in (
+            self._received,
+            self._taken,
+            self._touched,
+            self._lookahead,
+            self._waiting,
+            self.flips_by_layer,
+        ):
             pending.clear()
         self._uncounted = None
         self.version += 1
@@ -200,6 +206,7 @@ class TritOptimizer(Consuming, Moving):
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             group.setdefault("row_memory", 0.0)  # of before there was one
+            group.setdefault("nesterov", False)
 
     @property
     def recordable(self) -> bool:
@@ -286,6 +293,7 @@ class TritOptimizer(Consuming, Moving):
         self._received.clear()
         self._taken.clear()
         self._touched.clear()
+        self._lookahead.clear()
         return loss
 
     def _moves_are_recorded(self, go: Tensor) -> bool:
@@ -293,7 +301,17 @@ class TritOptimizer(Consuming, Moving):
         if not self.records_moves or self._records or not go.is_cuda or len(self._received) < len(self._layers):
             return False
         alike = len({group["step"] for group in self.param_groups}) == 1
-        return alike and not any(layer.sparse for layer in self._layers.values())
+        fixed = not any(
+            group["nesterov"] for group in self.param_groups
+        )  # what is looked at is made anew at every step
+        return alike and fixed and not any(layer.sparse for layer in self._layers.values())
+
+
+def _check_layers(settings: dict[str, Any], layers: Iterable[TritModule]) -> None:
+    """Raise ValueError for settings that sparse layers cannot have."""
+    for name, told in (("compact", "be compact"), ("nesterov", "have nesterov")):
+        if settings.get(name) and any(layer.sparse for layer in layers):
+            raise ValueError(f"a sparse layer cannot {told}; make it with sparse=False, or take it out of the group")
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ class TrainConfig:
     rate           step of a register in leading-trit units (learning rate of a float optimizer)
     momentum       decay of the momentum (beta1 of AdamW)
     momentum_start, momentum_warmup   momentum at the first step, and steps until it has risen to `momentum`; 0: at once
+    nesterov       for trit: directions count the newest gradient once more; one byte a weight more within a step
     direction      balanced, newton_schulz, row_column, rms or sign, for matrices
     row_memory     decay of the running mean of squares by which rows of matrices are steadied; 0: they are not
     interval       a matrix moves at every interval-th step, by interval times as much, and matrices take turns;
@@ -88,6 +89,7 @@ class TrainConfig:
     momentum_start: float = 0.0
     momentum_warmup: int = 0
     direction: str = "newton_schulz"
+    nesterov: bool = False
     row_memory: float = 0.95
     interval: int = 0
     scale_rate: float = 0.0
@@ -204,6 +206,11 @@ class Config:
                     "preserve_state carries state from step to step; use accum=1, checkpoint=none, compile=auto, "
                     "and leave seconds and depth_plan out"
                 )
+        if self.train.nesterov and (self.train.compact or self.train.optimizer != "trit"):
+            raise UserError(
+                "nesterov is for ternary weights with a momentum of their own byte (Muon has it anyway); use "
+                "optimizer=trit and compact=false, or leave it out"
+            )
         if self.train.clip and self.train.optimizer == "trit":
             raise UserError(
                 "clip is for float gradients; the step of a ternary weight has a fixed size, so leave it out"

@@ -27,6 +27,7 @@ def build_optimizers(model: ByteLM | Arb, config: TrainConfig) -> list[torch.opt
                 momentum=config.momentum,
                 scale_rate=config.scale_rate,
                 direction=config.direction,
+                nesterov=config.nesterov,
                 row_memory=config.row_memory,
                 interval=config.interval or _affordable_interval(model.config, config),
                 compact=config.compact,
