@@ -7,6 +7,7 @@ is not run again, so a study can be cut off and taken up. The rows go to benchma
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from tritwise.bench.grid import GRID, grid_cells
 from tritwise.bench.harness import Cell
 from tritwise.bench.runner import TURNS
 from tritwise.bench.sweep import SweepLines, devices_called, run_cells
+from tritwise.ops.backends import ENVIRONMENT
 
 SPLIT = "first:38000000,last:2000000"
 STEADY = {"row_memory": 0.95}
@@ -228,6 +230,12 @@ def warm_cells(data: str) -> list[Cell]:
     ]
 
 
+def reference_cells(data: str) -> list[Cell]:
+    """The comparison's first row once more by plain torch, eager: what kernels, recorded steps and compilers make of
+    it has to be the same within what seeds differ by."""
+    return [replace(full(data), settings=STEADY, bench="reference")]
+
+
 def nesterov_cells(data: str) -> list[Cell]:
     """Directions that count the newest gradient once more."""
     base = replace(full(data), settings=STEADY | {"nesterov": True})
@@ -336,6 +344,7 @@ STAGES: dict[str, Callable[[str], list[Cell]]] = {
     "groups": group_cells,
     "warm": warm_cells,
     "nesterov": nesterov_cells,
+    "reference": reference_cells,
 }
 
 
@@ -347,14 +356,19 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, default=1, help="processes a device: 4 for small models")
     options = parser.parse_args()
+    if "reference" in options.stages.split(",")[:-1]:
+        parser.error("reference changes what runs after it; name it last")
     devices = devices_called(options.device)
     for stage in options.stages.split(","):
+        plain = stage == "reference"
+        if plain:
+            os.environ[ENVIRONMENT] = "reference"
         run_cells(
             STAGES[stage](options.data),
             options.out / "rows.jsonl",
             devices,
             workers=options.workers,
-            compile=devices != ["cpu"],
+            compile=devices != ["cpu"] and not plain,
             display=SweepLines(Console()),
         )
 
