@@ -242,7 +242,7 @@ def nesterov_cells(data: str) -> list[Cell]:
     finer = replace(base, shape=base.shape | {"group": 128})
     return [
         *(replace(finer, seed=seed) for seed in range(3)),
-        replace(finer, settings=finer.settings | {"momentum": 0.93}),
+        *(replace(finer, settings=finer.settings | {"momentum": momentum}) for momentum in (0.93, 0.95)),
         *(replace(base, seed=seed) for seed in range(3)),
         replace(finer, rate=0.025),
     ]
