@@ -321,10 +321,11 @@ def run(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     ends, console = time.monotonic() + 60 * given.minutes, Console(highlight=False, soft_wrap=True)
     data = str(locate(given.data).resolve()) if Path(given.data).exists() else given.data
-    study, left = Study(data, given.out, given.tiny, given.seconds, given.tuning, given.known), 0
+    left = 0
     more = ["--data", data, "--seconds", str(given.seconds), "--tuning", str(given.tuning)]
     more += [*(["--tiny"] if given.tiny else []), *(["--known", str(given.known)] if given.known else [])]
     try:
+        study = Study(data, given.out, given.tiny, given.seconds, given.tuning, given.known)
         stages = given.stages.split(",")
         for stage in stages:
             if stage not in STAGES:

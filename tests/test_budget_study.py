@@ -78,6 +78,7 @@ def test_the_best_rate_is_taken(study, small_text, tmp_path, capsys):
     assert cells.best_rate("flat-float") == 0.01
     assert {config.train.rate for config in cells.main() if config.recipe == "flat-float"} == {0.01}
     assert study.run(["everything", *words]) == 2
+    assert study.run(["tune", *words, "--known", str(tmp_path / "missing.json")]) == 2
 
 
 def test_what_a_result_file_has_of_tune_is_not_run_again(study, small_text, tmp_path):

@@ -58,8 +58,8 @@ def recorded(config: Config, run: RunFolder, wanted: Sequence[str] = ("val", "te
             ways = (("sliding", config.train.stride), ("chunked", model.context))
             for name, stride in ways if part == "val" else ways[:1]:
                 told = score(model, parts[part], stride=stride, device=device, alphabet=tokenizer)
-                scores[f"{part}_{name}"] = {"bpb": told.bpb, "bytes": told.bytes, "stride": told.stride}
-                scores[f"{part}_{name}"]["seconds"] = round(told.seconds, 3)
+                found = {"bpb": told.bpb, "bytes": told.bytes, "stride": told.stride}
+                scores[f"{part}_{name}"] = found | {"seconds": round(told.seconds, 3)}
     settings = config.as_dict()
     for key in ("data", "tokenizer"):
         settings["train"][key] = Path(settings["train"][key]).name  # where they lie is nobody's business

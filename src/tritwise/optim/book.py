@@ -29,9 +29,7 @@ class Book(torch.optim.Optimizer):
     _received: dict[Tensor, int]  # micro-batches since the last step
     _taken: list[Tensor]  # bool [tensors], whether a gradient was a number
     _touched: dict[Tensor, Tensor]  # bool [rows] of sparse layers
-    _lookahead: dict[
-        Tensor, tuple[Tensor, Tensor]
-    ]  # momentum and row exponents that a direction looks at, within a step
+    _lookahead: dict[Tensor, tuple[Tensor, Tensor]]  # momentum and row exponents for a direction, within a step
     _live: Live | None
     _records: bool
 

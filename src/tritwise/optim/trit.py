@@ -179,15 +179,9 @@ class TritOptimizer(Consuming, Moving):
         """Forget what is not a weight: momentum, the evidence of scales, gradients taken since the last step, and the
         counts of steps and skipped steps. Registers, scale exponents and settings stay."""
         self.state.clear()
-        for pending in (
-            self._received,
-            self._taken,
-            self._touched,
-            self._lookahead,
-            self._waiting,
-            self.flips_by_layer,
-        ):
-            pending.clear()
+        self._forget_gradients()
+        self._waiting.clear()
+        self.flips_by_layer.clear()
         self._uncounted = None
         self.version += 1
         for group in self.param_groups:
@@ -290,21 +284,20 @@ class TritOptimizer(Consuming, Moving):
         if not self._records:
             for group in self.param_groups:
                 group["step"] += 1
-        self._received.clear()
-        self._taken.clear()
-        self._touched.clear()
-        self._lookahead.clear()
+        self._forget_gradients()
         return loss
+
+    def _forget_gradients(self) -> None:
+        """What was known of the gradients that were taken since the last step."""
+        for pending in (self._received, self._taken, self._touched, self._lookahead):
+            pending.clear()
 
     def _moves_are_recorded(self, go: Tensor) -> bool:
         """Whether this step's moves can be recorded, or come from a recording: those of every layer, on a GPU."""
         if not self.records_moves or self._records or not go.is_cuda or len(self._received) < len(self._layers):
             return False
-        alike = len({group["step"] for group in self.param_groups}) == 1
-        fixed = not any(
-            group["nesterov"] for group in self.param_groups
-        )  # what is looked at is made anew at every step
-        return alike and fixed and not any(layer.sparse for layer in self._layers.values())
+        # What nesterov looks at is made anew at every step, and a recording of moves alone would not find it.
+        return self.recordable and not any(group["nesterov"] for group in self.param_groups)
 
 
 def _check_layers(settings: dict[str, Any], layers: Iterable[TritModule]) -> None:

@@ -199,8 +199,7 @@ class Config:
                 raise UserError(
                     "attention without a window has no state to preserve; use --set window=64 or mixer=lstm"
                 )
-            once = self.train.accum > 1 or self.train.checkpoint != "none"
-            once = once or self.train.compile in ("true", "blocks")
+            once = self.train.accum > 1 or self.train.checkpoint != "none" or self.train.compile in ("true", "blocks")
             if once or self.train.seconds or self.train.depth_plan:
                 raise UserError(
                     "preserve_state carries state from step to step; use accum=1, checkpoint=none, compile=auto, "

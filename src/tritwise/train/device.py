@@ -73,13 +73,12 @@ def speed_of(compile: str, model: ByteLM | Arb, accum: int = 1) -> Speed:
     """
     device = next(model.parameters()).device
     able = device.type == "cuda" and gpu.refuses(device) is None
-    asked, blocks = compile in ("true", "blocks"), compile == "blocks"
-    if device.type != "cuda" or not (asked or (compile in ("auto", "graph") and able)):
-        return Speed(asked and not blocks, graph=False, blocks=asked and blocks)
+    whole, blocks = compile == "true" or (compile == "auto" and able), compile == "blocks"
+    if device.type != "cuda" or not (whole or blocks or (compile == "graph" and able)):
+        return Speed(whole, graph=False, blocks=blocks)
     numbers = sum(layer.register.numel() for _, layer in trit_modules(model))
     floats = sum(p.numel() for p in model.parameters() if p.requires_grad)
     small = 4 * (numbers + floats) <= SMALL * torch.cuda.get_device_properties(device).total_memory
-    whole = compile in ("true", "auto")
     return Speed(whole, graph=small and (accum == 1 or not floats), blocks=blocks)
 
 

@@ -32,10 +32,10 @@ MOST_RECORDED = 64  # recordings at most; batches of further shapes run eagerly
 class Stepper:
     """Runs `model.loss` forward and backward over `accum` micro-batches, then every optimizer.
 
-    compile, blocks: of `loss_of`. graph: record forward and backward as a CUDA graph, one
-    for every shape of batch and number of repeats, when it first comes, up to MOST_RECORDED. guard: a step whose
-    gradients are no numbers moves nothing and counts as "skipped" in the optimizers' groups. Ternary optimizers see
-    to that themselves, on the device; for float ones the host waits for the device once a step. clip: largest norm of
+    compile, blocks: of `loss_of`. graph: record forward and backward as a CUDA graph, one for every shape of batch and
+    number of repeats, when it first comes, up to MOST_RECORDED. guard: a step whose gradients are no numbers moves
+    nothing and counts as "skipped" in the optimizers' groups. Ternary optimizers see to that themselves, on the
+    device; for float ones the host waits for the device once a step. clip: largest norm of
     all float gradients together; 0: none. crew: the processes that share a step's micro-batches; `accum` counts those
     of all. seed: of dropout, whose masks follow from it, from `taken`, the steps taken so far (set by whoever resumes a
     run), and from the number of the micro-batch. steady: nothing but rates will change from step to step, so that a

@@ -56,9 +56,8 @@ def row_sums(
     for at in range(0, SPAN, BLOCK_N):
         token = split * SPAN + at + tl.arange(0, BLOCK_N)
         used = tl.load(ids + token, mask=token < tokens, other=-1)
-        used = tl.where((used >= 0) & (used < rows), used, -1).to(
-            tl.int32
-        )  # compared with every row: in half the registers
+        # It is compared with every row: in half the registers.
+        used = tl.where((used >= 0) & (used < rows), used, -1).to(tl.int32)
         mask = (token < tokens)[:, None] & (column < columns)[None, :]
         x = tl.load(grad + token[:, None] * columns + column[None, :], mask=mask, other=0.0)
         hot = narrow(tl.where(row[:, None] == used[None, :], 1.0, 0.0), NARROW)

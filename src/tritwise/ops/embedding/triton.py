@@ -13,13 +13,8 @@ from tritwise.ops.embedding import reference
 ROWS = 512  # up to which a table is small: the product grows with them, the sort that is its alternative does not
 PARTS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1}  # bfloat16s that hold a number
 OLDEST = (8, 0)  # compute capability with matrix units for bfloat16
-TILE = {
-    "BLOCK_V": 256,
-    "BLOCK_C": 64,
-    "BLOCK_N": 64,
-    "num_warps": 8,
-    "num_stages": 3,
-}  # 246 registers, where all is aligned
+# It takes 246 registers, where all is aligned.
+TILE = {"BLOCK_V": 256, "BLOCK_C": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
 PROGRAMS = 128  # that fill a GPU: one on each of its 132 processors
 SUMMED = 1024  # numbers that one program adds up over the splits
 
