@@ -1,7 +1,7 @@
 """The runs behind the table of models under a budget of bytes: rates tuned, contestants compared, parts taken away.
 
     python benchmarks/budget_study.py STAGE[,STAGE…] --data ENWIK8 --out FOLDER [--minutes M] [--seconds S] [--tuning T]
-        [--known FILE]
+        [--known FILE] [--only NAME[,NAME…]]
 
 Stages, each a list of cells in order of importance:
 
@@ -34,6 +34,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ from tritwise.train.progress import PlainLines
 
 RATES = {
     "flat-ternary": (0.02, 0.03, 0.045),
-    "recurrent-ternary": (0.02, 0.03, 0.045),
+    "recurrent-ternary": (0.014, 0.02, 0.03),
     "flat-float": (0.01, 0.02, 0.04),
     "recurrent-float": (0.008, 0.016, 0.032),
 }
@@ -221,14 +222,21 @@ def waves(stages: list[str]) -> list[list[str]]:
 
 
 def run_wave(
-    study: Study, stages: list[str], ends: float, console: Console, more: list[str], slim: bool = False, each: int = 1
+    study: Study,
+    stages: list[str],
+    ends: float,
+    console: Console,
+    more: list[str],
+    slim: bool = False,
+    each: int = 1,
+    only: Collection[str] = ENTRIES,
 ) -> int:
-    """Run the cells of these stages that end in time, one a GPU, or `each` if none of them is timed; returns how many
-    are left. more: flags for each cell."""
+    """Run the cells of these stages that end in time, of the contestants in `only`, one a GPU, or `each` if none of
+    them is timed; returns how many are left. more: flags for each cell."""
     known = study.out / "walls.json"
     walls: dict[str, float] = read_json(known) if known.exists() else {}
     cells = {stage: getattr(study, stage)() for stage in stages}
-    waiting = [(stage, config) for stage in stages for config in cells[stage] if study.open(config)]
+    waiting = [(s, config) for s in stages for config in cells[s] if config.recipe in only and study.open(config)]
     gpus = max(1, torch.cuda.device_count())
     free = list(range(gpus * (each if BY_STEPS.issuperset(stages) else 1)))
     running: dict[int, tuple[subprocess.Popen[bytes], str, Config, float]] = {}
@@ -243,7 +251,7 @@ def run_wave(
             console.print(f"{stage}: {config.recipe} rate {config.train.rate:g} seed {config.train.seed}", markup=False)
             running[place] = (start_cell(study, stage, config, place % gpus, more), stage, config, now)
         if not running:
-            return sum(study.open(config) for stage in stages for config in cells[stage])
+            return sum(study.open(config) for s in stages for config in cells[s] if config.recipe in only)
         for place, (process, stage, config, began) in list(running.items()):
             if process.poll() is None and now >= ends:
                 process.terminate() if now < ends + GRACE else process.kill()
@@ -315,6 +323,7 @@ def run(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tuning", type=float, default=100.0, help="training of a cell of tune")
     parser.add_argument("--known", type=Path, help="a result file whose runs of tune count, if S and T are the same")
     parser.add_argument("--each", type=int, default=1, help="cells that share a GPU, of stages that go by steps")
+    parser.add_argument("--only", default=",".join(ENTRIES), help="contestants whose cells are run; all others wait")
     parser.add_argument("--slim", action="store_true", help="keep no shipped models, only what is said of them")
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU, to see that everything runs")
     parser.add_argument("--cell", help="one cell, in this process: the name of its folder")
@@ -330,12 +339,14 @@ def run(arguments: list[str] | None = None) -> int:
         for stage in stages:
             if stage not in STAGES:
                 raise UserError(f"there is no stage {stage!r}; choose of {', '.join(STAGES)}")
+        for name in set(given.only.split(",")) - set(ENTRIES):
+            raise UserError(f"there is no contestant {name!r}; choose of {', '.join(ENTRIES)}")
         if given.cell:
             return run_cell(study, stages[0], given.cell)
         make_folder(study.out)
         describe(data)  # unpacked once, before the cells need it
         for wave in waves(stages):
-            if left := run_wave(study, wave, ends, console, more, given.slim, given.each):
+            if left := run_wave(study, wave, ends, console, more, given.slim, given.each, given.only.split(",")):
                 break
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

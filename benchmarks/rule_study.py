@@ -241,11 +241,15 @@ def nesterov_cells(data: str) -> list[Cell]:
     """Directions that count the newest gradient once more."""
     base = replace(full(data), settings=STEADY | {"nesterov": True})
     finer = replace(base, shape=base.shape | {"group": 128})
+    slow = replace(finer, settings=finer.settings | {"momentum": 0.93})
     return [
         *(replace(finer, seed=seed) for seed in range(3)),
-        *(replace(finer, settings=finer.settings | {"momentum": momentum}) for momentum in (0.93, 0.95)),
+        slow,
+        replace(finer, settings=finer.settings | {"momentum": 0.95}),
         *(replace(base, seed=seed) for seed in range(3)),
         replace(finer, rate=0.025),
+        *(replace(slow, seed=seed) for seed in (1, 2)),
+        replace(slow, rate=0.025),
     ]
 
 

@@ -74,7 +74,7 @@ def test_the_best_rate_is_taken(study, small_text, tmp_path, capsys):
     assert study.run(["tune", *words, "--minutes", "-1"]) == 3
     assert "12 cells are left" in capsys.readouterr().out
     cells = tuned(study, tmp_path, small_text)
-    assert cells.best_rate("flat-ternary") == 0.02 and cells.best_rate("recurrent-ternary-constant") == 0.045
+    assert cells.best_rate("flat-ternary") == 0.02 and cells.best_rate("recurrent-ternary-constant") == 0.03
     assert cells.best_rate("flat-float") == 0.01
     assert {config.train.rate for config in cells.main() if config.recipe == "flat-float"} == {0.01}
     assert study.run(["everything", *words]) == 2

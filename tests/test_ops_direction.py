@@ -191,6 +191,15 @@ def test_the_gram_path_equals_the_plain_path(columns):
     assert (gram[:, :columns] - plain).norm() < 1e-5 * plain.norm()
 
 
+def test_five_steps_in_bfloat16_iterate_the_matrix_itself():
+    """A wide matrix whose singular values span e^8: through the Gram matrix the small ones are lost to rounding."""
+    u, _, v = torch.linalg.svd(torch.randn(96, 384, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    x = u * torch.exp(torch.arange(96) / -12) @ v
+    exact = newton_schulz(x, 5)
+    lost, kept = (newton_schulz(x.bfloat16(), 5, through_gram=way).float() for way in (True, False))
+    assert (kept - exact).norm() < 0.15 * exact.norm() < (lost - exact).norm()
+
+
 @pytest.mark.parametrize("shape", [(24, 24), (24, 36), (24, 48), (24, 200)])
 def test_tall_is_the_transpose_of_wide(shape):
     momentum, _ = state(*shape)

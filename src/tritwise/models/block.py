@@ -3,6 +3,9 @@
 Shape suffixes: B batch, T time, C width.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from tritwise.models.config import ModelConfig
@@ -14,7 +17,8 @@ from tritwise.nn.vector import FloatVector
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). [B, T, C] in and out.
 
-    With config.input_mix, x is first mixed with the model's input x0: a ⊙ x + b ⊙ x0, a = 1 and b = 0 at the start.
+    What is added before, such as embeddings of a repeat, belongs to the block so that it is compiled with it.
+    With config.input_mix, x is then mixed with the model's input x0: a ⊙ x + b ⊙ x0, a = 1 and b = 0 at the start.
     With config.gains, what attention and MLP add is multiplied by a learned gain a channel, 1 at the start.
     config.dropout acts on what they add, where there is `noise`.
     """
@@ -38,9 +42,13 @@ class Block(nn.Module):
         exclusive: bool = False,
         noise: Tensor | None = None,
         place: int = 0,
+        added: Sequence[tuple[Tensor | None, Tensor]] = (),
     ) -> Tensor:
         """x0_BTC: the model's input, for the mix; None stands for x itself. exclusive: as in `Attention`. noise, place:
-        as of `dropout`, which also takes the place after this one; None: nothing is dropped."""
+        as of `dropout`, which also takes the place after this one; None: nothing is dropped. added: what x gets first,
+        [B, T, C] or [C] each, behind how strongly in each channel, [C]; None: as it is."""
+        for scale_C, other in added:
+            x_BTC = x_BTC + other if scale_C is None else torch.addcmul(x_BTC, scale_C, other)
         if self.mix is not None:
             keep_C, input_C = self.mix().to(x_BTC.dtype).unbind()
             x_BTC = keep_C * x_BTC + input_C * (x_BTC if x0_BTC is None else x0_BTC)

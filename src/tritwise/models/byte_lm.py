@@ -165,14 +165,12 @@ class ByteLM(nn.Module):
         before: dict[int, Tensor] = {}  # block -> what it gave last
         blocks = self.fast_blocks or self.blocks
         for index, layer in enumerate(layers):
-            if embeddings:
-                x_BTC = x_BTC + embeddings[layer.number]
-            for table, value_BTC in enumerate(values):
-                x_BTC = torch.addcmul(x_BTC, scales[layer.number * len(values) + table], value_BTC)
+            added: list[tuple[Tensor | None, Tensor]] = [(None, embeddings[layer.number])] if embeddings else []
+            added += zip(scales[layer.number * len(values) :], values, strict=False)
             if skips and layer.repeat:
-                x_BTC = torch.addcmul(x_BTC, skips[layer.number - first], before[layer.block])
+                added.append((skips[layer.number - first], before[layer.block]))
             exclusive = index >= len(layers) - self.config.exclusive
-            block, given = blocks[layer.block], (x0_BTC, exclusive, noise, 2 * index + 1)
+            block, given = blocks[layer.block], (x0_BTC, exclusive, noise, 2 * index + 1, added)
             if self.checkpoint and state is None and torch.is_grad_enabled():
                 x_BTC = recomputed(block, x_BTC, self.rotary, None, *given, **_AGAIN)  # type: ignore[assignment]
             else:

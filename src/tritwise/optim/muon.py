@@ -79,11 +79,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(stack_NRC: Tensor, steps: int) -> Tensor:
-    """The directions of a stack of matrices: in bfloat16 on a GPU where that is accurate, else in float32.
-
-    Wide and tall matrices are iterated through their Gram matrix, where after three steps the rounding of bfloat16
-    swamps small singular values (measured: errors of 50 to 200 % after five, against 12 % for square ones).
-    """
-    small, large = sorted(stack_NRC.shape[1:])
-    exact = not stack_NRC.is_cuda or (steps > 3 and large >= 2 * small)
-    return newton_schulz(stack_NRC.to(torch.float32 if exact else torch.bfloat16), steps)
+    """The directions of a stack of matrices: in bfloat16 on a GPU, as is usual, else in float32."""
+    if not stack_NRC.is_cuda:
+        return newton_schulz(stack_NRC.float(), steps)
+    return newton_schulz(stack_NRC.bfloat16(), steps, through_gram=steps <= 3)
