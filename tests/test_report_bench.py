@@ -331,6 +331,16 @@ def test_the_markdown_of_the_ablation(written):
     assert ablation_markdown(rows[:1]) == "No variants have been measured yet."
 
 
+def test_the_ablation_has_every_length_with_many_variants():
+    """Four variants at a third of the length are too few beside the richest length, five are a table of their own."""
+    settings = [{"momentum": m / 100} for m in range(90, 98)]
+    long = [made_row("ours", bpb=1.4, settings=own) for own in settings]
+    short = [made_row("ours", bpb=1.5, settings=own, steps=1200) for own in settings[:5]]
+    assert ablation_markdown(long + short[:4]).count("**default**") == 1
+    both = ablation_markdown(long + short)
+    assert both.count("**default**") == 2 and both.index("3,600 steps") < both.index("1,200 steps")
+
+
 # Trends
 
 

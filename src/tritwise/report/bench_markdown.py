@@ -22,6 +22,8 @@ from tritwise.report.bench_rows import (
 from tritwise.report.bench_tables import HEAD, LEGEND, Summary, cells_of, summary, table
 from tritwise.report.numbers import count, number
 
+MANY = 5  # variants of the own rule that a length needs for a table of its own
+
 
 def rules_markdown(source: Bench | Iterable[Mapping[str, Any]], cell: Cell | None = None) -> str:
     """A Markdown table of the rules in `cell` (default: the one with the most variants), the own rule in bold."""
@@ -92,14 +94,27 @@ def short_markdown(source: Bench | Iterable[Mapping[str, Any]]) -> str:
 
 
 def ablation_markdown(source: Bench | Iterable[Mapping[str, Any]]) -> str:
-    """A Markdown table of the own rule's variants, in the cell with the most of them, beside the default one."""
+    """Markdown tables of the own rule's variants, each beside the default one: of the cell with the most of them, and
+    of the same cell at other lengths that have MANY."""
     bench = source if isinstance(source, Bench) else sort_rows(source)
-    cell = richest_cell(bench.trials, own_only=True)
-    entries = [entry for entry in summary(bench) if entry.cell == cell and entry.own]
+    richest = richest_cell(bench.trials, own_only=True)
+    found: dict[Cell, list[Summary]] = {}
+    for entry in summary(bench):
+        if entry.own and richest is not None and replace(entry.cell, steps=richest.steps) == richest:
+            found.setdefault(entry.cell, []).append(entry)
+    tables = [
+        _ablation_table(cell, entries, bench)
+        for cell, entries in sorted(found.items(), key=lambda item: -(item[0].steps or 0))
+        if len(entries) >= (2 if cell == richest else MANY)
+    ]
+    return "\n\n".join(table for table in tables if table) or "No variants have been measured yet."
+
+
+def _ablation_table(cell: Cell, entries: Sequence[Summary], bench: Bench) -> str:
     default = default_variant([trial for trial in bench.trials if trial.cell == cell], _means(entries))
     first = next((entry for entry in entries if entry.variant == default), None)
-    if cell is None or first is None or len(entries) < 2:
-        return "No variants have been measured yet."
+    if first is None:
+        return ""
     head = ["what differs", "rate", "val bpb", "against the default", "n", "spread", "B/weight", "zeros"]
     rows = []
     for entry in [first, *(entry for entry in entries if entry is not first)]:
