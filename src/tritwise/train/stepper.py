@@ -203,8 +203,9 @@ class Stepper:
 
     def _is_sound(self, loss: Tensor) -> bool:
         groups = [group for optimizer in self._guarded for group in optimizer.param_groups]
-        sums = [p.grad.sum() for group in groups for p in group["params"] if p.grad is not None]
-        return bool(torch.isfinite(torch.stack([loss, *(total.float() for total in sums)])).all())
+        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        norms = torch.nn.utils.get_total_norm(grads) if grads else loss
+        return bool(torch.isfinite(torch.stack([loss.float(), norms.float()])).all())
 
 
 def shape_of(batch: tuple[Any, ...]) -> tuple[Any, ...]:
