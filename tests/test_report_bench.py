@@ -572,6 +572,16 @@ def test_readers_in_a_hurry_see_each_rule_once_and_ours_once_a_size():
     assert short_markdown([]) == "No rules have been measured yet."
 
 
+def test_a_lucky_single_run_does_not_stand_for_a_rule():
+    steady = [made_row("ours", bpb=1.42, seed=seed, settings={"momentum": 0.9}) for seed in range(3)]
+    lucky = made_row("ours", bpb=1.41, settings={"momentum": 0.93})
+    rival = made_row("adamw", bpb=1.43)
+    assert [line.split("|")[2].strip() for line in short_markdown([lucky, *steady, rival]).splitlines()[4:]] == [
+        "**1.420**",
+        "1.430",
+    ]
+
+
 def step_file(size: str, weights: int, ours: float, rival: float | None, **changes) -> dict:
     """A result file of `tritwise bench step`."""
     row = {"size": size, "weights": weights, "bytes_a_step": 1024, "state_bytes": 2 * weights, "peak_bytes": 10**9}

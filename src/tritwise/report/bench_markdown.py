@@ -22,6 +22,7 @@ from tritwise.report.bench_rows import (
 from tritwise.report.bench_tables import HEAD, LEGEND, Summary, cells_of, summary, table
 from tritwise.report.numbers import count, number
 
+SEEDS = 3  # that a figure should have
 MANY = 5  # variants of the own rule that a length needs for a table of its own
 
 
@@ -75,17 +76,18 @@ def recipe_markdown(source: Bench | Iterable[Mapping[str, Any]], name: str) -> s
 
 def short_markdown(source: Bench | Iterable[Mapping[str, Any]]) -> str:
     """A Markdown table for readers in a hurry: of the cell that `rules_markdown` shows each rule's best variant, and of
-    the own rule the best of each number of bytes a weight."""
+    the own rule the best of each number of bytes a weight. One with fewer than SEEDS seeds is chosen only where none
+    has as many: the best of many single runs is a lucky one."""
     bench = source if isinstance(source, Bench) else sort_rows(source)
     cell = richest_cell(bench.trials)
     entries = [entry for entry in summary(bench) if entry.cell == cell and entry.mean is not None]
     if cell is None or not entries:
         return "No rules have been measured yet."
     best: dict[tuple[str, int], Summary] = {}
-    for entry in entries:  # the best first
+    for entry in sorted(entries, key=lambda entry: len(entry.runs) < SEEDS):  # of each kind the best first
         best.setdefault((entry.variant.rule, round(entry.bytes_per_weight or 0) if entry.own else 0), entry)
     rows = []
-    for entry in best.values():
+    for entry in (entry for entry in entries if entry in best.values()):
         told = dict(zip(HEAD, cells_of(entry), strict=True))
         row = [entry.label, told["val bpb"], told["n"], told["B/weight"], told["float state"]]
         rows.append([f"**{text}**" if entry.own and text else text for text in row[:2]] + row[2:])
