@@ -47,7 +47,7 @@ demo: setup
 
 test: setup
 	@mkdir -p build
-	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10 --cov=src/tritwise/registers \
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" --durations=10 --cov=src/tritwise/registers \
 	  --cov=src/tritwise/ops --cov=src/tritwise/optim --cov-report= --cov-report=json:build/coverage.json
 	$(BIN)/python scripts/coverage_rooms.py build/coverage.json
 
