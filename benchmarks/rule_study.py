@@ -233,7 +233,7 @@ def warm_cells(data: str) -> list[Cell]:
 
 def reference_cells(data: str) -> list[Cell]:
     """The comparison's first row once more by plain torch, eager: what kernels, recorded steps and compilers make of
-    it has to be the same within what seeds differ by. A step takes some 150 ms, so a third of the length comes first."""
+    it has to be the same within what seeds differ by. A step takes some 150 ms: a third of the length comes first."""
     base = replace(full(data), settings=STEADY, bench="reference")
     return [replace(base, steps=1200), base]
 
