@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from tritwise.bench.budget import run_record
-from tritwise.bench.entries import ENTRIES, EXTRA, PARTS, SMALLER, SPARE, base_config, entry, shape_bytes, shapes_of
+from tritwise.bench.entries import (
+    ENOUGH,
+    ENTRIES,
+    EXTRA,
+    PARTS,
+    SMALLER,
+    SPARE,
+    base_config,
+    entry,
+    shape_bytes,
+    shapes_of,
+)
 from tritwise.errors import UserError
 from tritwise.files import read_json, sha256_of
 from tritwise.models import ByteLM
@@ -37,6 +48,9 @@ def test_a_contestant_is_as_wide_as_fits_and_its_count_is_the_models(name, budge
     assert shape_bytes(replace(config, model=wide)) > room
     deep = replace(config.model, depth=config.model.depth + 1)
     assert config.model.depth == least + EXTRA or shape_bytes(replace(config, model=deep)) > room
+    if config.model.depth < least:  # only where a narrower one of enough blocks would leave more than a quarter empty
+        narrow = replace(config.model, width=config.model.width - 32, heads=0, kv_heads=0, depth=least + EXTRA)
+        assert shape_bytes(replace(config, model=narrow)) < ENOUGH * room / SPARE
     given = entry(name, base(), budget, {"ship_small": 500, "width": 64})
     assert given.model.width == 64 and given.model.depth == least
     torch.manual_seed(0)

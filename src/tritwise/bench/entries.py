@@ -74,12 +74,15 @@ ENTRIES: dict[str, dict[str, Any]] = {
 
 SMALLER = {"flat-ternary-half": 0.5}  # share of the budget that an entry is made for
 EXTRA = 4  # widths come in steps of 64; blocks beyond an entry's own fill what such a step leaves
+FEWER = 3  # blocks that the next width may lack, where less than ENOUGH of the room is used without it
+ENOUGH = 0.75
 SPARE = 0.97  # share of the budget that the estimate may take: headers, and weights that compress badly
 
 
 def entry(name: str, base: Config, budget: int, changes: dict[str, Any]) -> Config:
     """`base` as the contestant `name`, as wide as fits into `budget` bytes (or its share of them), and then as deep, up
-    to EXTRA more blocks.
+    to EXTRA more blocks. In small budgets, where a step of width is a large one, the next width with up to FEWER blocks
+    less is taken if it fills the room better.
 
     A width given in `changes` stays, with the entry's own depth.
     changes: settings of models and training, over the entry's own. UserError for an unknown name, or if nothing fits.
@@ -91,10 +94,7 @@ def entry(name: str, base: Config, budget: int, changes: dict[str, Any]) -> Conf
         base = tokenizer_of(override(base, {"tokenizer": changes["tokenizer"]}))[0]  # the vocabulary takes room too
     own = {**ENTRIES[name], **changes, "budget": budget}
     if "width" not in changes:
-        room = int(budget * SMALLER.get(name, 1.0))
-        own["width"] = _widest(override(base, own), room)
-        depths = range(own["depth"], own["depth"] + EXTRA + 1)
-        own["depth"] = max(depth for depth in depths if _fits(override(base, own | {"depth": depth}), room))
+        own |= _shape(base, own, int(budget * SMALLER.get(name, 1.0)))
     made = override(base, own)
     return Config(name, made.model, made.train)
 
@@ -103,16 +103,24 @@ def _fits(config: Config, budget: int) -> bool:
     return shape_bytes(config) <= SPARE * budget
 
 
-def _widest(config: Config, budget: int) -> int:
-    """The largest width whose estimate fits: a multiple of 64, or of 32 below 128."""
+def _shape(base: Config, own: dict[str, Any], room: int) -> dict[str, int]:
+    """The width and depth of an entry with the settings `own`."""
+
+    def deepest(width: int, depths: range) -> dict[str, int]:
+        shapes = [{"width": width, "depth": depth} for depth in depths]
+        return max((s for s in shapes if _fits(override(base, own | s), room)), key=lambda s: s["depth"], default={})
+
+    depth, widths = own["depth"], (32, 64, 96, *range(128, 8193, 64))
     fits = 0
-    for width in (32, 64, 96, *range(128, 8193, 64)):
-        if not _fits(override(config, {"width": width}), budget):
-            break
-        fits = width
+    while fits < len(widths) and deepest(widths[fits], range(depth, depth + 1)):
+        fits += 1
     if not fits:
-        raise UserError(f"not even 32 channels fit into {budget:,} bytes; give a larger --budget")
-    return fits
+        raise UserError(f"not even 32 channels fit into {room:,} bytes; give a larger --budget")
+    found = deepest(widths[fits - 1], range(depth, depth + EXTRA + 1))
+    if shape_bytes(override(base, own | found)) < ENOUGH * room and fits < len(widths):
+        least = max(depth - FEWER, own.get("prelude", 0) + own.get("coda", 0) + 1)
+        found = deepest(widths[fits], range(least, depth)) or found
+    return found
 
 
 def shape_bytes(config: Config) -> int:
