@@ -73,6 +73,10 @@ def test_the_best_rate_is_taken(study, small_text, tmp_path, capsys):
     words = ["--data", str(small_text), "--out", str(tmp_path / "new"), "--tiny"]
     assert study.run(["tune", *words, "--minutes", "-1"]) == 3
     assert "12 cells are left" in capsys.readouterr().out
+    assert study.run(["tune", *words, "--minutes", "-1", "--only", "flat-float,flat-ternary"]) == 3
+    assert "6 cells are left" in capsys.readouterr().out
+    assert study.run(["tune", *words, "--only", "flat-flat"]) == 2
+    assert "there is no contestant 'flat-flat'" in capsys.readouterr().err
     cells = tuned(study, tmp_path, small_text)
     assert cells.best_rate("flat-ternary") == 0.02 and cells.best_rate("recurrent-ternary-constant") == 0.03
     assert cells.best_rate("flat-float") == 0.01
