@@ -69,5 +69,5 @@ readme: setup
 	$(BIN)/python scripts/readme.py
 
 clean:
-	rm -rf build dist htmlcov .coverage .pytest_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info
+	rm -rf build dist htmlcov .coverage* .pytest_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info
 	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
