@@ -77,7 +77,7 @@ GRACE = 20.0  # seconds in which a cell that was told to stop saves what it has
 
 class Study:
     """Cells of one text in one folder: `seconds` of training each, `tuning` in the stage tune. `tiny` shrinks all.
-    known: a result file; what it has of tune is not run again."""
+    known: a result file; what it has of tune is not run again. only: the contestants whose cells are to be run."""
 
     def __init__(
         self,
@@ -87,8 +87,10 @@ class Study:
         seconds: float = 400.0,
         tuning: float = 100.0,
         known: Path | None = None,
+        only: Collection[str] = ENTRIES,
     ) -> None:
         self.data, self.out, self.tiny, self.seconds, self.tuning = data, out, tiny, seconds, tuning
+        self.only = only
         records = unpacked(read_json(known)) if known else []
         self.known = {
             _told(one["recipe"], one["config"]["train"]): one for one in records if one.get("stage") == "tune"
@@ -178,7 +180,9 @@ class Study:
         return self.out / "records" / folder_name(config)
 
     def open(self, config: Config) -> bool:
-        """Whether a cell is still to be run: it has no record, and has not failed for good."""
+        """Whether a cell is still to be run: its contestant is, it has no record, and has not failed for good."""
+        if config.recipe not in self.only:
+            return False
         return self.record(config) is None and not (self.folder(config) / "failed.json").exists()
 
 
@@ -222,21 +226,14 @@ def waves(stages: list[str]) -> list[list[str]]:
 
 
 def run_wave(
-    study: Study,
-    stages: list[str],
-    ends: float,
-    console: Console,
-    more: list[str],
-    slim: bool = False,
-    each: int = 1,
-    only: Collection[str] = ENTRIES,
+    study: Study, stages: list[str], ends: float, console: Console, more: list[str], slim: bool = False, each: int = 1
 ) -> int:
-    """Run the cells of these stages that end in time, of the contestants in `only`, one a GPU, or `each` if none of
-    them is timed; returns how many are left. more: flags for each cell."""
+    """Run the cells of these stages that end in time, one a GPU, or `each` if none of them is timed; returns how many
+    are left. more: flags for each cell."""
     known = study.out / "walls.json"
     walls: dict[str, float] = read_json(known) if known.exists() else {}
     cells = {stage: getattr(study, stage)() for stage in stages}
-    waiting = [(s, config) for s in stages for config in cells[s] if config.recipe in only and study.open(config)]
+    waiting = [(stage, config) for stage in stages for config in cells[stage] if study.open(config)]
     gpus = max(1, torch.cuda.device_count())
     free = list(range(gpus * (each if BY_STEPS.issuperset(stages) else 1)))
     running: dict[int, tuple[subprocess.Popen[bytes], str, Config, float]] = {}
@@ -251,7 +248,7 @@ def run_wave(
             console.print(f"{stage}: {config.recipe} rate {config.train.rate:g} seed {config.train.seed}", markup=False)
             running[place] = (start_cell(study, stage, config, place % gpus, more), stage, config, now)
         if not running:
-            return sum(study.open(config) for s in stages for config in cells[s] if config.recipe in only)
+            return sum(study.open(config) for stage in stages for config in cells[stage])
         for place, (process, stage, config, began) in list(running.items()):
             if process.poll() is None and now >= ends:
                 process.terminate() if now < ends + GRACE else process.kill()
@@ -334,19 +331,20 @@ def run(arguments: list[str] | None = None) -> int:
     more = ["--data", data, "--seconds", str(given.seconds), "--tuning", str(given.tuning)]
     more += [*(["--tiny"] if given.tiny else []), *(["--known", str(given.known)] if given.known else [])]
     try:
-        study = Study(data, given.out, given.tiny, given.seconds, given.tuning, given.known)
+        only = given.only.split(",")
+        study = Study(data, given.out, given.tiny, given.seconds, given.tuning, given.known, only)
         stages = given.stages.split(",")
         for stage in stages:
             if stage not in STAGES:
                 raise UserError(f"there is no stage {stage!r}; choose of {', '.join(STAGES)}")
-        for name in set(given.only.split(",")) - set(ENTRIES):
+        for name in set(only) - set(ENTRIES):
             raise UserError(f"there is no contestant {name!r}; choose of {', '.join(ENTRIES)}")
         if given.cell:
             return run_cell(study, stages[0], given.cell)
         make_folder(study.out)
         describe(data)  # unpacked once, before the cells need it
         for wave in waves(stages):
-            if left := run_wave(study, wave, ends, console, more, given.slim, given.each, given.only.split(",")):
+            if left := run_wave(study, wave, ends, console, more, given.slim, given.each):
                 break
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

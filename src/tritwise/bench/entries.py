@@ -112,7 +112,7 @@ def _shape(base: Config, own: dict[str, Any], room: int) -> dict[str, int]:
 
     depth, widths = own["depth"], (32, 64, 96, *range(128, 8193, 64))
     fits = 0
-    while fits < len(widths) and deepest(widths[fits], range(depth, depth + 1)):
+    while fits < len(widths) and _fits(override(base, own | {"width": widths[fits]}), room):
         fits += 1
     if not fits:
         raise UserError(f"not even 32 channels fit into {room:,} bytes; give a larger --budget")

@@ -87,7 +87,7 @@ def short_markdown(source: Bench | Iterable[Mapping[str, Any]]) -> str:
     for entry in sorted(entries, key=lambda entry: len(entry.runs) < SEEDS):  # of each kind the best first
         best.setdefault((entry.variant.rule, round(entry.bytes_per_weight or 0) if entry.own else 0), entry)
     rows = []
-    for entry in (entry for entry in entries if entry in best.values()):
+    for entry in sorted(best.values(), key=entries.index):
         told = dict(zip(HEAD, cells_of(entry), strict=True))
         row = [entry.label, told["val bpb"], told["n"], told["B/weight"], told["float state"]]
         rows.append([f"**{text}**" if entry.own and text else text for text in row[:2]] + row[2:])

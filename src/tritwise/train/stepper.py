@@ -73,7 +73,7 @@ class Stepper:
         self._booth: _Booth | None = None
         self._versions: list[int] = []
         floats = [optimizer for optimizer in self.optimizers if not isinstance(optimizer, TritOptimizer)]
-        self._guarded = floats if guard else []
+        self._guarded = guard and bool(floats)
         self._floats = [p for optimizer in floats for group in optimizer.param_groups for p in group["params"]]
         if self.crew.size > 1:
             for optimizer in self.optimizers:
@@ -107,10 +107,13 @@ class Stepper:
             self.shares.append(loss)
             total = loss if total is None else total + loss
         assert total is not None, "a step needs a batch"
-        self.crew.add_up([total, *(p.grad for p in self._floats if p.grad is not None)])
-        if self.clip and self._floats:
-            torch.nn.utils.clip_grad_norm_(self._floats, self.clip)
-        sound = not self._guarded or self._is_sound(total)
+        grads = [p.grad for p in self._floats if p.grad is not None]
+        self.crew.add_up([total, *grads])
+        norm = torch.nn.utils.get_total_norm(grads) if grads and (self.clip or self._guarded) else None
+        if self.clip and norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._floats, self.clip, norm)
+        # A norm is finite where every gradient is. The host waits here.
+        sound = not self._guarded or bool((total if norm is None else total + norm).isfinite())
         for optimizer in self.optimizers:
             if isinstance(optimizer, TritOptimizer):
                 if not sound:
@@ -200,12 +203,6 @@ class Stepper:
             given["state"] = self.state
         loss = self._loss(*batch, **given)
         return loss / self.accum if self.accum > 1 else loss
-
-    def _is_sound(self, loss: Tensor) -> bool:
-        groups = [group for optimizer in self._guarded for group in optimizer.param_groups]
-        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        norms = torch.nn.utils.get_total_norm(grads) if grads else loss
-        return bool(torch.isfinite(torch.stack([loss.float(), norms.float()])).all())
 
 
 def shape_of(batch: tuple[Any, ...]) -> tuple[Any, ...]:
