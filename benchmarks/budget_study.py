@@ -22,10 +22,8 @@ goes on next time from where it was. After every cell FOLDER holds STAGE.md, a t
 another S the same FOLDER holds main, main4 and seeds of both lengths. collect_budget.py makes of it result files and
 records that can be committed.
 
-GPU-minutes, with 50 s around a cell of `tune` and 95 s around others (thought, not measured; a call learns from those
-before it): with S = 400 and T = 100 tune 30, main 50, main4 50, seeds 33, ablate 47, in all 210. Two calls of 9.7
-minutes on two GPUs, 38 GPU-minutes, hold the table of 16,000,000 bytes with S = 90 and T = 35: tune 17, main 19; a
-third call has room for main4, 19.
+Around a cell of `tune` an H200 took 50 to 110 s, around one of `main` 85 (flat float) to 150 s (recurrent ternary); a
+call learns from those before it. With S = 400 and T = 40 that is, in GPU-minutes: tune 22, main 62, main4 60, seeds 35.
 """
 
 import argparse
@@ -48,7 +46,7 @@ from tritwise.data.source import describe, locate
 from tritwise.errors import UserError
 from tritwise.files import atomic_write, make_folder, read_json, write_json
 from tritwise.report.bench_markdown import markdown
-from tritwise.report.budget_rows import WHOLE, unpacked
+from tritwise.report.budget_rows import CONTESTS, WHOLE, unpacked
 from tritwise.report.budget_tables import HEAD, PART_HEAD, caption, part_rows, table_of
 from tritwise.train import Config, override
 from tritwise.train.progress import PlainLines
@@ -60,7 +58,11 @@ RATES = {
     "recurrent-float": (0.008, 0.016, 0.032),
 }
 # Whose tuned rate a contestant takes.
-LIKE = {"recurrent-ternary-constant": "recurrent-ternary", "flat-ternary-half": "flat-ternary"}
+LIKE = {
+    "recurrent-ternary-constant": "recurrent-ternary",
+    "recurrent-ternary-half": "recurrent-ternary",
+    "flat-ternary-half": "flat-ternary",
+}
 OFF: dict[str, dict[str, Any]] = {part: {part: type(value)(0)} for part, value in PARTS.items()}
 ABLATED = "recurrent-ternary-constant"
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -192,16 +194,18 @@ def _told(recipe: str, train: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def estimated(config: Config, stage: str, walls: dict[str, float]) -> float:
-    """Seconds that a cell takes at the least: its training, and the least that a cell of the stage took beside it, a
-    little more. One that takes longer is stopped, and goes on in the next call: better than GPUs that wait."""
-    around = 1.1 * walls[stage] if stage in walls else OVERHEAD.get(stage, OTHERS)
+    """Seconds that a cell takes at the least: its training, and the least that one of its contestant took beside it in
+    this stage, a little more. One that takes longer is stopped, and goes on in the next call: better than GPUs that
+    wait."""
+    known = walls.get(f"{stage} {config.recipe}")
+    around = OVERHEAD.get(stage, OTHERS) if known is None else 1.1 * known
     return (config.train.seconds or STEPPED) + around
 
 
 def run_cell(study: Study, stage: str, name: str) -> int:
     """One cell in this process, by the name of its folder: 0, or 1 if it failed for good, with the reason beside it."""
     config = next(config for config in getattr(study, stage)() if folder_name(config) == name)
-    parts = ("val",) if stage == "tune" else ("val", "test")
+    parts = ("val", "test") if stage in CONTESTS else ("val",)
     folder = study.folder(config)
     try:
         record = run_record(config, folder, PlainLines(Console(highlight=False, soft_wrap=True)), parts)
@@ -260,7 +264,8 @@ def run_wave(
             told = f"not done, see {log_of(study, config)}" if record is None else "done"
             console.print(f"{stage}: {config.recipe} {told}, {took:.0f} s in all", markup=False)
             if record is not None:
-                walls[stage] = min(walls.get(stage, took), took - record["seconds"])
+                key = f"{stage} {config.recipe}"
+                walls[key] = min(walls.get(key, took), took - record["seconds"])
                 write_json(known, walls)
                 shutil.rmtree(study.folder(config) / "checkpoints", ignore_errors=True)
                 if slim:

@@ -41,7 +41,13 @@ from pathlib import Path
 from typing import Any
 
 from tritwise.report import arb_tables
-from tritwise.report.bench_markdown import ablation_markdown, recipe_markdown, rules_markdown, short_markdown
+from tritwise.report.bench_markdown import (
+    ablation_markdown,
+    recipe_markdown,
+    rules_markdown,
+    short_markdown,
+    texts_markdown,
+)
 from tritwise.report.bench_plots import choose_bench_plots
 from tritwise.report.bench_rows import read_bench
 from tritwise.report.budget_rows import unpacked
@@ -59,7 +65,7 @@ RULE_PLOTS = ("loss", "state", "rates", "activity", "scaling", "robustness")  # 
 RULE_TABLES = {
     "table": rules_markdown,
     "ablation": ablation_markdown,
-    "grid": rules_markdown,
+    "grid": texts_markdown,
     "nanogpt": partial(recipe_markdown, name="nanogpt"),
 }
 DEVICES = ("h100", "h200")

@@ -13,7 +13,13 @@ import pytest
 
 from tritwise.errors import UserError
 from tritwise.files import canonical_json
-from tritwise.report.bench_markdown import ablation_markdown, recipe_markdown, rules_markdown, short_markdown
+from tritwise.report.bench_markdown import (
+    ablation_markdown,
+    recipe_markdown,
+    rules_markdown,
+    short_markdown,
+    texts_markdown,
+)
 from tritwise.report.bench_plots import choose_bench_plots, write_bench_report
 from tritwise.report.bench_rows import Variant, read_bench, sort_rows
 from tritwise.report.bench_tables import Summary, summary, table
@@ -309,7 +315,19 @@ def test_the_markdown_of_rules():
         "| a\\|b | 0.1 ○ | 1.600 | 1 | 2.01 | none |",
     ]
     assert text.startswith("enwik8 · width 512, depth 6, 19.1M weights · 3,600 steps of 64 × 512 bytes (118 MB)\n")
-    assert rules_markdown([]) == "No rules have been measured yet."
+    assert rules_markdown([]) == texts_markdown([]) == "No rules have been measured yet."
+
+
+def test_every_text_has_a_table_of_its_own():
+    """Of each the cell with the most rules, and what all tables need to be read once, at the end."""
+    one = [made_row("ours", bpb=1.5), made_row("adamw", bpb=1.6)]
+    other = [made_row("ours", bpb=1.3, data="tales"), made_row("ours", bpb=1.2, data="tales", steps=7)]
+    text = texts_markdown([*other, *one])
+    assert text.count("n: seeds") == 1 and text.rstrip().endswith(rules_markdown(one).splitlines()[-1])
+    titles = [line.split(" · ")[0] for line in text.splitlines() if "width 512" in line]
+    assert titles == ["enwik8", "tales"] and rules_markdown(one).split("\n\n")[1] in text
+    assert "1.300" in text and "1.200" not in text
+    assert texts_markdown(one) == rules_markdown(one)
 
 
 @pytest.mark.parametrize("written", ["given", "all"])

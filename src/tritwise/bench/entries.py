@@ -1,12 +1,14 @@
 """The contestants of `bench budget`: what each trains and how it ships, made as wide as the budget allows.
 
 flat-float          the challenge's baseline recipe: one pass, Muon, int8 rows and zlib
-recurrent-float     prelude, core, coda; the core repeats more often by and by; Muon with decay and clipping, the mean
-                    of the last part ships as int8, int7 or int6 rows and zstd, whichever fits first
+recurrent-float     prelude, core, coda; the core repeats more often by and by; Muon with decay and clipping; the last
+                    weights or the mean of the last part, whichever score better, ship as int8, int7 or int6 rows and
+                    zstd, whichever fits first
 flat-ternary        one pass, registers; what is trained is what ships
 flat-ternary-half   the same, made for half of the bytes: narrower, so that more steps fit into the time
 recurrent-ternary   registers, and the core repeats more often by and by
 recurrent-ternary-constant   the same at full depth from the first step
+recurrent-ternary-half       the one that grows, made for half of the bytes
 
 Float rates of recurrent models are about a third of a flat one's, as shared weights get the sum of all gradients;
 directions of ternary ones have a fixed size. Those here are starting points: tune them with --set NAME:rate=….
@@ -70,9 +72,10 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "recurrent-ternary": {**_TERNARY, **_RECURRENT, **_AVERAGED},
     "recurrent-ternary-constant": {**_TERNARY, **_RECURRENT, **_AVERAGED, "depth_plan": ""},
     "flat-ternary-half": {**_TERNARY, "depth": 8},
+    "recurrent-ternary-half": {**_TERNARY, **_RECURRENT, **_AVERAGED},
 }
 
-SMALLER = {"flat-ternary-half": 0.5}  # share of the budget that an entry is made for
+SMALLER = {"flat-ternary-half": 0.5, "recurrent-ternary-half": 0.5}  # share of the budget that an entry is made for
 EXTRA = 4  # widths come in steps of 64; blocks beyond an entry's own fill what such a step leaves
 FEWER = 3  # blocks that the next width may lack, where less than ENOUGH of the room is used without it
 ENOUGH = 0.75
@@ -131,18 +134,19 @@ def shape_bytes(config: Config) -> int:
     if c.weights == "trit":
         numbers = sum(rows * columns for rows, columns in shapes)
         scales = sum(rows * -(-columns // c.group) + columns * c.column_scales for rows, columns in shapes)
-        return packed_bytes(numbers) + scales + vectors + extra + A_LAYER * len(shapes)
+        return packed_bytes(numbers) + scales + sum(vectors) + extra + A_LAYER * (len(shapes) + len(vectors))
     # auto is sized for the smallest of its ways, and a float that does not ship for nothing.
     bits = {"auto": METHODS[SEARCHED[-1]].bits, "none": 8}.get(settings.ship_as) or METHODS[settings.ship_as].bits
-    total = vectors * 2.0 + extra
+    total = sum(vectors) * 2.0 + extra
     for rows, columns in shapes:
         large = rows * columns > settings.ship_small
         total += rows * (columns * code_bytes(bits, columns) + 2) if large else 2 * rows * columns
     return int(total)
 
 
-def shapes_of(c: ModelConfig) -> tuple[list[tuple[int, int]], int]:
-    """(rows, columns) of every matrix and table of a ByteLM of this shape, and how many numbers its vectors have."""
+def shapes_of(c: ModelConfig) -> tuple[list[tuple[int, int]], list[int]]:
+    """(rows, columns) of every matrix and table of a ByteLM of this shape, and of its vectors how many numbers each
+    layer of them has."""
     inside = c.mlp_ratio * c.width
     block = [
         ((c.heads + 2 * c.kv_heads) * c.head_size, c.width),
@@ -152,9 +156,9 @@ def shapes_of(c: ModelConfig) -> tuple[list[tuple[int, int]], int]:
     ]
     tables = [(c.vocab, c.width)] * (2 + c.value_tables) + [(c.ngram_rows, c.width)] * (c.ngrams - 1)
     layers = len(c.layers())
-    rows = layers * (c.loop_embedding + c.value_tables) + 2 * c.depth * (c.input_mix + c.gains)
-    rows += c.core * (c.loops - 1) * c.repeat_skip
-    return tables + block * c.depth, rows * c.width
+    rows = [layers * c.loop_embedding, layers * c.value_tables, c.core * (c.loops - 1) * c.repeat_skip]
+    rows += [2] * c.depth * (c.input_mix + c.gains)
+    return tables + block * c.depth, [count * c.width for count in rows if count]
 
 
 def base_config(data: str, split: str, *, ctx: int, batch: int, steps: int, seconds: float, seed: int) -> Config:

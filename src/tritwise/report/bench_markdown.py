@@ -26,13 +26,16 @@ SEEDS = 3  # that a figure should have
 MANY = 5  # variants of the own rule that a length needs for a table of its own
 
 
+NO_RULES = "No rules have been measured yet."
+
+
 def rules_markdown(source: Bench | Iterable[Mapping[str, Any]], cell: Cell | None = None) -> str:
     """A Markdown table of the rules in `cell` (default: the one with the most variants), the own rule in bold."""
     bench = source if isinstance(source, Bench) else sort_rows(source)
     cell = cell or richest_cell(bench.trials)
     entries = [entry for entry in summary(bench) if entry.cell == cell]
     if cell is None:
-        return "No rules have been measured yet."
+        return NO_RULES
     devices = Counter(entry.device for entry in entries if entry.device and entry.step_ms is not None)
     timed, legend = "", LEGEND
     if len(devices) > 1:  # times on several devices say nothing about rules
@@ -43,6 +46,16 @@ def rules_markdown(source: Bench | Iterable[Mapping[str, Any]], cell: Cell | Non
     for entry, row in zip(entries, rows, strict=True):
         row[:3] = [f"**{text}**" if entry.own and text else text for text in row[:3]]
     return f"{_plain(cell.title(_weights(entries)))}\n\n{markdown(head, rows)}\n\n{legend}"
+
+
+def texts_markdown(source: Bench | Iterable[Mapping[str, Any]]) -> str:
+    """`rules_markdown` of every text that was read, of each the cell with the most variants; the richest text first."""
+    bench = source if isinstance(source, Bench) else sort_rows(source)
+    trials, made = bench.trials, list[str]()
+    while (cell := richest_cell(trials)) is not None:
+        made.append(rules_markdown(bench, cell))
+        trials = [trial for trial in trials if trial.cell.data != cell.data]
+    return "\n\n".join([*(text.removesuffix(f"\n\n{LEGEND}") for text in made[:-1]), *made[-1:]]) or NO_RULES
 
 
 def recipe_markdown(source: Bench | Iterable[Mapping[str, Any]], name: str) -> str:

@@ -57,7 +57,7 @@ class TrainConfig:
     ship_as        how float weights ship: int8, int7, int6, int8+zlib, auto: the first of the first three that fits the
                    budget; none: not at all. Ternary weights ship as they are
     ship_small     float tensors of up to so many numbers ship as float16
-    ship_average   whether the mean weights ship, and not the last ones
+    ship_average   whether the mean weights ship where they score better on val than the last ones
     log_interval, eval_interval, save_interval   in steps; eval and save 0: only at the end
     keep           checkpoints that stay; 0: all
     save           False: no checkpoint is ever written

@@ -1,6 +1,7 @@
 """What happens after the last step: score, ship, read back, audit, and the files that the report draws."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def finish(
     """Write ladder, audit, histogram, artifact and result into the run folder; returns the result.
 
     `done` says what training did: steps, seconds, bytes_seen; `memory` what it took, by role. The score in the result
-    is of the artifact, read back from disk. With an `average`, mean and last weights are both scored, whichever ship. A
+    is of the artifact, read back from disk. With an `average`, mean and last weights are both scored. A
     ternary model and its artifact must agree to the last bit or this raises UserError.
     """
     began = time.perf_counter()
@@ -51,7 +52,6 @@ def finish(
     folder.write("audit", audit(model, optimizers) | {"memory": memory})
     result: dict[str, Any] = {"recipe": config.recipe, "run": str(folder.path), **done}
     mean = average.of(model) if average is not None and average.count else None
-    going = mean if mean is not None and config.train.ship_average else model
     ternary = config.model.weights == "trit"
     if ternary:
         folder.write("histogram", {"step": done["steps"], "layers": register_histogram(model)})
@@ -59,7 +59,11 @@ def finish(
     def scored(whose: ByteLM | Arb, stride: int = config.train.stride) -> Score:
         return score(whose, val, stride=stride, device=device, alphabet=tokenizer)
 
-    before = None if ternary else scored(going)  # ternary weights lose nothing: their file has the same logits
+    going, before, other = model, None, None  # what ships, its score, and that of what does not
+    if mean is not None and config.train.ship_average:
+        going, before, other = chosen(model, mean, scored)
+    elif not ternary:  # which lose nothing: their file has the same logits
+        before = scored(model)
     if ternary or config.train.ship_as != "none":
         shipping = time.perf_counter()
         info, way, final = ship_and_reread(going, folder.artifact, config, val, done, device, tokenizer=tokenizer)
@@ -85,16 +89,24 @@ def finish(
     result["val_chunked"] = {"nats": chunked.nats, "bpb": chunked.bpb, "bytes": chunked.bytes}
     if mean is not None and average is not None:
         known = before or final  # of what was shipped, before it was
-        told = {
-            "bpb": (known if going is mean else scored(mean)).bpb,
-            "bpb_unaveraged": (known if going is model else scored(model)).bpb,
-        }
+        other = other or scored(mean)
+        of_mean, of_last = (known, other) if going is mean else (other, known)
+        told = {"bpb": of_mean.bpb, "bpb_unaveraged": of_last.bpb}
         result["averaged"] = {"count": average.count, "shipped": going is mean, **told}
         if ternary:
             result["averaged"]["changed_trits"] = changed_trits(model, mean)
     result["seconds_after"] = round(time.perf_counter() - began, 3)
     folder.write("result", result)
     return result
+
+
+def chosen(
+    model: ByteLM | Arb, mean: ByteLM | Arb, scored: Callable[[ByteLM | Arb], Score]
+) -> tuple[ByteLM | Arb, Score, Score]:
+    """Of the last weights and their mean the one that ships, which is the one that scores better (the last ones if they
+    are equal); its score, and that of the other."""
+    of_last, of_mean = scored(model), scored(mean)
+    return (mean, of_mean, of_last) if of_mean.bpb < of_last.bpb else (model, of_last, of_mean)
 
 
 def ship_and_reread(
@@ -174,13 +186,15 @@ def ship_run(
     Raises UserError if the run or its text cannot be read, `out` cannot be written, or it does not fit the budget.
     """
     config, model, _, checkpoint = load_run(run)
-    if config.train.ship_average:
-        mean = averaged_of(checkpoint, model)
-        model = mean if mean is not None else model
     tokenizer = tokenizer_of(config)[1]
     val = open_parts(config.train.data, config.train.split, tokenizer)["val"][: count or None]
     about = {"steps": checkpoint.step, "seconds": checkpoint.meta["seconds"]}
-    before = score(model, val, stride=config.train.stride, alphabet=tokenizer)
+
+    def scored(whose: ByteLM | Arb) -> Score:
+        return score(whose, val, stride=config.train.stride, alphabet=tokenizer)
+
+    mean = averaged_of(checkpoint, model) if config.train.ship_average else None
+    model, before, _ = (model, scored(model), None) if mean is None else chosen(model, mean, scored)
     cpu = torch.device("cpu")
     info, way, final = ship_and_reread(
         model, Path(out), config, val, about, cpu, budget=budget, ship_as=ship_as, tokenizer=tokenizer
