@@ -61,6 +61,8 @@ RATES = {
 LIKE = {
     "recurrent-ternary-constant": "recurrent-ternary",
     "recurrent-ternary-half": "recurrent-ternary",
+    "recurrent-ternary-ngrams": "recurrent-ternary",
+    "recurrent-float-ngrams": "recurrent-float",
     "flat-ternary-half": "flat-ternary",
 }
 OFF: dict[str, dict[str, Any]] = {part: {part: type(value)(0)} for part, value in PARTS.items()}

@@ -9,6 +9,8 @@ flat-ternary-half   the same, made for half of the bytes: narrower, so that more
 recurrent-ternary   registers, and the core repeats more often by and by
 recurrent-ternary-constant   the same at full depth from the first step
 recurrent-ternary-half       the one that grows, made for half of the bytes
+recurrent-ternary-ngrams, recurrent-float-ngrams   the ones that grow, made for a part of the bytes, whose rest are
+                    hashed tables of 2-, 3- and 4-grams: they cost next to no time, ternary ones a fifth of the bytes
 
 Float rates of recurrent models are about a third of a flat one's, as shared weights get the sum of all gradients;
 directions of ternary ones have a fixed size. Those here are starting points: tune them with --set NAME:rate=….
@@ -74,18 +76,30 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "flat-ternary-half": {**_TERNARY, "depth": 8},
     "recurrent-ternary-half": {**_TERNARY, **_RECURRENT, **_AVERAGED},
 }
+ENTRIES |= {
+    f"{name}-ngrams": {**ENTRIES[name], "ngrams": 4, "ngram_rows": 0}
+    for name in ("recurrent-ternary", "recurrent-float")
+}
 
-SMALLER = {"flat-ternary-half": 0.5, "recurrent-ternary-half": 0.5}  # share of the budget that an entry is made for
+SMALLER = {
+    "flat-ternary-half": 0.5,
+    "recurrent-ternary-half": 0.5,
+    "recurrent-ternary-ngrams": 0.5,
+    "recurrent-float-ngrams": 0.75,
+}
+"""Share of the budget that an entry is made for; with 0 rows of n-grams, the rest is for these."""
 EXTRA = 4  # widths come in steps of 64; blocks beyond an entry's own fill what such a step leaves
 FEWER = 3  # blocks that the next width may lack, where less than ENOUGH of the room is used without it
 ENOUGH = 0.75
+ROWS = 64  # steps in which tables of n-grams grow
 SPARE = 0.97  # share of the budget that the estimate may take: headers, and weights that compress badly
 
 
 def entry(name: str, base: Config, budget: int, changes: dict[str, Any]) -> Config:
     """`base` as the contestant `name`, as wide as fits into `budget` bytes (or its share of them), and then as deep, up
     to EXTRA more blocks. In small budgets, where a step of width is a large one, the next width with up to FEWER blocks
-    less is taken if it fills the room better.
+    less is taken if it fills the room better. Tables of n-grams that are not told how many rows they have get as many
+    as then fit.
 
     A width given in `changes` stays, with the entry's own depth.
     changes: settings of models and training, over the entry's own. UserError for an unknown name, or if nothing fits.
@@ -96,8 +110,12 @@ def entry(name: str, base: Config, budget: int, changes: dict[str, Any]) -> Conf
     if changes.get("tokenizer"):
         base = tokenizer_of(override(base, {"tokenizer": changes["tokenizer"]}))[0]  # the vocabulary takes room too
     own = {**ENTRIES[name], **changes, "budget": budget}
+    fills = own.get("ngram_rows") == 0
     if "width" not in changes:
-        own |= _shape(base, own, int(budget * SMALLER.get(name, 1.0)))
+        trunk = own | ({"ngrams": 1, "ngram_rows": 1} if fills else {})
+        own |= _shape(base, trunk, int(budget * SMALLER.get(name, 1.0)))
+    if fills:
+        own["ngram_rows"] = _rows(base, own, budget)
     made = override(base, own)
     return Config(name, made.model, made.train)
 
@@ -124,6 +142,16 @@ def _shape(base: Config, own: dict[str, Any], room: int) -> dict[str, int]:
         least = max(depth - FEWER, own.get("prelude", 0) + own.get("coda", 0) + 1)
         found = deepest(widths[fits], range(least, depth)) or found
     return found
+
+
+def _rows(base: Config, own: dict[str, Any], room: int) -> int:
+    """The most rows that tables of n-grams can have, in steps of ROWS, at least one step."""
+    least, most = 1, max(2, room // ROWS)
+    while most - least > 1:
+        middle = (least + most) // 2
+        fits = _fits(override(base, own | {"ngram_rows": middle * ROWS}), room)
+        least, most = (middle, most) if fits else (least, middle)
+    return least * ROWS
 
 
 def shape_bytes(config: Config) -> int:

@@ -147,16 +147,18 @@ def _iterated(x: Tensor, steps: int, size: int, dtype: torch.dtype) -> Tensor:
     """
     for left in range(steps, 0, -1):
         low = x.to(dtype)
-        pair = _factors(low, size)
-        x = torch.baddbmm(low, *pair, beta=A) if left <= ROUGH else _product(*pair).add_(x, alpha=A)
+        x = torch.bmm(*_factors(low, size, A)) if left <= ROUGH else _product(*_factors(low, size)).add_(x, alpha=A)
     return x.to(dtype)
 
 
-def _factors(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Two matrices whose product is what a step adds to A x."""
+def _factors(x: Tensor, size: int, plus: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Two matrices whose product is what a step adds to A x, and `plus` times x: on the diagonal of the small one it
+    costs no pass over x."""
     tall = x.shape[1] > x.shape[2]
     gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
     factor = torch.baddbmm(gram, gram, gram, beta=B / size**2, alpha=C / size**4)
+    if plus:
+        factor.diagonal(dim1=1, dim2=2).add_(plus)
     return (x, factor) if tall else (factor, x)
 
 
