@@ -9,7 +9,8 @@ Stages, each a list of cells in order of importance:
     main     every contestant for S seconds at the best rate that `tune` found (else its own), 16,000,000 bytes
     main4    the same for 4,000,000 bytes
     seeds    two more seeds of the best float and the best ternary contestant of `main`
-    ablate   recurrent ternary, 4,000,000 bytes, 800 steps at full depth: as it is and without each part, two seeds
+    ablate   recurrent ternary, 4,000,000 bytes, 800 steps at full depth: as it is and without each part, two seeds,
+             scored on 1 MB of val
     small    the same parts on CPU cores: any text, width 64, 3 blocks of which one repeats 3 times, 300 steps,
              and beside them flat and progressive models of the same blocks, flat ones in float; two seeds
 
@@ -72,6 +73,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no repeats": {"loops": 1, "repeat_skip": False},
     **{f"no {p}": off for p, off in OFF.items()},
 }
+SHORT: dict[str, Any] = {"split": "90/1/9", "eval_interval": 0}  # scored once, at the end, on 1 MB of val
 STAGES = ("tune", "main", "main4", "seeds", "ablate", "small")
 BY_STEPS = {"ablate", "small"}  # their cells may share a GPU: what they reach does not depend on its speed
 OVERHEAD = {"tune": 50.0}  # seconds of a cell that are not training: building, compiling, shipping, scoring
@@ -116,12 +118,11 @@ class Study:
 
     def tune(self) -> list[Config]:
         """The rates of every contestant that has its own, on a part of val; to ship in many ways would take time."""
-        short: dict[str, Any] = {"split": "90/1/9", "eval_interval": 0}
         names = list(RATES)
         middle_first = [(name, rates[at]) for at in (1, 0, 2) for name in names for rates in (RATES[name],)]
         cells = []
         for name, rate in middle_first:
-            more: dict[str, Any] = short | ({"ship_as": "int6"} if name == "recurrent-float" else {})
+            more: dict[str, Any] = SHORT | ({"ship_as": "int6"} if name == "recurrent-float" else {})
             cells.append(self.cell(name, 16_000_000, self.tuning, rate=rate, **more))
         return cells
 
@@ -148,7 +149,7 @@ class Study:
         """Each part taken away from the recurrent ternary model of one width, at full depth, for the same steps."""
         name, rate = ABLATED, self.best_rate("recurrent-ternary")
         shape = self.cell(name, 4_000_000, 0.0, 800).model
-        fixed = {"width": shape.width, "depth": shape.depth, "average_every": 0, "rate": rate}
+        fixed = {"width": shape.width, "depth": shape.depth, "average_every": 0, "rate": rate} | SHORT
         return [
             self.cell(name, 4_000_000, 0.0, 800, seed, **fixed | off) for seed in (0, 1) for off in ABLATIONS.values()
         ]
