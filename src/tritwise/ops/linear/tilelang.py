@@ -9,7 +9,9 @@ import functools
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +83,11 @@ def input_grad(grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> 
         _say(reason)
         return triton.input_grad(grad, register, exponent, group)
     return _product(grad, register, exponent, group, turned=True)
+
+
+def decode_many(registers: Sequence[Tensor], *_: Any) -> list[None]:
+    """Nothing ahead of the products: they decode by themselves."""
+    return [None] * len(registers)
 
 
 def _leaves(x: Tensor, register: Tensor, exponent: Tensor, group: int) -> str | None:
