@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ class TritLinear(TritModule):
         self.fp8_least: int | None = None
         self.unit_inputs = False
         self.operand: ops.Operand | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"operand": None}
 
     @property
     def rounds(self) -> tuple[bool, bool]:

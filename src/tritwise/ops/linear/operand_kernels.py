@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 
 from tritwise.ops.linear.kernels import float8_of
-from tritwise.ops.triton_kernels import COLUMNS, FIELDS, ROWS, address, find, scale_of, tile_of, weight_of
+from tritwise.ops.triton_kernels import FIELDS, ROWS, address, find, scale_of, tile_of, weight_of
 
 REGISTER, EXPONENT, WEIGHT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # addresses
 TRITS, TURNED, SCALE = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
+# ROWS and COLUMNS lie between these.
 GROUP = tl.constexpr(9)  # columns of a group: a multiple of BLOCK, or all
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
