@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import FloatLinear, TritEmbedding, TritLinear, decoded, trit_modules, use_fp8
+from tritwise.ops import Operand
 
 IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(3))
 
@@ -52,7 +53,7 @@ def test_a_model_has_the_same_gradients(settings, dtype, savings):
         setattr(model, name, value)
     expected = passed(model)
     with decoded(model, dtype):
-        assert all(layer.operand is not None for layer in linears(model))
+        assert all(layer.operand.serves(dtype) for layer in linears(model))
         found = passed(model)
     assert all(torch.equal(a, b) and a.any() for a, b in zip(found, expected, strict=True))
 
@@ -103,7 +104,7 @@ def test_none_is_left_afterwards_not_even_after_an_error():
         except ZeroDivisionError:
             pass
         assert len(places) == 2 and all(place() is None for place in places)
-        assert all(layer.operand is None for layer in linears(model))
+        assert all(layer.operand == Operand() for layer in linears(model))
 
 
 def test_a_frozen_layer_and_a_copy():
@@ -116,7 +117,7 @@ def test_a_frozen_layer_and_a_copy():
         model(x).sum().backward()
         copies = linears(copy.deepcopy(model))
     assert torch.equal(x.grad, expected[0]) and torch.equal(model[0].port.grad, expected[1])
-    assert all(layer.operand is None for layer in copies)
+    assert [layer.operand for layer in copies] == [Operand()] * 2
 
 
 def test_a_model_of_floats_has_nothing_to_decode():

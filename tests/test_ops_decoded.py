@@ -64,14 +64,14 @@ def check_bits(device: str, dtype: torch.dtype) -> None:
     found = ops.decode_many(registers, exponents, groups, dtype, rounds)
     parts = zip(found, registers, exponents, groups, rounds, strict=True)
     for made, register, exponent, group, (rounds_x, rounds_grad) in parts:
-        assert isinstance(made, ops.Operand)
         r, e = register.cpu(), exponent.cpu()
         either = rounds_x or rounds_grad
         assert same(made.weight, None if rounds_x and rounds_grad else reference.decode(r, e, group, dtype))
         assert same(made.trits8, leading_trit(r).to(torch.float8_e4m3fn) if rounds_x else None)
         assert same(made.turned8, leading_trit(r).T.to(torch.float8_e4m3fn) if rounds_grad else None)
         assert same(made.scale_O, scale_values(e)[:, 0] if either else None)
-        assert all(part is None or part.is_contiguous() for part in made)
+        assert all(part is None or part.is_contiguous() for part in made) and made.serves(dtype)
+        assert made.serves(torch.int8) is (rounds_x and rounds_grad)
     places = [part.data_ptr() for made in found for part in made if part is not None]
     assert len(set(places)) == len(places) == 8 + 3 + 3 + 4
 
@@ -93,8 +93,8 @@ def test_many_matrices_in_any_layout():
     found = ops.decode_many(*strided, groups, torch.float32, rounds)
     expected = ops.decode_many(registers, exponents, groups, torch.float32, rounds)
     for one, other in zip(found, expected, strict=True):
-        assert one is not None and other is not None and all(same(a, b) for a, b in zip(one, other, strict=True))
-    assert ops.decode_many([], [], [], torch.float32, []) == []
+        assert all(same(a, b) for a, b in zip(one, other, strict=True))
+    assert not ops.Operand().serves(torch.float32) and ops.decode_many([], [], [], torch.float32, []) == []
 
 
 def run(how: Callable[..., Tensor], x: Tensor, upstream: Tensor, register: Tensor) -> list[Tensor]:
@@ -145,7 +145,7 @@ def test_nothing_is_kept_or_made_that_nobody_asks_for():
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         y = ops.linear_decoded(x.requires_grad_(), made)
-    assert made is not None and made.weight is not None and kept == [made.weight.data_ptr()]  # no x without a port
+    assert made.weight is not None and kept == [made.weight.data_ptr()]  # no x without a port
     y.sum().backward()
     assert torch.equal(x.grad, (torch.ones(3, 8) @ made.weight))
     port = open_port(register)

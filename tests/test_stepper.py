@@ -217,12 +217,28 @@ def test_what_a_recording_holds_decodes_once_and_is_an_eager_step(how, quick_com
         held.updates = []
         loss = stepper_module._Recording._run(held)
         assert calls == [5] * (number + 1)  # the head, and four matrices of a block
-        assert all(layer.operand is None for layer in layers if isinstance(layer, TritLinear))
+        assert all(layer.operand == ops.Operand() for layer in layers if isinstance(layer, TritLinear))
         stepper_module._deliver([optimizer], held.port_grads)
         optimizer.step()
         assert torch.equal(loss, expected.step(*batch)) and not loss.requires_grad
     assert len(calls) == 3, "eager steps decode nothing ahead"
     assert_equal(state_of(model, [optimizer]), state_of(other, eager))
+
+
+@pytest.mark.parametrize("how", [{"compile": True}, {"blocks": True}])
+def test_what_was_compiled_for_recordings_does_not_stand_in_the_way_of_eager_steps(how, quick_compiler):
+    """The first block reads the model's input twice and the others do not: torch then looks for what they share."""
+    torch.manual_seed(0)
+    model = ByteLM(ModelConfig(**SHAPE.__dict__ | {"depth": 3, "input_mix": True}))
+    loss_of, (batch, *_) = stepper_module.loss_of(model, **how), batches(1)
+    losses, before = [], torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for context in (decoded, nullcontext, decoded):
+        with context(model, torch.float32) if context is decoded else context():
+            losses.append(loss_of(*batch))
+            losses[-1].backward()
+    assert losses[0] == losses[1] == losses[2]
+    made = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    assert made == (4 if how.get("blocks") else 2)
 
 
 # On a GPU

@@ -18,8 +18,8 @@ class TritLinear(TritModule):
     x: float [..., in_features] (float32 or bfloat16) -> [..., out_features] of the same dtype.
     fp8_least: None, or while gradients are recorded x and dL/dy are rounded to float8 for products that large
     (`ops.linear_fp8`), which fast matrix units then take; see `use_fp8`. unit_inputs: whether x has about unit RMS,
-    which is easier to round (`give_unit_inputs`). operand: None, or W as `decoded` has made it, which is read in the
-    place of the registers while gradients are recorded.
+    which is easier to round (`give_unit_inputs`). operand: W as `decoded` has made it, which is then read in the
+    place of the registers while gradients are recorded; else empty.
     Arguments as `TritModule`. Training needs an optimizer that consumes the port: `tritwise.TritOptimizer`.
     """
 
@@ -29,10 +29,11 @@ class TritLinear(TritModule):
         super().__init__(out_features, in_features, role=role, fan_in=in_features, group=group, blocks=blocks)
         self.fp8_least: int | None = None
         self.unit_inputs = False
-        self.operand: ops.Operand | None = None
+        # Not None: torch.compile, asked why it has to compile a block anew, looks into what it has seen decoded.
+        self.operand = ops.Operand()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"operand": None}
+        return super().__getstate__() | {"operand": ops.Operand()}
 
     @property
     def rounds(self) -> tuple[bool, bool]:
@@ -43,10 +44,8 @@ class TritLinear(TritModule):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.scale_columns(x)
-        if self.operand is not None and torch.is_grad_enabled():
-            weight = self.operand.weight
-            if weight is None or weight.dtype == x.dtype:
-                return ops.linear_decoded(x, self.operand, self.port, self.unit_inputs)
+        if torch.is_grad_enabled() and self.operand.serves(x.dtype):
+            return ops.linear_decoded(x, self.operand, self.port, self.unit_inputs)
         if self.fp8_least is not None and torch.is_grad_enabled():
             how = self.group, self.port, self.fp8_least, self.unit_inputs
             return ops.linear_fp8(x, self.register, self.exponent, *how)
@@ -77,7 +76,7 @@ def decoded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            layer.operand = None
+            layer.operand = ops.Operand()
 
 
 def use_fp8(model: nn.Module, least: int = ops.FP8_LEAST) -> int:

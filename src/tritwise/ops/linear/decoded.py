@@ -26,9 +26,9 @@ def decode_many(
     groups: Sequence[int],
     dtype: torch.dtype,
     rounds: Sequence[tuple[bool, bool]],
-) -> list[Operand] | list[None]:
-    """What `linear_decoded` reads of each of several matrices on one device: a new `Operand`, or None for all where the
-    backend decodes within its products.
+) -> list[Operand]:
+    """What `linear_decoded` reads of each of several matrices on one device; all empty where the backend decodes within
+    its products.
 
     registers: int8 [O, I]; exponents: int8 [O, ceil(I/group)]; dtype: of the activations. rounds: whether x, and
     whether dL/dy, is rounded to float8, as `rounds_fp8` says; only where `refuses_fp8` says None. The bits are those
@@ -81,7 +81,8 @@ class _LinearDecoded(torch.autograd.Function):
 def linear_decoded(x: Tensor, operand: Operand, port: Tensor | None = None, unit: bool = False) -> Tensor:
     """`linear` or `linear_fp8`, whichever `operand` was decoded for, with the same numbers.
 
-    x: float [..., I] of the type that it was decoded for -> the same type [..., O]. port: receives dL/dW as float32
+    x: float [..., I] of a type that the operand `serves`, such as the one that it was decoded for
+    -> the same type [..., O]. port: receives dL/dW as float32
     [O, I] in backward, or None. unit: as of `linear_fp8`.
     """
     return _LinearDecoded.apply(x, port, unit, *operand)  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from tritwise.registers import scale_values
 
 
 class Operand(NamedTuple):
-    """A decoded matrix W [O, I]. One half of it is for y = x W^T, the other for dL/dx; `weight` serves both.
+    """A decoded matrix W [O, I]: what y = x W^T reads, and what dL/dx does. Empty, all None: nothing is decoded.
 
     weight   W in the type of the activations [O, I]; None if both products are rounded
     trits8   leading trits as float8 e4m3 [O, I], if x is rounded to float8; else None
@@ -21,10 +21,14 @@ class Operand(NamedTuple):
     scale_O  the scale of each row, float32 [O], if either is; else None
     """
 
-    weight: Tensor | None
-    trits8: Tensor | None
-    turned8: Tensor | None
-    scale_O: Tensor | None
+    weight: Tensor | None = None
+    trits8: Tensor | None = None
+    turned8: Tensor | None = None
+    scale_O: Tensor | None = None
+
+    def serves(self, dtype: torch.dtype) -> bool:
+        """Whether it can be multiplied by activations of `dtype`."""
+        return self.scale_O is not None if self.weight is None else self.weight.dtype == dtype
 
 
 def operand(

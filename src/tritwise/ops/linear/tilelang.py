@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tritwise.ops import gpu
 from tritwise.ops.linear import triton
+from tritwise.ops.linear.operands import Operand
 from tritwise.registers import scale_table
 
 OLDEST = (8, 0)  # compute capability with bfloat16 in its matrix units
@@ -85,9 +86,9 @@ def input_grad(grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> 
     return _product(grad, register, exponent, group, turned=True)
 
 
-def decode_many(registers: Sequence[Tensor], *_: Any) -> list[None]:
+def decode_many(registers: Sequence[Tensor], *_: Any) -> list[Operand]:
     """Nothing ahead of the products: they decode by themselves."""
-    return [None] * len(registers)
+    return [Operand()] * len(registers)
 
 
 def _leaves(x: Tensor, register: Tensor, exponent: Tensor, group: int) -> str | None:
