@@ -62,6 +62,9 @@ def matrices(device: str = "cpu") -> tuple[list[Tensor], list[Tensor], list[int]
 def check_bits(device: str, dtype: torch.dtype) -> None:
     registers, exponents, groups, rounds = matrices(device)
     found = ops.decode_many(registers, exponents, groups, dtype, rounds)
+    if ops.backend_table()["linear"] == "tilelang":  # which decodes within its products
+        assert found == [ops.Operand()] * len(MATRICES)
+        return
     parts = zip(found, registers, exponents, groups, rounds, strict=True)
     for made, register, exponent, group, (rounds_x, rounds_grad) in parts:
         r, e = register.cpu(), exponent.cpu()
