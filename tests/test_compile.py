@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import profile
 
 from tritwise import ops
 from tritwise.models import ByteLM, ModelConfig
-from tritwise.nn import TritEmbedding, TritLinear, TritModule, trit_modules
+from tritwise.nn import TritEmbedding, TritLinear, TritModule, decoded, trit_modules, use_fp8
 from tritwise.optim import TritOptimizer
 from tritwise.registers import init_registers, make_key
 
@@ -117,6 +118,40 @@ def test_layers(backend):
     for layer in layers:
         assert layer.port is not None and layer.port.grad is None
         assert grads[layer].shape == layer.register.shape and torch.equal(grads[layer], other_grads[layer])
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 80)])
+def test_a_loss_whose_matrices_are_decoded_ahead(backend, checkpoint, dtype, least):
+    """One graph for operands that are new in every step, in which nothing is decoded. least: of what float8 rounds."""
+    torch.manual_seed(0)
+    model = ByteLM(ModelConfig(width=32, depth=2, ctx=16, group=1 << 16), dtype, checkpoint=checkpoint)
+    if least is not None:
+        assert use_fp8(model, least) == 6
+    layers = [layer for _, layer in trit_modules(model) if layer.port is not None]
+    one, two = batches(2)
+
+    def passed(loss_of: Callable[..., Tensor], batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+        loss = loss_of(*batch)
+        loss.backward()
+        found = [layer.port.grad for layer in layers]
+        for layer in layers:
+            layer.port.grad = None
+        return [loss.detach(), *found]
+
+    expected = [passed(compiled(model.loss, backend), batch) for batch in (one, two)]
+    torch._dynamo.reset()
+    count = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    loss_of, found = compiled(model.loss, backend), []
+    for batch in (one, two):
+        with decoded(model, dtype), profile() as called:
+            found.append(passed(loss_of, batch))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == count + 1
+    names = {event.name.removeprefix("tritwise::") for event in called.events()}
+    assert not names & {"linear", "linear_input_grad", "trits_float8"} and names >= {"linear_weight_grad", "embedding"}
+    for some, others in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) and a.any() for a, b in zip(some, others, strict=True))
 
 
 def test_one_graph_serves_all_batch_sizes():

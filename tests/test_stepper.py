@@ -4,6 +4,8 @@ import copy
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import tritwise.train.stepper as stepper_module
+from tritwise import ops
 from tritwise.bench.entries import PARTS
 from tritwise.models import ByteLM, ModelConfig
-from tritwise.nn import trit_modules
+from tritwise.nn import TritLinear, decoded, trit_modules, use_fp8
+from tritwise.ops import gpu
 from tritwise.optim import TritOptimizer
 from tritwise.train.optimizers import float_optimizers
 from tritwise.train.stepper import Stepper
@@ -197,6 +201,46 @@ def test_every_shape_has_a_recording_until_there_are_too_many(rule, steady, monk
     assert_equal(found[0][1], found[1][1])
 
 
+@pytest.mark.parametrize("how", [{}, {"compile": True}, {"blocks": True}])
+def test_what_a_recording_holds_decodes_once_and_is_an_eager_step(how, quick_compiler, monkeypatch):
+    """The pass itself, on a CPU, where nothing is recorded."""
+    calls: list[int] = []
+    decode_many = ops.decode_many
+    monkeypatch.setattr(ops, "decode_many", lambda *given: calls.append(len(given[0])) or decode_many(*given))
+    (model, (optimizer,)), (other, eager) = build("trit"), build("trit")
+    stepper, expected = Stepper(model, [optimizer], **how), Stepper(other, eager)
+    layers = [layer for _, layer in trit_modules(model)]
+    for layer in layers:
+        layer.consumer = None
+    for number, batch in enumerate(batches(3)):
+        held = SimpleNamespace(_model=model, _layers=layers, _floats=[], _loss_of=stepper._loss, _batch=batch)
+        held.updates = []
+        loss = stepper_module._Recording._run(held)
+        assert calls == [5] * (number + 1)  # the head, and four matrices of a block
+        assert all(layer.operand == ops.Operand() for layer in layers if isinstance(layer, TritLinear))
+        stepper_module._deliver([optimizer], held.port_grads)
+        optimizer.step()
+        assert torch.equal(loss, expected.step(*batch)) and not loss.requires_grad
+    assert len(calls) == 3, "eager steps decode nothing ahead"
+    assert_equal(state_of(model, [optimizer]), state_of(other, eager))
+
+
+@pytest.mark.parametrize("how", [{"compile": True}, {"blocks": True}])
+def test_what_was_compiled_for_recordings_does_not_stand_in_the_way_of_eager_steps(how, quick_compiler):
+    """The first block reads the model's input twice and the others do not: torch then looks for what they share."""
+    torch.manual_seed(0)
+    model = ByteLM(ModelConfig(**SHAPE.__dict__ | {"depth": 3, "input_mix": True}))
+    loss_of, (batch, *_) = stepper_module.loss_of(model, **how), batches(1)
+    losses, before = [], torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for context in (decoded, nullcontext, decoded):
+        with context(model, torch.float32) if context is decoded else context():
+            losses.append(loss_of(*batch))
+            losses[-1].backward()
+    assert losses[0] == losses[1] == losses[2]
+    made = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    assert made == (4 if how.get("blocks") else 2)
+
+
 # On a GPU
 
 
@@ -249,6 +293,39 @@ def test_scales_that_learn_fast_have_the_bits_of_eager_steps(shape, own, how):
         found.append((losses, flips, state_of(model, [optimizer])))
     assert found[0][:2] == found[1][:2]
     assert_equal(found[0][2], found[1][2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [{}, {"group": 64}, {"group": 1 << 16}, {"group": 1 << 16, "fp8": 512}])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_recording_that_decodes_ahead_has_the_bits_of_one_that_does_not(shape, dtype, checkpoint, monkeypatch):
+    found, launched, launch = [], [], gpu.launch
+
+    def watched(kernel: Any, *given: Any, **constants: Any) -> None:
+        launched.append(kernel.fn.__name__)
+        launch(kernel, *given, **constants)
+
+    monkeypatch.setattr(gpu, "launch", watched)
+    for ahead in (True, False):
+        launched.clear()
+        monkeypatch.setattr(stepper_module, "decoded", decoded if ahead else lambda *_: nullcontext())
+        torch.manual_seed(0)
+        settings = SHAPE.__dict__ | {"width": 192, "depth": 3, "group": 256} | shape
+        least = settings.pop("fp8", None)
+        model = ByteLM(ModelConfig(**settings), dtype, checkpoint=checkpoint).to("cuda")
+        assert least is None or use_fp8(model, least) == 9
+        optimizer = TritOptimizer(model, 0.05)
+        stepper, losses = Stepper(model, [optimizer], graph=True), []
+        for number, batch in enumerate(batches(6, "cuda")):
+            slow_down([optimizer], number)
+            losses.append(float(stepper.step(*batch)))
+        assert launched.count("decode_many") == 4 * ahead  # while it was recorded, and before
+        others = launched.count("decode") + launched.count("trits_float8")
+        assert (others <= 8) is ahead  # those of rows of the embedding
+        found.append((losses, state_of(model, [optimizer])))
+    assert found[0][0] == found[1][0] and len(set(found[0][0])) == 6
+    assert_equal(found[0][1], found[1][1])
 
 
 @pytest.mark.gpu

@@ -33,6 +33,11 @@ def matrix(outputs: int, inputs: int, group: int) -> tuple[Tensor, Tensor, int]:
 # ---- where it runs, and how it is chosen
 
 
+def test_nothing_is_decoded_ahead_of_products_that_decode():
+    (register, exponent, group), rounds = matrix(32, 64, 64), [(False, False)] * 2
+    assert tilelang.decode_many([register] * 2, [exponent] * 2, [group] * 2, BF16, rounds) == [ops.Operand()] * 2
+
+
 def test_reasons_to_refuse(monkeypatch):
     why = tilelang.refuses.__wrapped__
     assert why(CPU) == "it runs on CUDA devices only"

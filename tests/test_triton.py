@@ -495,12 +495,13 @@ def test_in_the_interpreter():
         "ops_many",
         "ops_scales",
         "ops_linear",
+        "ops_decoded",
         "ops_embedding",
         "ops_graph",
         "ops_combine",
     )
     files = [f"test_{name}.py" for name in names]
-    some = "test_triton or (triton and (many or ops_scales or opcheck or matrix or autograd))"
+    some = "test_triton or (triton and (many or ops_scales or opcheck or matrix or autograd or products))"
     command = [sys.executable, "-m", "pytest", "-m", "not gpu", "-k", some, "-p", "no:cacheprovider", "-rs"]
     environment = os.environ | {gpu.INTERPRET: "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([*command, *(str(here / f) for f in files)], env=environment, capture_output=True, text=True)
@@ -536,7 +537,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
     messages, mixture, tables = graph_triton._kernels(), combine_triton._kernels(), gpu._table_kernels()
     embeddings = embedding_triton._kernels()
     products = {"BLOCK_V": 256, "BLOCK_C": 64, "BLOCK_N": 64, "SPAN": 2048, "NARROW": True}
-    scales, linear = scales_triton._kernels(), triton._kernels()
+    scales, linear, operands = scales_triton._kernels(), triton._kernels(), triton._operand_kernels()
     pointers |= {"square_T": "*i64", "still": "*i1", "octaves": "*fp64"}
     for name, constants in (
         ("edge_sum", {"BLOCK": 256}),
@@ -559,6 +560,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         ("column_grads", {"TENSORS": 16, "STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
         ("strip_sums", {"TENSORS": 16, "SPAN": 16, "BLOCK": 128}),
         ("trits_float8", {"TURNED": True, "BLOCK": 64}),
+        *(("decode_many", {"TENSORS": 64, "TYPE": kind, "BLOCK": 64}) for kind in operands.TYPES.values()),
         ("row_sums", products | {"PARTS": 3}),
         ("row_sums", products | {"PARTS": 1}),
         ("split_sums", {"SPAN": 16, "BLOCK": 1024}),
@@ -573,13 +575,13 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         ("row_scales", {"BLOCK": 256, "SPAN": 512, "level": None, "after": None, "rows": 1, "columns": 1}),
         ("spread", {"BLOCK": 2048}),
     ):
-        rooms = gpu.kernels(), tables, scales, linear, directions, messages, mixture, embeddings
+        rooms = gpu.kernels(), tables, scales, linear, operands, directions, messages, mixture, embeddings
         kernel = next(getattr(room, name) for room in rooms if hasattr(room, name))
         types = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in kernel.arg_names}
         source = ASTSource(kernel, types, {(kernel.arg_names.index(a),): v for a, v in constants.items()})
         made = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
         assert re.search(r"st\.global|atom\.global|red\.global", made.asm["ptx"])
-        exact = any(hasattr(room, name) for room in rooms[:4])  # directions are floats, and may be a rounding off
+        exact = any(hasattr(room, name) for room in rooms[:5])  # directions are floats, and may be a rounding off
         assert not exact or not re.findall(r"\bfma\b|\.ftz", made.asm["ptx"])
 
 

@@ -4,6 +4,7 @@ Run like tests/test_triton.py: in Triton's interpreter in a process of its own, 
 """
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tritwise import ops
 from tritwise.ops import gpu
+from tritwise.ops.linear import triton
 from tritwise.registers import Place, keys_at, make_key, rows_of_places
 
 INTERPRETED = os.environ.get(gpu.INTERPRET) == "1"
@@ -99,6 +101,41 @@ def test_a_shelf_holds_what_a_recording_asks_for_once_it_is_filled():
 def test_a_shelf_that_is_full_says_so():
     with gpu.Shelf(torch.device("cpu"), numbers=16), pytest.raises(AssertionError, match="too many tensors"):
         gpu.upload([list(range(17))], torch.device("cpu"))
+
+
+@on_each_device
+def test_matrices_are_decoded_by_one_launch_whose_table_waits_on_the_shelf(device, monkeypatch):
+    """All but one with two groups to a tile and one whose rows begin anywhere."""
+    matrices = [(128, 96, 96), (48, 80, 1 << 16), (80, 128, 32), (19, 130, 64), (70, 192, 64)]
+    rounds = [(True, False), (True, True), (False, False), (False, False), (False, False)]
+    registers = [int8(rows * columns, 0).view(rows, columns).to(device) for rows, columns, _ in matrices]
+    exponents = [int8(rows * -(-c // g), 1).view(rows, -1).to(device) for rows, c, g in matrices]
+    launched: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(gpu, "launch", lambda kernel, *given, **_: launched.append((kernel.fn.__name__, *given)))
+    with ops.backend("triton"), gpu.Shelf(torch.device(device), numbers=64) as shelf:
+        made = ops.decode_many(registers, exponents, [group for *_, group in matrices], torch.bfloat16, rounds)
+    decoded = [call for call in launched if call[0] == "decode_many"]
+    assert [call[0] for call in launched].count("decode") == 2 and len(decoded) == 1 and len(launched) == 3
+    _, programs, _, table, tensors = decoded[0]
+    assert tensors == 3 and programs == 2 * 2 + 1 * 2 + 2 * 3
+    shelf.fill()
+    for line, number, first in zip(table.tolist(), (0, 1, 4), (0, 4, 6), strict=True):
+        rows, columns, group = matrices[number]
+        given = registers[number].data_ptr(), exponents[number].data_ptr()
+        places = [0 if part is None else part.data_ptr() for part in made[number]]
+        assert line == [first, *given, *places, rows, columns, min(group, columns)]
+
+
+@on_each_device
+@pytest.mark.parametrize("where", ["register", "exponent", "rows", "columns"])
+def test_a_matrix_that_does_not_lie_well_is_decoded_by_itself(device, where):
+    """It begins between multiples of 16 bytes, is turned to rows that do, or is strided."""
+    rows, columns = (40 if where == "rows" else 32), (24 if where == "columns" else 32)
+    flat = int8(rows * columns + 1, 0).to(device)
+    register = (flat[1:] if where == "register" else flat[:-1]).view(rows, columns)
+    exponent = int8(2 * rows, 1).to(device)[:: 2 if where == "exponent" else 1][:rows].view(rows, 1)
+    assert triton._lies_well(register.clone(), exponent.clone(), 256, False) is (where != "columns")
+    assert not triton._lies_well(register, exponent, 256, True)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,9 @@
 """Linear layers without bias: `TritLinear`, and `FloatLinear`, its float twin for baselines."""
 
+import contextlib
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,8 @@ class TritLinear(TritModule):
     x: float [..., in_features] (float32 or bfloat16) -> [..., out_features] of the same dtype.
     fp8_least: None, or while gradients are recorded x and dL/dy are rounded to float8 for products that large
     (`ops.linear_fp8`), which fast matrix units then take; see `use_fp8`. unit_inputs: whether x has about unit RMS,
-    which is easier to round (`give_unit_inputs`).
+    which is easier to round (`give_unit_inputs`). operand: W as `decoded` has made it, which is then read in the
+    place of the registers while gradients are recorded; else empty.
     Arguments as `TritModule`. Training needs an optimizer that consumes the port: `tritwise.TritOptimizer`.
     """
 
@@ -25,9 +29,23 @@ class TritLinear(TritModule):
         super().__init__(out_features, in_features, role=role, fan_in=in_features, group=group, blocks=blocks)
         self.fp8_least: int | None = None
         self.unit_inputs = False
+        # Not None: torch.compile, asked why it has to compile a block anew, looks into what it has seen decoded.
+        self.operand = ops.Operand()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"operand": ops.Operand()}
+
+    @property
+    def rounds(self) -> tuple[bool, bool]:
+        """Whether x is rounded to float8, and whether dL/dy is, while gradients are recorded."""
+        if self.fp8_least is None:
+            return False, False
+        return ops.rounds_fp8(self.register, self.fp8_least, self.unit_inputs)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.scale_columns(x)
+        if torch.is_grad_enabled() and self.operand.serves(x.dtype):
+            return ops.linear_decoded(x, self.operand, self.port, self.unit_inputs)
         if self.fp8_least is not None and torch.is_grad_enabled():
             how = self.group, self.port, self.fp8_least, self.unit_inputs
             return ops.linear_fp8(x, self.register, self.exponent, *how)
@@ -39,6 +57,26 @@ def give_unit_inputs(*layers: nn.Module) -> None:
     for layer in layers:
         if isinstance(layer, TritLinear):
             layer.unit_inputs = True
+
+
+@contextlib.contextmanager
+def decoded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within it, W of every ternary linear of `model` lies decoded for activations of `dtype`, and whatever records
+    gradients reads it there: two bytes a weight in bfloat16, one for each product that is rounded to float8, and all at
+    once. Nothing may move registers or scales meanwhile. Afterwards, and after an error, none is left.
+
+    On a GPU it is one launch, where each product would take two. Activations of another type decode as ever.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, TritLinear)]
+    tensors = [layer.register for layer in layers], [layer.exponent for layer in layers]
+    made = ops.decode_many(*tensors, [layer.group for layer in layers], dtype, [layer.rounds for layer in layers])
+    for layer, operand in zip(layers, made, strict=True):
+        layer.operand = operand
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.operand = ops.Operand()
 
 
 def use_fp8(model: nn.Module, least: int = ops.FP8_LEAST) -> int:

@@ -4,7 +4,8 @@ Every operation is registered in the `tritwise` namespace of torch.library with 
 torch.compile sees one opaque node, and which backend runs is decided when it runs (`backends.py`).
 
     linear      y = x W^T, its input gradient, weight gradient and gradients of scales; W = trit * scale. linear_fp8:
-                the same with x and dL/dy rounded to float8 for large products
+                the same with x and dL/dy rounded to float8 for large products. linear_decoded: either, with what
+                decode_many has made of many matrices before
     embedding   rows of W, and the weight gradient
     update      momentum (int8, stochastic rounding) and the move of registers
     scales      the move of scale exponents, with their directions
@@ -29,8 +30,10 @@ from tritwise.ops.linear import (
     linear_scale_grad,
     linear_scale_grads,
 )
+from tritwise.ops.linear.decoded import decode_many, linear_decoded
 from tritwise.ops.linear.fp8 import LEAST as FP8_LEAST
 from tritwise.ops.linear.fp8 import linear_fp8, refuses_fp8, rounds_fp8
+from tritwise.ops.linear.operands import Operand
 from tritwise.ops.nibble import (
     accumulate_nibble,
     accumulate_nibble_many,
@@ -50,6 +53,7 @@ from tritwise.ops.update import (
 __all__ = [
     "FP8_LEAST",
     "LEVEL_FLOOR",
+    "Operand",
     "accumulate_momentum",
     "accumulate_momentum_many",
     "accumulate_nibble",
@@ -58,6 +62,7 @@ __all__ = [
     "backend_table",
     "backends_of",
     "combine",
+    "decode_many",
     "direction",
     "direction_many",
     "edge_sum",
@@ -66,6 +71,7 @@ __all__ = [
     "linear",
     "linear_column_grad",
     "linear_column_grads",
+    "linear_decoded",
     "linear_fp8",
     "linear_scale_grad",
     "linear_scale_grads",

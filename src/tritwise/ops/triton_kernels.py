@@ -247,6 +247,15 @@ def move(
 
 
 @triton.jit
+def weight_of(register, scale):
+    """round(register / 81) * scale, float32. register: int32."""
+    size = tl.abs(register)
+    w = tl.where(size > 121, scale + scale, tl.where(size > 40, scale, 0.0))
+    # The reference rounds a small negative register to a negative zero; so does the sign put on here.
+    return float_of(w.to(tl.int32, bitcast=True) | (register & SIGN))
+
+
+@triton.jit
 def decode(
     ids,
     register,
@@ -283,10 +292,7 @@ def decode(
     else:
         at = source[:, None] * groups + (column // group)[None, :]
         scale = scale_of(tl.load(exponent + at, mask=mask, other=0).to(tl.int32))
-    size = tl.abs(r)
-    w = tl.where(size > 121, scale + scale, tl.where(size > 40, scale, 0.0))
-    # The reference rounds a small negative register to a negative zero; so does the sign put on here.
-    w = float_of(w.to(tl.int32, bitcast=True) | (r & SIGN))
+    w = weight_of(r, scale)
     if ids is not None:
         w = tl.where(known[:, None], w, float("nan"))
     to = weight + row[:, None] * columns + column[None, :]

@@ -4,8 +4,9 @@ A small model on a GPU is bound by launches: its kernels are shorter than the ti
 `compile` the model's loss is one compiled function, and with `graph` its forward and backward are recorded once and
 replayed, and where the optimizers allow it the update with them, so that a step costs the host a handful of launches.
 Where layers move in turns, there is a recording for each turn. Gradients of ternary layers then wait in their ports
-until backward is over, all at once, which is for models that are small beside the GPU; otherwise every gradient is
-consumed the moment it is made.
+until backward is over, all at once, and matrices are decoded all at once before forward and let go of after backward,
+which is for models that are small beside the GPU; otherwise every gradient is consumed the moment it is made, and each
+product decodes its matrix for itself.
 
 Nothing here waits for the GPU: the loss comes back as a tensor that may not have been computed yet.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tritwise.models import Arb, ByteLM, DecodeState
-from tritwise.nn import TritModule, noise_of, trit_modules
+from tritwise.nn import TritModule, decoded, noise_of, trit_modules
 from tritwise.ops import gpu
 from tritwise.optim import TritOptimizer
 from tritwise.train.crew import Crew
@@ -258,7 +259,7 @@ class _Recording:
         booth: _Booth,
         updates: Sequence[TritOptimizer] = (),
     ) -> None:
-        self.updates = list(updates)
+        self.updates, self._model = list(updates), model
         self._layers = [layer for _, layer in trit_modules(model)]
         self._floats = [p for p in model.parameters() if p.requires_grad]
         self._loss_of = loss
@@ -295,8 +296,9 @@ class _Recording:
         for tensor in [*(layer.port for layer in self._layers), *self._floats]:
             if tensor is not None:
                 tensor.grad = None
-        loss = self._loss_of(*self._batch)
-        loss.backward()
+        with decoded(self._model, self._model.dtype):
+            loss = self._loss_of(*self._batch)
+            loss.backward()
         self.port_grads = {}
         for layer in self._layers:
             if layer.port is not None and layer.port.grad is not None:

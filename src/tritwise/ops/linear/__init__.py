@@ -4,8 +4,8 @@ Shape suffixes: x_NI inputs, y_NO outputs, register_OI and exponent_OG int8, G =
 
 Gradients leave through a *port*: a float tensor of shape [O, I] that takes no memory (stride 0, one element) and holds
 no weight. Autograd delivers dL/dW to it and the optimizer consumes it there as soon as backward has made it. What a
-matmul reads is decoded for that matmul and let go; no float copy of a weight is kept. Without a port (inference,
-frozen layers) the weight gradient is not computed.
+matmul reads is decoded for that matmul and let go, or for a whole recorded step (decoded.py); from step to step no
+float copy of a weight is kept. Without a port (inference, frozen layers) the weight gradient is not computed.
 """
 
 from collections.abc import Sequence

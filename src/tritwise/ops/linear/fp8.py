@@ -88,6 +88,19 @@ def _product(a: Tensor, turned_b: Tensor, scale_a: Tensor, scale_b: Tensor, dtyp
     return _scaled_mm(a, turned_b.t(), scale_a, scale_b, out_dtype=torch.bfloat16).to(dtype)
 
 
+def forward_fp8(x_NI: Tensor, trits8: Tensor, scale_O: Tensor, unit: bool) -> Tensor:
+    """y [N, O] of x's dtype, x being rounded. trits8: float8 [O, I]; scale_O: float32; unit: x has about unit RMS."""
+    x8_NI, scale_N1 = rounded_unit(x_NI) if unit else rounded(x_NI)
+    return _product(x8_NI, trits8, scale_N1, scale_O.view(1, -1), x_NI.dtype)
+
+
+def input_grad_fp8(grad_NO: Tensor, turned8: Tensor, scale_O: Tensor) -> Tensor:
+    """dL/dx [N, I] of dL/dy's dtype, dL/dy being rounded. turned8: float8 trits [I, O]; scale_O: float32."""
+    grad8_NO, scale_N1 = rounded(grad_NO * scale_O.to(grad_NO.dtype).view(1, -1))
+    ones_1I = torch.ones(1, turned8.shape[0], dtype=torch.float32, device=grad_NO.device)
+    return _product(grad8_NO, turned8, scale_N1, ones_1I, grad_NO.dtype)
+
+
 class _LinearFp8(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -103,9 +116,7 @@ class _LinearFp8(torch.autograd.Function):
         x_NI = x.reshape(-1, x.shape[-1])
         rounds_x, ctx.rounds_grad = rounds_fp8(register, least, unit)
         if rounds_x:
-            x8_NI, scale_N1 = rounded_unit(x_NI) if unit else rounded(x_NI)
-            scale_1O = scale_values(exponent).view(1, -1)
-            y_NO = _product(x8_NI, _trits_op(register, False), scale_N1, scale_1O, x.dtype)
+            y_NO = forward_fp8(x_NI, _trits_op(register, False), scale_values(exponent), unit)
         else:
             y_NO = linear(x_NI, register, exponent, group)
         ctx.group = group
@@ -119,9 +130,7 @@ class _LinearFp8(torch.autograd.Function):
         grad_NO = grad.reshape(-1, grad.shape[-1])
         x_grad = port_grad = None
         if ctx.needs_input_grad[0] and ctx.rounds_grad:
-            grad8_NO, scale_N1 = rounded(grad_NO * scale_values(exponent, grad.dtype).view(1, -1))
-            ones_1I = torch.ones(1, register.shape[1], dtype=torch.float32, device=grad.device)
-            x_grad = _product(grad8_NO, _trits_op(register, True), scale_N1, ones_1I, grad.dtype)
+            x_grad = input_grad_fp8(grad_NO, _trits_op(register, True), scale_values(exponent))
         elif ctx.needs_input_grad[0]:
             x_grad = torch.ops.tritwise.linear_input_grad(grad_NO, register, exponent, ctx.group)
         if x_grad is not None:

@@ -178,6 +178,12 @@ def strip_sums(table, tensors, TENSORS: tl.constexpr, SPAN: tl.constexpr, BLOCK:
 
 
 @triton.jit
+def float8_of(register):
+    """Leading trits as bytes of float8 e4m3."""
+    return (tl.where(register > 40, 0x38, 0) | tl.where(register < -40, 0xB8, 0)).to(tl.uint8)  # 1 and -1
+
+
+@triton.jit
 def trits_float8(register, out, rows, columns, TURNED: tl.constexpr, BLOCK: tl.constexpr):
     """out = the leading trits of register [rows, columns] as bytes of float8 e4m3; [columns, rows] if TURNED."""
     across = tl.cdiv(columns, BLOCK)
@@ -185,9 +191,8 @@ def trits_float8(register, out, rows, columns, TURNED: tl.constexpr, BLOCK: tl.c
     column = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     r = tl.load(register + row[:, None] * columns + column[None, :], mask=mask, other=0)
-    byte = tl.where(r > 40, 0x38, 0) | tl.where(r < -40, 0xB8, 0)  # 1 and -1
     if TURNED:
         to = out + column[:, None] * rows + row[None, :]
-        tl.store(to, tl.trans(byte).to(tl.uint8), mask=tl.trans(mask))
+        tl.store(to, tl.trans(float8_of(r)), mask=tl.trans(mask))
     else:
-        tl.store(out + row[:, None] * columns + column[None, :], byte.to(tl.uint8), mask=mask)
+        tl.store(out + row[:, None] * columns + column[None, :], float8_of(r), mask=mask)

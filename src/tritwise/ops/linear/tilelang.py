@@ -9,13 +9,16 @@ import functools
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tritwise.ops import gpu
 from tritwise.ops.linear import triton
+from tritwise.ops.linear.operands import Operand
 from tritwise.registers import scale_table
 
 OLDEST = (8, 0)  # compute capability with bfloat16 in its matrix units
@@ -81,6 +84,11 @@ def input_grad(grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> 
         _say(reason)
         return triton.input_grad(grad, register, exponent, group)
     return _product(grad, register, exponent, group, turned=True)
+
+
+def decode_many(registers: Sequence[Tensor], *_: Any) -> list[Operand]:
+    """Nothing ahead of the products: they decode by themselves."""
+    return [Operand()] * len(registers)
 
 
 def _leaves(x: Tensor, register: Tensor, exponent: Tensor, group: int) -> str | None:

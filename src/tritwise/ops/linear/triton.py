@@ -11,10 +11,11 @@ from torch import Tensor
 
 from tritwise.ops import gpu
 from tritwise.ops.linear import reference
+from tritwise.ops.linear.operands import Operand, operand
 from tritwise.registers import scale_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TILE = 64  # rows and columns that one program turns
+TILE = 64  # rows and columns that one program turns, or decodes of many matrices
 STRIP = 128  # rows that one program sums up for the gradients of columns
 COLUMNS = 128  # whose strips one program adds up
 
@@ -22,6 +23,11 @@ COLUMNS = 128  # whose strips one program adds up
 @functools.cache
 def _kernels() -> ModuleType:
     return importlib.import_module("tritwise.ops.linear.kernels")
+
+
+@functools.cache
+def _operand_kernels() -> ModuleType:
+    return importlib.import_module("tritwise.ops.linear.operand_kernels")
 
 
 def decode(register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype) -> Tensor:
@@ -179,3 +185,48 @@ def trits_float8(register: Tensor, turned: bool) -> Tensor:
         num_warps=8,  # 16 bytes a thread: one load, one store
     )
     return out
+
+
+def decode_many(
+    registers: Sequence[Tensor],
+    exponents: Sequence[Tensor],
+    groups: Sequence[int],
+    dtype: torch.dtype,
+    rounds: Sequence[tuple[bool, bool]],
+) -> list[Operand]:
+    """The operand of each of several matrices: one launch for all that lie as its kernel wants them."""
+    out: list[Operand] = []
+    lines: list[list[int]] = []
+    programs = 0
+    for r, e, group, (rounds_x, rounds_grad) in zip(registers, exponents, groups, rounds, strict=True):
+        if dtype not in DTYPES or not _lies_well(r, e, group, rounds_grad):
+            out.append(operand(decode, trits_float8, r, e, group, dtype, (rounds_x, rounds_grad)))
+            continue
+        rows, columns = r.shape
+        new = functools.partial(torch.empty, device=r.device)
+        made = Operand(
+            None if rounds_x and rounds_grad else new(rows, columns, dtype=dtype),
+            new(rows, columns, dtype=reference.FLOAT8) if rounds_x else None,
+            new(columns, rows, dtype=reference.FLOAT8) if rounds_grad else None,
+            new(rows, dtype=torch.float32) if rounds_x or rounds_grad else None,
+        )
+        out.append(made)
+        places = [0 if part is None else part.data_ptr() for part in made]
+        lines.append([programs, r.data_ptr(), e.data_ptr(), *places, rows, columns, min(group, columns)])
+        programs += -(-rows // TILE) * -(-columns // TILE)
+    if lines:
+        device = registers[0].device
+        table, many = gpu.upload(lines, device), max(gpu.power_of_two_above(len(lines)), 16)
+        constants = {"TENSORS": many, "TYPE": _operand_kernels().TYPES[dtype], "BLOCK": TILE}
+        # Each thread has 8 numbers: 16 bytes in bfloat16.
+        gpu.launch(_operand_kernels().decode_many, programs, device, table, len(lines), **constants, num_warps=16)
+    return out
+
+
+def _lies_well(register: Tensor, exponent: Tensor, group: int, turned: bool) -> bool:
+    """Whether loads and stores of `decode_many` can be wide, and a tile has one scale a row."""
+    if not gpu.is_served(register, exponent, group) or not (register.is_contiguous() and exponent.is_contiguous()):
+        return False
+    rows, columns = register.shape
+    sides = register.data_ptr() | columns | (rows if turned else 0)
+    return sides % 16 == 0 and (exponent.shape[1] == 1 or group % TILE == 0)
