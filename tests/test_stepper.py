@@ -271,7 +271,15 @@ def test_a_graph_gives_the_state_of_eager_steps(rule):
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", [{"graph": True}, {"records": True}])
 @pytest.mark.parametrize("own", [{}, {"row_memory": 0.9, "interval": 4}, {"roles": {"embedding": {"scale_rate": 0.5}}}])
-@pytest.mark.parametrize("shape", [{"group": 64}, {"group": 1 << 16}, {"group": 64, "column_scales": False}])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"group": 64},
+        {"group": 1 << 16},
+        {"group": 64, "column_scales": False},
+        {"group": 64, "ngrams": 3, "ngram_rows": 600},  # of which a step uses a part
+    ],
+)
 def test_scales_that_learn_fast_have_the_bits_of_eager_steps(shape, own, how):
     """A recorded step takes the scales of all layers at once, an eager one those of each; several to a row, or one."""
     found = []

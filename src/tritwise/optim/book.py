@@ -13,6 +13,7 @@ from tritwise.ops import nibble
 from tritwise.ops.update.reference import EXPONENT_FLOOR
 from tritwise.optim.groups import reach
 from tritwise.optim.live import Live
+from tritwise.optim.rows import in_place
 from tritwise.optim.scales import make_scale_state
 from tritwise.registers import Key, Place, make_key
 
@@ -92,6 +93,11 @@ class Book(torch.optim.Optimizer):
         """Whether it is this layer's turn to move at this step."""
         group = self._settings_of(register)
         return (group["step"] + self._number[register]) % group["interval"] == 0
+
+    def _in_place(self, layer: TritModule) -> bool:
+        """Whether a sparse layer is worked on as a whole. What rows remember is of a direction's own size, which
+        depends on how many rows have one: then they are gathered."""
+        return in_place(layer.register) and not self._settings_of(layer.register)["row_memory"]
 
     def _place(self, layer: TritModule, stream: int) -> Place:
         group = self._settings_of(layer.register)

@@ -8,6 +8,7 @@ from torch import Tensor
 from tritwise import ops
 from tritwise.nn import TritModule
 from tritwise.optim.book import NO_STEP, Book
+from tritwise.optim.rows import Order, used_first
 from tritwise.optim.scales import scale_grads, scale_sets
 from tritwise.registers import Key, Place, make_key
 
@@ -27,7 +28,7 @@ class Consuming(Book):
     def take(self, layer: TritModule, grad: Tensor) -> None:
         """`consume` for the gradient that backward has just made. On a GPU small ones wait for each other, as one call
         for many costs as many launches as one for one; no two of one layer wait, nor any beyond `step()`."""
-        if layer.sparse or not self._gathers(grad):
+        if (layer.sparse and not self._in_place(layer)) or not self._gathers(grad):
             self.consume([layer], [grad])
             return
         if layer in self._waiting or self.waiting_bytes + grad.nbytes > WAITING:
@@ -58,6 +59,7 @@ class Consuming(Book):
         compact: dict[
             tuple[float, int], list[tuple[Tensor, Tensor, Tensor, Tensor, Key]]
         ] = {}  # decay, phase -> the same
+        put_back: list[tuple[Order, Tensor, Tensor]] = []  # of rows that are worked on in another order
         for layer, grad, scale_parts in zip(layers, grads, self._scale_grads(layers, grads), strict=True):
             register = layer.register
             group, micro = self._settings_of(register), self._received.get(register, 0)
@@ -65,7 +67,14 @@ class Consuming(Book):
             decay = group["momentum"] if micro == 0 else 1.0
             state, stream = self._state_of(layer, self._learns_scale(layer)), _ACCUMULATE + 3 * micro
             where = (group["seed"], group["step"], self._number[register])
-            if layer.sparse:
+            if layer.sparse and self._in_place(layer):
+                for part, (mask_V, factor) in enumerate(self._used(register, grad, group["momentum"])):
+                    order, known = used_first(mask_V), (state["momentum"], state["row_exponent"])
+                    momentum, exponent = (order.front(tensor) for tensor in known)
+                    put_back += [(order, momentum, known[0]), (order, exponent, known[1])]
+                    own = order.front(grad.where(mask_V[:, None], 0.0))
+                    calls.setdefault(factor, []).append((momentum, exponent, own, Place(*where, stream + part)))
+            elif layer.sparse:
                 self._accumulate_rows(register, state, grad, group["momentum"], where, stream)
             elif group["compact"]:
                 key = make_key(group["seed"], NO_STEP, self._number[register], stream)
@@ -89,6 +98,8 @@ class Consuming(Book):
             momenta, exponents, gradients, places = zip(*entries, strict=True)
             keys = self._keys(places)
             self._taken.append(ops.accumulate_momentum_many(momenta, exponents, gradients, decay, keys))
+        for order, changed, table in put_back:
+            order.put_back(changed, table)
         for (decay, phase), entries in compact.items():
             registers, rows, groups, gradients, keys = zip(*entries, strict=True)
             when = self._phase(phase)
@@ -102,6 +113,14 @@ class Consuming(Book):
             found[number] = own
         return found
 
+    def _used(self, register: Tensor, grad: Tensor, decay: float) -> list[tuple[Tensor, float]]:
+        """The rows that have a gradient, bool [V], in parts with what their momentum decays by: a row decays when a
+        step first touches it."""
+        used_V = grad.abs().amax(dim=1) != 0  # true for NaN as well: such a row is refused
+        known_V = self._touched.get(register)
+        self._touched[register] = used_V if known_V is None else used_V | known_V
+        return [(used_V, decay)] if known_V is None else [(used_V & ~known_V, decay), (used_V & known_V, 1.0)]
+
     def _accumulate_rows(
         self,
         register: Tensor,
@@ -111,18 +130,14 @@ class Consuming(Book):
         where: tuple[int, int, int],
         stream: int,
     ) -> None:
-        """The same for the rows that have a gradient, and only those. A row decays when a step first touches it."""
-        used_V = grad.abs().amax(dim=1) != 0  # true for NaN as well: such a row is refused below
-        known_V = self._touched.get(register)
-        parts = [(used_V, decay)] if known_V is None else [(used_V & ~known_V, decay), (used_V & known_V, 1.0)]
-        for part, (mask_V, factor) in enumerate(parts):
+        """The same for the rows that have a gradient, and only those."""
+        for part, (mask_V, factor) in enumerate(self._used(register, grad, decay)):
             rows = mask_V.nonzero()[:, 0]
             if rows.numel():
                 momentum, exponent = state["momentum"][rows], state["row_exponent"][rows]
                 key = make_key(*where, stream + part)
                 self._taken.append(ops.accumulate_momentum(momentum, exponent, grad[rows], factor, key).view(1))
                 state["momentum"][rows], state["row_exponent"][rows] = momentum, exponent
-        self._touched[register] = used_V if known_V is None else used_V | known_V
 
     def refuse(self) -> None:
         """Let the next `step()` move nothing and count as skipped: for a loss that is no number, before backward."""

@@ -9,8 +9,10 @@ from torch import Tensor
 from tritwise import ops
 from tritwise.nn import TritModule
 from tritwise.ops import gpu
+from tritwise.ops.update.reference import EXPONENT_FLOOR
 from tritwise.optim.book import NO_STEP, Book
 from tritwise.optim.groups import reach
+from tritwise.optim.rows import Order, in_front, used_first
 from tritwise.optim.scales import ScaleMoves
 from tritwise.registers import Key, make_key
 
@@ -55,7 +57,7 @@ class Moving(Book):
                 if register not in self._received or not self._moves_now(register):
                     continue
                 layer = self._layers[register]
-                if layer.sparse or self._moves_alone(register):
+                if (layer.sparse and not self._in_place(layer)) or self._moves_alone(register):
                     yield [layer]
                     continue
                 lot = waiting.setdefault(alike, [])
@@ -80,13 +82,14 @@ class Moving(Book):
     def _move(
         self, layers: list[TritModule], scales: ScaleMoves, keys: Sequence[Key] | Tensor, go: Tensor | None
     ) -> dict[TritModule, Tensor]:
-        """Move the registers of layers of like settings that are all dense, or of one sparse layer; their scales go
-        into `scales`. keys: one for each, unless they are compact. Returns the flips."""
+        """Move the registers of layers of like settings, or of one sparse layer whose rows are gathered; their scales
+        go into `scales`. keys: one for each, unless they are compact. Returns the flips."""
         indices = [self._group_of[layer.register] for layer in layers]
         group, registers = self.param_groups[indices[0]], [layer.register for layer in layers]
         states = [self._state_of(layer, scales=False) for layer in layers]
         exponents, rows = [s["row_exponent"] for s in states], None
         levels = [s["row_level"] for s in states] if group["row_memory"] else []
+        orders: dict[int, Order] = {}  # of sparse layers that are worked on as a whole, by their number here
         if group["compact"]:
             # Without the exponents of rows, which the direction takes by themselves, nothing can under- or overflow.
             level = [torch.zeros_like(e) for e in exponents]
@@ -95,14 +98,23 @@ class Moving(Book):
             momenta = [s["momentum"] for s in states]
             if group["nesterov"]:
                 momenta, exponents = (list(part) for part in zip(*(self._lookahead[r] for r in registers), strict=True))
-        if layers[0].sparse:
+        if layers[0].sparse and not self._in_place(layers[0]):
             rows = self._touched[registers[0]].nonzero()[:, 0]
             if not rows.numel():
                 return {}
             registers, momenta, exponents = [registers[0][rows]], [momenta[0][rows]], [exponents[0][rows]]
             levels = [level[rows] for level in levels]
+        else:
+            orders = {n: used_first(self._touched[r]) for n, r in enumerate(registers) if layers[n].sparse}
+        kept = registers
+        registers, momenta, exponents = in_front(orders, registers, momenta, exponents)
+        for number, order in orders.items():  # rows that are not in use have no direction, and no say
+            order.blank(momenta[number], 0)
+            order.blank(exponents[number], EXPONENT_FLOOR)
         blocks, how = [layer.blocks for layer in layers], (group["direction"], group["steps"])
         directions = ops.direction_many(momenta, exponents, *how, blocks, levels, group["row_memory"], go)
+        for number, order in orders.items():  # of unit RMS over the rows in use, not over all
+            directions[number].mul_(order.share.sqrt())
         if self._live is not None and self._records:
             rates: Sequence[float] | Tensor = self._live_rates(indices, 0)
         else:
@@ -113,6 +125,8 @@ class Moving(Book):
             flips = ops.move_nibbles_many(registers, directions, rates, keys, phase, go)
         else:
             flips = ops.move_registers_many(registers, directions, rates, keys, go=go)
+        for number, order in orders.items():
+            order.put_back(registers[number], kept[number])
         if rows is not None:
             layers[0].register[rows] = registers[0]
             for state, level in zip(states, levels, strict=False):
@@ -120,5 +134,5 @@ class Moving(Book):
         for layer, index in zip(layers, indices, strict=True):
             if self._learns_scale(layer):
                 places = [self._place(layer, stream) for stream in (_MOVE_SCALE, _MOVE_COLUMN)]
-                scales.add(layer, self.state[layer.register], index, places, rows)
+                scales.add(layer, self.state[layer.register], index, places, self._touched.get(layer.register))
         return dict(zip(layers, flips, strict=True))

@@ -75,16 +75,16 @@ class ScaleMoves:
         self.groups: list[int] = []
         """Whose octaves it takes."""
 
-    def add(self, layer: TritModule, state: State, group: int, places: Sequence[Place], rows: Tensor | None) -> None:
-        """The scales of `layer`. places: one for each of `scale_sets`, further ones are left out; rows: int64, those of
-        a sparse layer that move, or None for all; columns always do."""
+    def add(self, layer: TritModule, state: State, group: int, places: Sequence[Place], used_V: Tensor | None) -> None:
+        """The scales of `layer`. places: one for each of `scale_sets`, further ones are left out; used_V: bool, the
+        rows of a sparse layer that move, or None for all; columns always do."""
         sets = scale_sets(layer, state)
         self._sets += sets
         self.places += places[: len(sets)]
         self.groups += [group] * len(sets)
         still = None
-        if rows is not None:
-            still = torch.ones(layer.exponent.shape, dtype=torch.bool, device=rows.device).index_fill_(0, rows, False)
+        if used_V is not None:
+            still = (~used_V)[:, None].expand(layer.exponent.shape).reshape(-1)
         self._still += [still, *[None] * (len(sets) - 1)]
 
     def make(self, octaves: Sequence[float] | Tensor, keys: Sequence[Key] | Tensor, go: Tensor | None) -> None:

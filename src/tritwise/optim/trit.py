@@ -54,7 +54,7 @@ class TritOptimizer(Consuming, Moving):
 
     Gradient accumulation: call backward several times before `step()`, each with loss / count. Every micro-batch is
     added into the integer momentum. `zero_grad` is not needed. On a GPU neither consuming a gradient nor a step waits
-    for the device, unless a layer is sparse, and small gradients are consumed several at once (`take`).
+    for the device, unless a sparse layer is very large, and small gradients are consumed several at once (`take`).
     Raises ValueError for a rate, momentum or direction that cannot work.
     """
 
@@ -206,7 +206,7 @@ class TritOptimizer(Consuming, Moving):
     def recordable(self) -> bool:
         """Whether a step can be recorded in a CUDA graph: steps of one phase move the same layers by the same calls."""
         alike = len({group["step"] for group in self.param_groups}) == 1
-        return alike and not any(layer.sparse for layer in self.layers)
+        return alike and not any(layer.sparse and not self._in_place(layer) for layer in self.layers)
 
     @property
     def phases(self) -> int:
