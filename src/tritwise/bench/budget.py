@@ -52,14 +52,15 @@ def recorded(config: Config, run: RunFolder, wanted: Sequence[str] = ("val", "te
     model.to(device).dtype = dtype_called(config.train.dtype, device)
     tokenizer = tokenizer_of(config)[1]
     parts = open_parts(config.train.data, config.train.split, tokenizer)
-    scores = {}
-    for part in wanted:
-        if part in parts:
-            ways = (("sliding", config.train.stride), ("chunked", model.context))
-            for name, stride in ways if part == "val" else ways[:1]:
-                told = score(model, parts[part], stride=stride, device=device, alphabet=tokenizer)
-                found = {"bpb": told.bpb, "bytes": told.bytes, "stride": told.stride}
-                scores[f"{part}_{name}"] = found | {"seconds": round(told.seconds, 3)}
+    # Training's last score is of the file too, as it was read back.
+    known = {key: result["val"][key] for key in ("bpb", "bytes", "stride")} | {"seconds": result["seconds_scoring"]}
+    scores = {"val_sliding": known}
+    left = [("val_chunked", "val", model.context), ("test_sliding", "test", config.train.stride)]
+    for name, part, stride in left:
+        if part in wanted and part in parts:
+            told = score(model, parts[part], stride=stride, device=device, alphabet=tokenizer)
+            found = {"bpb": told.bpb, "bytes": told.bytes, "stride": told.stride}
+            scores[name] = found | {"seconds": round(told.seconds, 3)}
     settings = config.as_dict()
     for key in ("data", "tokenizer"):
         settings["train"][key] = Path(settings["train"][key]).name  # where they lie is nobody's business
