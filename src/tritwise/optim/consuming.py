@@ -1,5 +1,6 @@
 """The first half of a TritOptimizer's step: gradients go into momenta, and are let go of."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -68,11 +69,12 @@ class Consuming(Book):
             state, stream = self._state_of(layer, self._learns_scale(layer)), _ACCUMULATE + 3 * micro
             where = (group["seed"], group["step"], self._number[register])
             if layer.sparse and self._in_place(layer):
-                for part, (mask_V, factor) in enumerate(self._used(register, grad, group["momentum"])):
+                parts = self._used(register, grad, group["momentum"])
+                for part, (mask_V, factor) in enumerate(parts):
                     order, known = used_first(mask_V), (state["momentum"], state["row_exponent"])
                     momentum, exponent = (order.front(tensor) for tensor in known)
                     put_back += [(order, momentum, known[0]), (order, exponent, known[1])]
-                    own = order.front(grad.where(mask_V[:, None], 0.0))
+                    own = order.front(grad if len(parts) == 1 else grad.where(mask_V[:, None], 0.0))
                     calls.setdefault(factor, []).append((momentum, exponent, own, Place(*where, stream + part)))
             elif layer.sparse:
                 self._accumulate_rows(register, state, grad, group["momentum"], where, stream)
@@ -116,7 +118,7 @@ class Consuming(Book):
     def _used(self, register: Tensor, grad: Tensor, decay: float) -> list[tuple[Tensor, float]]:
         """The rows that have a gradient, bool [V], in parts with what their momentum decays by: a row decays when a
         step first touches it."""
-        used_V = grad.abs().amax(dim=1) != 0  # true for NaN as well: such a row is refused
+        used_V = torch.linalg.vector_norm(grad, ord=math.inf, dim=1) != 0  # for NaN as well: such a row is refused
         known_V = self._touched.get(register)
         self._touched[register] = used_V if known_V is None else used_V | known_V
         return [(used_V, decay)] if known_V is None else [(used_V & ~known_V, decay), (used_V & known_V, 1.0)]

@@ -39,56 +39,36 @@ def row_factors(
     momentum,
     column_factor,
     out,
+    squares,
     rows,
     columns,
     SPAN: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    STRIP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """out [M, O] = 1 / RMS of each row of momentum [M, O, I], its columns weighed by column_factor [M, I] unless that
-    is None. SPAN: at least the columns."""
-    down = tl.cdiv(rows, BLOCK_R)
-    matrix = tl.program_id(0) // down
-    row = tl.program_id(0) % down * BLOCK_R + tl.arange(0, BLOCK_R)
-    total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
-    for left in range(0, SPAN, BLOCK_C):
-        column = left + tl.arange(0, BLOCK_C)
+    is None; squares [M, S, I] = sums of squares of out * momentum over each strip of STRIP rows. SPAN: at least the
+    columns. The second time a program reads its strip it lies in the cache."""
+    strips = tl.cdiv(rows, STRIP)
+    matrix, strip = tl.program_id(0) // strips, tl.program_id(0) % strips
+    row = strip * STRIP + tl.arange(0, STRIP)
+    start = (matrix * rows + row).to(tl.int64)[:, None] * columns
+    total = tl.zeros((STRIP, BLOCK), dtype=tl.float32)
+    for left in range(0, SPAN, BLOCK):
+        column = left + tl.arange(0, BLOCK)
         mask = (row < rows)[:, None] & (column < columns)[None, :]
-        at = (matrix * rows + row).to(tl.int64)[:, None] * columns + column[None, :]
-        value = tl.load(momentum + at, mask=mask, other=0).to(tl.float32)
+        value = tl.load(momentum + start + column[None, :], mask=mask, other=0).to(tl.float32)
         if column_factor is not None:
             value *= tl.load(column_factor + matrix * columns + column, mask=column < columns, other=0.0)[None, :]
         total += value * value
-    tl.store(out + matrix * rows + row, inverse_rms(tl.sum(total, axis=1), columns), mask=row < rows)
-
-
-@triton.jit
-def column_squares(
-    momentum,
-    row_factor,
-    out,
-    rows,
-    columns,
-    strips,
-    STRIP: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """out [M, S, I] = sums of squares of row_factor * momentum over each strip of STRIP rows."""
-    across = tl.cdiv(columns, BLOCK_C)
-    column = tl.program_id(0) % across * BLOCK_C + tl.arange(0, BLOCK_C)
-    strip = tl.program_id(0) // across % strips
-    matrix = tl.program_id(0) // across // strips
-    total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
-    for down in range(0, STRIP, BLOCK_R):
-        row = strip * STRIP + down + tl.arange(0, BLOCK_R)
+    factor = inverse_rms(tl.sum(total, axis=1), columns)
+    tl.store(out + matrix * rows + row, factor, mask=row < rows)
+    for left in range(0, SPAN, BLOCK):
+        column = left + tl.arange(0, BLOCK)
         mask = (row < rows)[:, None] & (column < columns)[None, :]
-        at = (matrix * rows + row).to(tl.int64)[:, None] * columns + column[None, :]
-        factor = tl.load(row_factor + matrix * rows + row, mask=row < rows, other=0.0)
-        value = tl.load(momentum + at, mask=mask, other=0).to(tl.float32) * factor[:, None]
-        total += value * value
-    to = (matrix * strips + strip) * columns + column
-    tl.store(out + to, tl.sum(total, axis=0), mask=column < columns)
+        value = tl.load(momentum + start + column[None, :], mask=mask, other=0).to(tl.float32) * factor[:, None]
+        to = (matrix * strips + strip) * columns + column
+        tl.store(squares + to, tl.sum(value * value, axis=0), mask=column < columns)
 
 
 @triton.jit

@@ -20,7 +20,8 @@ from tritwise.ops import gpu
 from tritwise.ops.direction.reference import TINY, A, B, C
 from tritwise.ops.update.reference import power_of_two
 
-STRIP = 128  # rows whose squares one program adds up for each column
+STRIP = 16  # rows whose squares one program adds up for each column
+SQUARES = 4096  # such sums that one program adds up at a time
 STRETCH = 4096  # rows of which a program thinks at a time
 ROUGH = 2  # steps of Newton-Schulz that may round x to float16
 ROUNDS = 2  # how often rows and columns are divided by their RMS, as in the reference
@@ -99,16 +100,14 @@ class _Balanced:
         down = max(1, 2048 // across)
         self._tile = {"BLOCK_R": down, "BLOCK_C": across}
         self._tiles = -(-rows // down), -(-columns // across)
-        sums = {"STRIP": STRIP, "BLOCK_R": min(down, STRIP), "BLOCK_C": across}
-        parts = {"STRIPS": gpu.power_of_two_above(strips), "BLOCK": min(across, 64)}
-        run, counts = _kernels(), (rows, columns, strips)
-        self._full_M = torch.zeros(matrices, dtype=torch.int32, device=device)
+        span = gpu.power_of_two_above(strips)
+        parts = {"STRIPS": span, "BLOCK": max(1, min(across, SQUARES // span))}
+        run, self._full_M = _kernels(), torch.zeros(matrices, dtype=torch.int32, device=device)
         for number in range(ROUNDS):
-            given = (momentum_MOI, self._column_MI if number else None, self._row_MO, *self._shape)
-            gpu.launch(run.row_factors, matrices * self._tiles[0], device, *given, SPAN=columns, **self._tile)
-            given = (momentum_MOI, self._row_MO, square_MSI, *counts)
-            gpu.launch(run.column_squares, matrices * strips * self._tiles[1], device, *given, **sums)
-            given = (square_MSI, self._column_MI, self._full_M if number + 1 == ROUNDS else None, *counts)
+            given = (momentum_MOI, self._column_MI if number else None, self._row_MO, square_MSI, *self._shape)
+            sums = {"SPAN": columns, "STRIP": STRIP, "BLOCK": across}
+            gpu.launch(run.row_factors, matrices * strips, device, *given, **sums)
+            given = (square_MSI, self._column_MI, self._full_M if number + 1 == ROUNDS else None, rows, columns, strips)
             gpu.launch(run.column_factors, matrices * -(-columns // parts["BLOCK"]), device, *given, **parts)
         self._size = size
 
