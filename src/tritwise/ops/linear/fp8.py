@@ -108,6 +108,7 @@ class _LinearFp8(torch.autograd.Function):
         x: Tensor,
         register: Tensor,
         exponent: Tensor,
+        scale_O: Tensor,
         group: int,
         port: Tensor | None,
         least: int,
@@ -116,7 +117,7 @@ class _LinearFp8(torch.autograd.Function):
         x_NI = x.reshape(-1, x.shape[-1])
         rounds_x, ctx.rounds_grad = rounds_fp8(register, least, unit)
         if rounds_x:
-            y_NO = forward_fp8(x_NI, _trits_op(register, False), scale_values(exponent), unit)
+            y_NO = forward_fp8(x_NI, _trits_op(register, False), scale_O, unit)
         else:
             y_NO = linear(x_NI, register, exponent, group)
         ctx.group = group
@@ -137,7 +138,7 @@ class _LinearFp8(torch.autograd.Function):
             x_grad = x_grad.view(*grad.shape[:-1], -1)
         if x_NI is not None:
             port_grad = torch.ops.tritwise.linear_weight_grad(grad_NO, x_NI)
-        return x_grad, None, None, None, port_grad, None, None
+        return x_grad, None, None, None, None, port_grad, None, None
 
 
 def linear_fp8(
@@ -156,4 +157,6 @@ def linear_fp8(
     """
     if not any(rounds_fp8(register, least, unit)):
         return linear(x, register, exponent, group, port)
-    return _LinearFp8.apply(x, register, exponent, group, port, least, unit)  # type: ignore[no-any-return]
+    # Of scales here, as torch 2.11 cannot trace the table of all scales within a function within a checkpoint.
+    how = group, port, least, unit
+    return _LinearFp8.apply(x, register, exponent, scale_values(exponent), *how)  # type: ignore[no-any-return]
