@@ -13,7 +13,7 @@ from tritwise.ops import nibble
 from tritwise.ops.update.reference import EXPONENT_FLOOR
 from tritwise.optim.groups import reach
 from tritwise.optim.live import Live
-from tritwise.optim.rows import in_place
+from tritwise.optim.rows import Rows, gathered, in_place, used_first
 from tritwise.optim.scales import make_scale_state
 from tritwise.registers import Key, Place, make_key
 
@@ -98,6 +98,10 @@ class Book(torch.optim.Optimizer):
         """Whether a sparse layer is worked on as a whole. What rows remember is of a direction's own size, which
         depends on how many rows have one: then they are gathered."""
         return in_place(layer.register) and not self._settings_of(layer.register)["row_memory"]
+
+    def _rows(self, layer: TritModule, used_V: Tensor) -> Rows | None:
+        """The rows of a sparse layer that `used_V`, bool [V], names; None if it is known that there are none."""
+        return used_first(used_V) if self._in_place(layer) else gathered(used_V)
 
     def _place(self, layer: TritModule, stream: int) -> Place:
         group = self._settings_of(layer.register)

@@ -9,7 +9,7 @@ from torch import Tensor
 from tritwise import ops
 from tritwise.nn import TritModule
 from tritwise.optim.book import NO_STEP, Book
-from tritwise.optim.rows import Order, used_first
+from tritwise.optim.rows import Rows
 from tritwise.optim.scales import scale_grads, scale_sets
 from tritwise.registers import Key, Place, make_key
 
@@ -60,7 +60,7 @@ class Consuming(Book):
         compact: dict[
             tuple[float, int], list[tuple[Tensor, Tensor, Tensor, Tensor, Key]]
         ] = {}  # decay, phase -> the same
-        put_back: list[tuple[Order, Tensor, Tensor]] = []  # of rows that are worked on in another order
+        put_back: list[tuple[Rows, Tensor, Tensor]] = []  # of sparse layers
         for layer, grad, scale_parts in zip(layers, grads, self._scale_grads(layers, grads), strict=True):
             register = layer.register
             group, micro = self._settings_of(register), self._received.get(register, 0)
@@ -68,16 +68,14 @@ class Consuming(Book):
             decay = group["momentum"] if micro == 0 else 1.0
             state, stream = self._state_of(layer, self._learns_scale(layer)), _ACCUMULATE + 3 * micro
             where = (group["seed"], group["step"], self._number[register])
-            if layer.sparse and self._in_place(layer):
+            if layer.sparse:
                 parts = self._used(register, grad, group["momentum"])
                 for part, (mask_V, factor) in enumerate(parts):
-                    order, known = used_first(mask_V), (state["momentum"], state["row_exponent"])
-                    momentum, exponent = (order.front(tensor) for tensor in known)
-                    put_back += [(order, momentum, known[0]), (order, exponent, known[1])]
-                    own = order.front(grad if len(parts) == 1 else grad.where(mask_V[:, None], 0.0))
-                    calls.setdefault(factor, []).append((momentum, exponent, own, Place(*where, stream + part)))
-            elif layer.sparse:
-                self._accumulate_rows(register, state, grad, group["momentum"], where, stream)
+                    if (rows := self._rows(layer, mask_V)) is not None:
+                        momentum, exponent = (rows.front(state[name]) for name in ("momentum", "row_exponent"))
+                        put_back += [(rows, momentum, state["momentum"]), (rows, exponent, state["row_exponent"])]
+                        own = rows.front(grad if len(parts) == 1 else grad.where(mask_V[:, None], 0.0))
+                        calls.setdefault(factor, []).append((momentum, exponent, own, Place(*where, stream + part)))
             elif group["compact"]:
                 key = make_key(group["seed"], NO_STEP, self._number[register], stream)
                 nibbles = (register, state["row_exponent"], state["group_exponent"], grad, key)
@@ -100,12 +98,12 @@ class Consuming(Book):
             momenta, exponents, gradients, places = zip(*entries, strict=True)
             keys = self._keys(places)
             self._taken.append(ops.accumulate_momentum_many(momenta, exponents, gradients, decay, keys))
-        for order, changed, table in put_back:
-            order.put_back(changed, table)
+        for rows, changed, table in put_back:
+            rows.put_back(changed, table)
         for (decay, phase), entries in compact.items():
-            registers, rows, groups, gradients, keys = zip(*entries, strict=True)
+            registers, exponents, groups, gradients, keys = zip(*entries, strict=True)
             when = self._phase(phase)
-            self._taken.append(ops.accumulate_nibble_many(registers, rows, groups, gradients, decay, keys, when))
+            self._taken.append(ops.accumulate_nibble_many(registers, exponents, groups, gradients, decay, keys, when))
 
     def _scale_grads(self, layers: Sequence[TritModule], grads: Sequence[Tensor]) -> list[list[Tensor]]:
         """Gradients of the scales of each layer (see `scale_grads`), nothing where they do not learn."""
@@ -122,24 +120,6 @@ class Consuming(Book):
         known_V = self._touched.get(register)
         self._touched[register] = used_V if known_V is None else used_V | known_V
         return [(used_V, decay)] if known_V is None else [(used_V & ~known_V, decay), (used_V & known_V, 1.0)]
-
-    def _accumulate_rows(
-        self,
-        register: Tensor,
-        state: dict[str, Tensor],
-        grad: Tensor,
-        decay: float,
-        where: tuple[int, int, int],
-        stream: int,
-    ) -> None:
-        """The same for the rows that have a gradient, and only those."""
-        for part, (mask_V, factor) in enumerate(self._used(register, grad, decay)):
-            rows = mask_V.nonzero()[:, 0]
-            if rows.numel():
-                momentum, exponent = state["momentum"][rows], state["row_exponent"][rows]
-                key = make_key(*where, stream + part)
-                self._taken.append(ops.accumulate_momentum(momentum, exponent, grad[rows], factor, key).view(1))
-                state["momentum"][rows], state["row_exponent"][rows] = momentum, exponent
 
     def refuse(self) -> None:
         """Let the next `step()` move nothing and count as skipped: for a loss that is no number, before backward."""

@@ -12,7 +12,7 @@ from tritwise.ops import gpu
 from tritwise.ops.update.reference import EXPONENT_FLOOR
 from tritwise.optim.book import NO_STEP, Book
 from tritwise.optim.groups import reach
-from tritwise.optim.rows import Order, in_front, used_first
+from tritwise.optim.rows import Rows, in_front
 from tritwise.optim.scales import ScaleMoves
 from tritwise.registers import Key, make_key
 
@@ -87,9 +87,8 @@ class Moving(Book):
         indices = [self._group_of[layer.register] for layer in layers]
         group, registers = self.param_groups[indices[0]], [layer.register for layer in layers]
         states = [self._state_of(layer, scales=False) for layer in layers]
-        exponents, rows = [s["row_exponent"] for s in states], None
+        exponents = [s["row_exponent"] for s in states]
         levels = [s["row_level"] for s in states] if group["row_memory"] else []
-        orders: dict[int, Order] = {}  # of sparse layers that are worked on as a whole, by their number here
         if group["compact"]:
             # Without the exponents of rows, which the direction takes by themselves, nothing can under- or overflow.
             level = [torch.zeros_like(e) for e in exponents]
@@ -98,23 +97,21 @@ class Moving(Book):
             momenta = [s["momentum"] for s in states]
             if group["nesterov"]:
                 momenta, exponents = (list(part) for part in zip(*(self._lookahead[r] for r in registers), strict=True))
-        if layers[0].sparse and not self._in_place(layers[0]):
-            rows = self._touched[registers[0]].nonzero()[:, 0]
-            if not rows.numel():
-                return {}
-            registers, momenta, exponents = [registers[0][rows]], [momenta[0][rows]], [exponents[0][rows]]
-            levels = [level[rows] for level in levels]
-        else:
-            orders = {n: used_first(self._touched[r]) for n, r in enumerate(registers) if layers[n].sparse}
-        kept = registers
-        registers, momenta, exponents = in_front(orders, registers, momenta, exponents)
-        for number, order in orders.items():  # rows that are not in use have no direction, and no say
-            order.blank(momenta[number], 0)
-            order.blank(exponents[number], EXPONENT_FLOOR)
+        rows: dict[int, Rows] = {}  # of sparse layers, by their number here
+        for number, layer in enumerate(layers):
+            if layer.sparse:
+                if (used := self._rows(layer, self._touched[layer.register])) is None:
+                    return {}  # it came alone
+                rows[number] = used
+        tables = registers, levels
+        registers, momenta, exponents, levels = in_front(rows, registers, momenta, exponents, levels)
+        for number, used in rows.items():  # rows that are not in use have no direction, and no say
+            used.blank(momenta[number], 0)
+            used.blank(exponents[number], EXPONENT_FLOOR)
         blocks, how = [layer.blocks for layer in layers], (group["direction"], group["steps"])
         directions = ops.direction_many(momenta, exponents, *how, blocks, levels, group["row_memory"], go)
-        for number, order in orders.items():  # of unit RMS over the rows in use, not over all
-            directions[number].mul_(order.share.sqrt())
+        for number, used in rows.items():
+            used.scale(directions[number])
         if self._live is not None and self._records:
             rates: Sequence[float] | Tensor = self._live_rates(indices, 0)
         else:
@@ -125,12 +122,9 @@ class Moving(Book):
             flips = ops.move_nibbles_many(registers, directions, rates, keys, phase, go)
         else:
             flips = ops.move_registers_many(registers, directions, rates, keys, go=go)
-        for number, order in orders.items():
-            order.put_back(registers[number], kept[number])
-        if rows is not None:
-            layers[0].register[rows] = registers[0]
-            for state, level in zip(states, levels, strict=False):
-                state["row_level"][rows] = level
+        for changed, own in zip((registers, levels), tables, strict=True):
+            for number, used in rows.items() if changed else ():
+                used.put_back(changed[number], own[number])
         for layer, index in zip(layers, indices, strict=True):
             if self._learns_scale(layer):
                 places = [self._place(layer, stream) for stream in (_MOVE_SCALE, _MOVE_COLUMN)]
