@@ -65,6 +65,7 @@ LIKE = {
     "recurrent-ternary-ngrams": "recurrent-ternary",
     "recurrent-float-ngrams": "recurrent-float",
     "flat-ternary-half": "flat-ternary",
+    "flat-ternary-ngrams": "flat-ternary",
 }
 OFF: dict[str, dict[str, Any]] = {part: {part: type(value)(0)} for part, value in PARTS.items()}
 ABLATED = "recurrent-ternary-constant"

@@ -9,7 +9,7 @@ flat-ternary-half   the same, made for half of the bytes: narrower, so that more
 recurrent-ternary   registers, and the core repeats more often by and by
 recurrent-ternary-constant   the same at full depth from the first step
 recurrent-ternary-half       the one that grows, made for half of the bytes
-recurrent-ternary-ngrams, recurrent-float-ngrams   the ones that grow, made for a part of the bytes, whose rest are
+flat-ternary-ngrams, recurrent-ternary-ngrams, recurrent-float-ngrams   made for a part of the bytes, whose rest are
                     hashed tables of 2-, 3- and 4-grams: they cost next to no time, ternary ones a fifth of the bytes
 
 Float rates of recurrent models are about a third of a flat one's, as shared weights get the sum of all gradients;
@@ -78,12 +78,13 @@ ENTRIES: dict[str, dict[str, Any]] = {
 }
 ENTRIES |= {
     f"{name}-ngrams": {**ENTRIES[name], "ngrams": 4, "ngram_rows": 0}
-    for name in ("recurrent-ternary", "recurrent-float")
+    for name in ("flat-ternary", "recurrent-ternary", "recurrent-float")
 }
 
 SMALLER = {
     "flat-ternary-half": 0.5,
     "recurrent-ternary-half": 0.5,
+    "flat-ternary-ngrams": 0.5,
     "recurrent-ternary-ngrams": 0.5,
     "recurrent-float-ngrams": 0.75,
 }
