@@ -1,6 +1,7 @@
 """The ternary linear in float8: exact where float8 is, close elsewhere, the weight gradient untouched, and refusals."""
 
 import functools
+import importlib
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,11 +17,16 @@ from tritwise.ops.linear.fp8 import rounded, rounded_unit
 from tritwise.registers import leading_trit, scale_values
 
 OPERATION = "linear"
+fp8 = importlib.import_module("tritwise.ops.linear.fp8")  # `tritwise.ops.linear` is a function
 pytestmark = pytest.mark.usefixtures("each_backend")
 
 
 def integers(*shape: int, limit: int = 7, seed: int = 0) -> Tensor:
     return torch.randint(-limit, limit + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def register_of(rows: int, columns: int) -> Tensor:
@@ -268,3 +274,15 @@ def test_a_gpu_compiles_it():
     for one, other in zip(plain, traced, strict=True):
         assert (one - other).norm() < 0.1 * one.norm()
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_a_cpu_without_scaled_products_has_the_same_numbers(unit, monkeypatch):
+    """As torch 2.11; but for what sums in another order round otherwise in bfloat16."""
+    register, exponent, x, upstream = register_of(64, 48), exponents(64), normal(5, 48), normal(5, 64, seed=1)
+    how, found = functools.partial(ops.linear_fp8, least=16, unit=unit), []
+    for has in (True, False):
+        monkeypatch.setattr(fp8, "_CPU_SCALES_ROWS", has and fp8._CPU_SCALES_ROWS)
+        found.append(run(how, x, upstream, register, exponent))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1 / 128, atol=1e-6)

@@ -82,8 +82,23 @@ def rounded_unit(x_NI: Tensor) -> tuple[Tensor, Tensor]:
     return (x_NI * times).clamp(-LARGEST, LARGEST).to(FLOAT8), scale_N1
 
 
+def _scales_rows_on_cpu() -> bool:
+    """Whether this torch has row-wise scaled products for a CPU: 2.13 has, 2.11 has not."""
+    scale, one = torch.ones(MULTIPLE), torch.ones(MULTIPLE, MULTIPLE).to(FLOAT8)
+    try:
+        _scaled_mm(one, one.t(), scale.view(-1, 1), scale.view(1, -1), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
+_CPU_SCALES_ROWS = _scales_rows_on_cpu()  # asked here, as torch.compile does not look into what raises
+
+
 def _product(a: Tensor, turned_b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
     """a [N, K] times the transpose of turned_b [M, K], with scales [N, 1] and [1, M]."""
+    if a.is_cpu and not _CPU_SCALES_ROWS:
+        return ((a.float() @ turned_b.float().t()) * scale_a * scale_b).bfloat16().to(dtype)
     # Row-wise scaled products come out in bfloat16.
     return _scaled_mm(a, turned_b.t(), scale_a, scale_b, out_dtype=torch.bfloat16).to(dtype)
 
