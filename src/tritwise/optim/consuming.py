@@ -1,6 +1,5 @@
 """The first half of a TritOptimizer's step: gradients go into momenta, and are let go of."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -116,7 +115,7 @@ class Consuming(Book):
     def _used(self, register: Tensor, grad: Tensor, decay: float) -> list[tuple[Tensor, float]]:
         """The rows that have a gradient, bool [V], in parts with what their momentum decays by: a row decays when a
         step first touches it."""
-        used_V = torch.linalg.vector_norm(grad, ord=math.inf, dim=1) != 0  # for NaN as well: such a row is refused
+        used_V = (grad.amax(dim=1) != 0) | (grad.amin(dim=1) != 0)  # of a NaN as well: such a row is refused
         known_V = self._touched.get(register)
         self._touched[register] = used_V if known_V is None else used_V | known_V
         return [(used_V, decay)] if known_V is None else [(used_V & ~known_V, decay), (used_V & known_V, 1.0)]
