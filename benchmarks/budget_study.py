@@ -24,7 +24,8 @@ another S the same FOLDER holds main, main4 and seeds of both lengths. collect_b
 records that can be committed.
 
 Around a cell of `tune` an H200 took 50 to 110 s, around one of `main` 85 (flat float) to 150 s (recurrent ternary); a
-call learns from those before it. With S = 400 and T = 40 that is, in GPU-minutes: tune 22, main 62, main4 60, seeds 35.
+call learns from those before it. With S = 400 and T = 40 that is, in GPU-minutes: tune 22, seeds 35, and 8 to 9 for
+each contestant of main and main4, which --only chooses.
 """
 
 import argparse
@@ -52,20 +53,12 @@ from tritwise.report.budget_tables import HEAD, PART_HEAD, caption, part_rows, t
 from tritwise.train import Config, override
 from tritwise.train.progress import PlainLines
 
+# What is tuned; others take the rate of the one that their name begins with.
 RATES = {
     "flat-ternary": (0.02, 0.03, 0.045),
     "recurrent-ternary": (0.014, 0.02, 0.03),
     "flat-float": (0.01, 0.02, 0.04),
     "recurrent-float": (0.008, 0.016, 0.032),
-}
-# Whose tuned rate a contestant takes.
-LIKE = {
-    "recurrent-ternary-constant": "recurrent-ternary",
-    "recurrent-ternary-half": "recurrent-ternary",
-    "recurrent-ternary-ngrams": "recurrent-ternary",
-    "recurrent-float-ngrams": "recurrent-float",
-    "flat-ternary-half": "flat-ternary",
-    "flat-ternary-ngrams": "flat-ternary",
 }
 OFF: dict[str, dict[str, Any]] = {part: {part: type(value)(0)} for part, value in PARTS.items()}
 ABLATED = "recurrent-ternary-constant"
@@ -171,7 +164,7 @@ class Study:
 
     def best_rate(self, name: str) -> float:
         """The rate at which `tune` scored best; the contestant's own while nothing was tuned."""
-        tuned = LIKE.get(name, name)
+        tuned = next(own for own in RATES if name.startswith(own))
         done = [record for config in self.tune() if (record := self.record(config)) is not None]
         scores = [(r["scores"]["val_sliding"]["bpb"], r["rate"]) for r in done if r["recipe"] == tuned]
         return min(scores)[1] if scores else float(ENTRIES[name]["rate"])

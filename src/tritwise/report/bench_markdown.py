@@ -24,8 +24,6 @@ from tritwise.report.numbers import count, number
 
 SEEDS = 3  # that a figure should have
 MANY = 5  # variants of the own rule that a length needs for a table of its own
-
-
 NO_RULES = "No rules have been measured yet."
 
 

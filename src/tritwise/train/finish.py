@@ -41,8 +41,8 @@ def finish(
     """Write ladder, audit, histogram, artifact and result into the run folder; returns the result.
 
     `done` says what training did: steps, seconds, bytes_seen; `memory` what it took, by role. The score in the result
-    is of the artifact, read back from disk. With an `average`, mean and last weights are both scored. A
-    ternary model and its artifact must agree to the last bit or this raises UserError.
+    is of the artifact, read back from disk. With an `average`, mean and last weights are both scored. A ternary model
+    and its artifact must agree to the last bit or this raises UserError.
     """
     began = time.perf_counter()
     val = parts["val"]

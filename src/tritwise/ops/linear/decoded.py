@@ -81,8 +81,7 @@ class _LinearDecoded(torch.autograd.Function):
 def linear_decoded(x: Tensor, operand: Operand, port: Tensor | None = None, unit: bool = False) -> Tensor:
     """`linear` or `linear_fp8`, whichever `operand` was decoded for, with the same numbers.
 
-    x: float [..., I] of a type that the operand `serves`, such as the one that it was decoded for
-    -> the same type [..., O]. port: receives dL/dW as float32
-    [O, I] in backward, or None. unit: as of `linear_fp8`.
+    x: float [..., I] of a type that the operand `serves`, such as the one that it was decoded for -> the same type
+    [..., O]. port: receives dL/dW as float32 [O, I] in backward, or None. unit: as of `linear_fp8`.
     """
     return _LinearDecoded.apply(x, port, unit, *operand)  # type: ignore[no-any-return]
