@@ -1,30 +1,45 @@
 """Where the time of a training step goes on a GPU: the kernels of one contender, by the time they take.
 
     python benchmarks/step_profile.py SIZE[,SIZE…] --contenders ours,adamw-bf16 --out FOLDER [--steps 3] [--data TEXT]
+    python benchmarks/step_profile.py BUDGET[,BUDGET…] --contenders recurrent-ternary:1,recurrent-ternary:3 --out FOLDER
+        [--set fp8=true …]
 
 For every size (a preset of `tritwise bench step`) and contender FOLDER/profile_SIZE_CONTENDER.json lists kernels by
-name: calls a step, milliseconds a step, and the share. `busy_ms` is their sum, `wall_ms` the time a step takes while it
-is profiled. `idle_ms` is the time of a step in which no kernel ran, on whatever stream, between the first of all and
-the last: `waits` lists after and before which kernels most of it was, and `gaps` the longest single ones, with the time
+name: calls a step, milliseconds a step, and the share. A size that is a number of bytes stands for the contestants of
+`tritwise bench budget`, as `benchmarks/budget_study.py` trains them, at so many repeats of the core (all, unless told).
+`step_ms` is the median time of a step that is not profiled, `busy_ms` the sum of the kernels, `wall_ms` the time a step
+takes while it is profiled. `idle_ms` is the time of a step in which no kernel ran, on whatever stream, between the
+first of all and the last: `waits` lists after and before which kernels most of it was, and `gaps` the longest single ones, with the time
 since the first kernel.
 """
 
 import argparse
+import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from budget_study import Study
 from torch.profiler import ProfilerActivity, profile
 
-from tritwise.bench.runner import Batches, Runner, entries_called
+from tritwise.bench.runner import BATCHES, Batches, Runner, entries_called
 from tritwise.bench.sizes import size_called
+from tritwise.cli.commands import settings_given
+from tritwise.data.sampler import Sampler
+from tritwise.data.source import describe
+from tritwise.data.split import named_part, split
 from tritwise.files import write_json
+from tritwise.train import override
+from tritwise.train.device import batch_on, build_model, record_moves, round_products, speed_of, wait_for
+from tritwise.train.optimizers import build_optimizers
 from tritwise.train.run import surroundings
+from tritwise.train.stepper import Stepper
 
 LONGEST = 120  # letters of a kernel's name
+SETTLE, TIMED = 3, 5  # steps before any is timed; rounds of steps that are timed unprofiled
 WAITS = 12  # that are listed, the longest; of gaps as many
 
 
@@ -50,23 +65,58 @@ def gaps_of(spans: Iterable[tuple[float, float, str]]) -> list[Gap]:
     return gaps
 
 
-def profiled(size_name: str, name: str, device: torch.device, steps: int, data: str) -> dict[str, Any]:
-    """The kernels of `steps` steps, after three that count for nothing."""
+def contender(size_name: str, name: str, device: torch.device, data: str) -> tuple[Callable[[], Any], str]:
+    """A step of one contender of `bench step`, and the mode in which it runs."""
     size, entry = size_called(size_name), entries_called([name])[name]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Runner(entry, size, Batches(size, device, data), device, dtype).step, size.mode
+
+
+def contestant(
+    budget: int, told: str, device: torch.device, data: str, sets: dict[str, Any]
+) -> tuple[Callable[[], Any], str]:
+    """A step of one contestant of `bench budget`, NAME or NAME:REPEATS, and how it is compiled."""
+    name, _, repeats = told.partition(":")
+    study = Study(data, Path(), tiny=device.type == "cpu")
+    config = override(study.cell(name, budget, 400.0), sets)
+    torch.manual_seed(config.train.seed)
+    model = build_model(config, device)
+    if config.train.fp8:
+        round_products(model)
+    optimizers = build_optimizers(model, config.train)
+    speed = speed_of(config.train.compile, model)
+    record_moves(optimizers, any(speed))
+    stepper = Stepper(
+        model, optimizers, **speed._asdict(), guard=True, clip=config.train.clip, steady=not config.train.momentum_start
+    )
+    text = named_part(split(describe(data).data, config.train.split), "train")
+    sampler = Sampler(text, config.train.batch, config.model.ctx, config.train.seed)
+    batches = [[batch_on(device, sampler, number)] for number in range(BATCHES)]
+    loops = int(repeats or 0) % config.model.loops
+    if stepper.records_whole_steps:
+        stepper.record(batches[0][0], loops)
+    return lambda: stepper.step_over(batches[stepper.taken % BATCHES], loops), config.train.compile
+
+
+def profiled(step: Callable[[], Any], device: torch.device, steps: int) -> dict[str, Any]:
+    """The kernels of `steps` steps, after those that settle and are timed one by one."""
     cuda = device.type == "cuda"
-    dtype = torch.bfloat16 if cuda else torch.float32
-    runner = Runner(entry, size, Batches(size, device, data), device, dtype)
-    for _ in range(3):
-        runner.step()
-    if cuda:
-        torch.cuda.synchronize(device)
+    for _ in range(SETTLE):
+        step()
+    times = []
+    for _ in range(TIMED):
+        wait_for(device)
+        began = time.perf_counter()
+        for _ in range(steps):
+            step()
+        wait_for(device)
+        times.append((time.perf_counter() - began) / steps)
     kinds = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     with profile(activities=kinds) as seen:
         began = time.perf_counter()
         for _ in range(steps):
-            runner.step()
-        if cuda:
-            torch.cuda.synchronize(device)
+            step()
+        wait_for(device)
         wall = time.perf_counter() - began
     kernels: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     # An annotation of the host, seen by the device, would cover the gaps within it.
@@ -93,8 +143,9 @@ def profiled(size_name: str, name: str, device: torch.device, steps: int, data: 
         for kernel, (calls, us) in ordered
     ]
     longest = sorted(waits.items(), key=lambda item: -item[1][1])[:WAITS]
-    told = {"bench": "profile", "size": size_name, "contender": name, "mode": size.mode, "steps": steps}
-    return told | {
+    return {
+        "steps": steps,
+        "step_ms": 1000 * statistics.median(times),
         "wall_ms": 1000 * wall / steps,
         "busy_ms": busy / 1000 / steps,
         "idle_ms": sum(gap.length for gap in gaps) / 1000 / steps,
@@ -124,6 +175,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--data", default="shakespeare")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of a contestant")
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cuda":
@@ -131,10 +183,18 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for size in options.sizes.split(","):
         for name in options.contenders.split(","):
-            found = profiled(size, name, device, options.steps, options.data)
-            write_json(options.out / f"profile_{size}_{name}.json", found)
+            if size.isdecimal():
+                sets = settings_given(options.set)
+                step, mode = contestant(int(size), name, device, options.data, sets)
+            else:
+                step, mode = contender(size, name, device, options.data)
+            told = {"bench": "profile", "size": size, "contender": name, "mode": mode, "set": options.set}
+            found = told | profiled(step, device, options.steps)
+            del step
+            file = "_".join(("profile", size, name.replace(":", "-"), *(one.replace("=", "-") for one in options.set)))
+            write_json(options.out / f"{file}.json", found)
             print(
-                f"{size} {name}: {found['wall_ms']:.2f} ms a step, {found['busy_ms']:.2f} ms of kernels,"
+                f"{file}: {found['step_ms']:.2f} ms a step, {found['busy_ms']:.2f} ms of kernels,"
                 f" {found['idle_ms']:.3f} ms without any"
             )
             for line in found["kernels"][:25]:

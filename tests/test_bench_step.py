@@ -519,8 +519,16 @@ def test_gaps_are_where_no_kernel_runs_on_any_stream(benchmark_script):
     assert gaps_of([]) == gaps_of(spans[:1]) == []
 
 
-def test_a_profile_says_where_the_time_went(benchmark_script):
-    found = benchmark_script("step_profile").profiled("tiny", "ours", CPU, 1, "shakespeare")
+@pytest.mark.parametrize("who", ["ours", "recurrent-ternary:2", "recurrent-float"])
+def test_a_profile_says_where_the_time_went(benchmark_script, who):
+    script = benchmark_script("step_profile")
+    if who == "ours":
+        step, mode = script.contender("tiny", who, CPU, "shakespeare")
+        assert mode == "eager"
+    else:
+        step, mode = script.contestant(150_000, who, CPU, "shakespeare", {"compile": "false"})
+        assert mode == "false"
+    found = script.profiled(step, CPU, 1)
     gaps = [gap["ms"] for gap in found["gaps"]]
     assert found["wall_ms"] > 0 and found["kernels"] and 0 < len(gaps) <= 12
     assert gaps == sorted(gaps, reverse=True) and 0 < sum(gaps) <= found["idle_ms"] * 1.0001
