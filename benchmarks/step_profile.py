@@ -9,8 +9,8 @@ name: calls a step, milliseconds a step, and the share. A size that is a number 
 `tritwise bench budget`, as `benchmarks/budget_study.py` trains them, at so many repeats of the core (all, unless told).
 `step_ms` is the median time of a step that is not profiled, `busy_ms` the sum of the kernels, `wall_ms` the time a step
 takes while it is profiled. `idle_ms` is the time of a step in which no kernel ran, on whatever stream, between the
-first of all and the last: `waits` lists after and before which kernels most of it was, and `gaps` the longest single ones, with the time
-since the first kernel.
+first of all and the last: `waits` lists after and before which kernels most of it was, and `gaps` the longest single
+ones, with the time since the first kernel.
 """
 
 import argparse
