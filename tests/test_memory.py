@@ -268,14 +268,16 @@ def test_compiling_is_for_gpus_unless_asked_for():
 
 
 def test_moves_are_recorded_where_steps_are_compiled_and_models_not_too_large(monkeypatch):
-    optimizers = [TritOptimizer(build()), *float_optimizers(build(weights="float"), "adamw", 0.01)]
+    optimizers = [TritOptimizer(build()), *float_optimizers(build(weights="float"), "muon", 0.01)]
     weights = sum(layer.register.numel() for layer in optimizers[0].layers)
+    floats = sum(p.numel() for group in optimizers[1].param_groups for p in group["params"])
     found = []
-    for most, compiled in ((weights, True), (weights, False), (weights - 1, True)):
-        monkeypatch.setattr("tritwise.train.device.RECORDED", most)
+    for less, compiled in ((0, True), (0, False), (1, True)):
+        monkeypatch.setattr("tritwise.train.device.RECORDED", weights - less)
+        monkeypatch.setattr("tritwise.train.device.RECORDED_FLOATS", floats - less)
         record_moves(optimizers, compiled)
-        found.append(optimizers[0].records_moves)
-    assert found == [True, False, False] and not hasattr(optimizers[1], "records_moves")
+        found.append([optimizer.records_moves for optimizer in optimizers[:2]])
+    assert found == [[True] * 2, [False] * 2, [False] * 2] and not hasattr(optimizers[2], "records_moves")
 
 
 @pytest.mark.gpu

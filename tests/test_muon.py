@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -103,3 +104,50 @@ def test_groups_have_their_own_settings():
     optimizer.step()
     torch.testing.assert_close(fast.detach(), 2 * slow.detach())
     assert list(optimizer.state[fast]) == ["momentum"] and optimizer.state[fast]["momentum"].dtype == torch.float32
+
+
+def mixed(device: str = "cpu") -> list[dict[str, Any]]:
+    """Two groups, one of blocks, with matrices of three shapes."""
+    shapes = [(24, 8), (8, 8), (32, 8), (8, 32)] * 2
+    weights = [nn.Parameter(normal(*shape, seed=i).to(device)) for i, shape in enumerate(shapes)]
+    return [{"params": weights[::4], "blocks": 3}, {"params": [w for i, w in enumerate(weights) if i % 4]}]
+
+
+def moved(device: str, records: bool) -> tuple[list[Tensor], Muon]:
+    """Weights and momenta after eight steps of falling rates; at one of them a matrix has no gradient."""
+    optimizer = Muon(mixed(device), weight_decay=0.1)
+    optimizer.records_moves = records
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in range(8):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 / (1 + step)
+        for index, p in enumerate(params):
+            p.grad = None if (step, index) == (5, 2) else normal(*p.shape, seed=10 * step + index).to(device)
+        optimizer.step()
+    return [t.detach().cpu() for p in params for t in (p, optimizer.state[p]["momentum"])], optimizer
+
+
+def test_recorded_moves_read_each_step_anew(monkeypatch):
+    """With a stand-in that replays by calling again what was recorded first, on tensors that stay where they are."""
+    made: dict[Any, Any] = {}
+
+    class Again:
+        def __init__(self, device: torch.device) -> None: ...
+
+        def make(self, key: Any, version: int, go: Tensor, move: Any, recording: Any, tell: Any) -> dict[Any, Tensor]:
+            first = made.setdefault(key, move)
+            tell()
+            return first(go)
+
+    monkeypatch.setattr("tritwise.optim.muon.RecordedMoves", Again)
+    monkeypatch.setattr("tritwise.optim.muon._lies_on_a_gpu", lambda stacks: True)
+    (expected, _), (found, _) = moved("cpu", False), moved("cpu", True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(made) == 2  # with every matrix, and with all but one
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_recorded_moves_have_the_bits_of_others():
+    (expected, plain), (found, recorded) = moved("cuda", False), moved("cuda", True)
+    assert plain._moves is None and recorded._moves is not None and len(recorded._moves._made) == 2
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

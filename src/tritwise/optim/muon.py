@@ -6,13 +6,24 @@ Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural netw
 # pyright: reportPrivateImportUsage=false
 # torch's own optimizers are built on torch._foreach_*; there is no public name for them.
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritwise.ops.direction.reference import newton_schulz
+from tritwise.optim.moves import RecordedMoves
+
+
+class _Stack(NamedTuple):
+    """Matrices of one shape [N, R, C], whose directions move `params` by `rate`; a parameter has one or more."""
+
+    params: list[Tensor]
+    matrices_NRC: Tensor
+    rate: float
+    steps: int
 
 
 class Muon(torch.optim.Optimizer):
@@ -22,6 +33,10 @@ class Muon(torch.optim.Optimizer):
     weight_decay: decoupled. blocks: the rows of a parameter are this many matrices one above the other (query, key and
     value: 3), each given its own direction. State: one momentum per weight in the parameter's dtype (float32: 4 bytes).
     Matrices of one shape go through Newton-Schulz together.
+
+    records_moves, of an instance, False until set: on a GPU what follows the momentum is recorded once as a CUDA graph
+    and replayed, with the same bits. Its hundreds of launches take longer than they run where matrices are small. What
+    is computed in between then stays allocated, some 10 bytes a weight.
     """
 
     def __init__(
@@ -35,6 +50,9 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "steps": steps, "weight_decay": weight_decay, "blocks": blocks}
         super().__init__(params, defaults)
+        self.records_moves = False
+        self._moves: RecordedMoves | None = None
+        self._kept: dict[tuple[int, ...], tuple[list[Tensor], Tensor, Tensor]] = {}  # what recordings read
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
@@ -51,13 +69,19 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(params, group)
+        stacks = [stack for group in self.param_groups for stack in self._stacks(group)]
+        rates = [-stack.rate for stack in stacks]
+        if not self.records_moves or not _lies_on_a_gpu(stacks):
+            _move(stacks, rates)
+        elif stacks:
+            self._replay(stacks, rates)
         return loss
 
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _stacks(self, group: dict[str, Any]) -> list[_Stack]:
+        """The momenta of a group's matrices after this step's gradients, with Nesterov's look ahead."""
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return []
         for p in params:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
@@ -69,17 +93,54 @@ class Muon(torch.optim.Optimizer):
         alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
         for index, p in enumerate(params):
             alike.setdefault((p.shape, p.dtype), []).append(index)
-        for (shape, dtype), indices in alike.items():
+        stacks = []
+        for (shape, _), indices in alike.items():
             rows, columns = shape[0] // group["blocks"], shape[1]
             stack_NRC = torch.cat([ahead[index].reshape(-1, rows, columns) for index in indices])
-            turned_NRC = _orthogonal(stack_NRC, group["steps"]).to(dtype)
-            updates = turned_NRC.reshape(len(indices), *shape).contiguous().unbind()
+            # In bfloat16 on a GPU, as is usual.
+            stack_NRC = stack_NRC.to(torch.bfloat16 if stack_NRC.is_cuda else torch.float32)
             rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-            torch._foreach_add_([params[index] for index in indices], updates, alpha=-rate)
+            stacks.append(_Stack([params[index] for index in indices], stack_NRC, rate, group["steps"]))
+        return stacks
+
+    def _replay(self, stacks: list[_Stack], rates: list[float]) -> None:
+        """`_move` out of a recording, the second time that it is asked for the same parameters."""
+        key = (*(p.data_ptr() for stack in stacks for p in stack.params), *(stack.steps for stack in stacks))
+        device = stacks[0].matrices_NRC.device
+        if self._moves is None:
+            self._moves = RecordedMoves(device)
+        if key not in self._kept:
+            lie = [torch.empty_like(stack.matrices_NRC) for stack in stacks]
+            go = torch.ones((), dtype=torch.bool, device=device)
+            self._kept[key] = lie, torch.empty(len(rates), device=device), go
+        lie, told, go = self._kept[key]
+        torch._foreach_copy_(lie, [stack.matrices_NRC for stack in stacks])
+        still = [stack._replace(matrices_NRC=where) for stack, where in zip(stacks, lie, strict=True)]
+
+        def move(_: Tensor) -> dict[Any, Tensor]:
+            _move(still, told.unbind())
+            return {}
+
+        def tell() -> None:
+            told.copy_(torch.tensor(rates, pin_memory=told.is_cuda), non_blocking=True)
+
+        self._moves.make(key, 0, go, move, nullcontext, tell)
+
+
+def _lies_on_a_gpu(stacks: Sequence[_Stack]) -> bool:
+    return all(stack.matrices_NRC.is_cuda for stack in stacks)
+
+
+def _move(stacks: Sequence[_Stack], rates: Sequence[float | Tensor]) -> None:
+    """Add the directions of all stacks, times their rates, numbers or float32 0-d tensors, to the parameters."""
+    for stack, rate in zip(stacks, rates, strict=True):
+        turned_NRC = _orthogonal(stack.matrices_NRC, stack.steps)
+        updates_NRC = turned_NRC.to(stack.params[0].dtype) * rate
+        shape = (len(stack.params), *stack.params[0].shape)
+        torch._foreach_add_(stack.params, updates_NRC.reshape(shape).contiguous().unbind())
 
 
 def _orthogonal(stack_NRC: Tensor, steps: int) -> Tensor:
-    """The directions of a stack of matrices: in bfloat16 on a GPU, as is usual, else in float32."""
-    if not stack_NRC.is_cuda:
-        return newton_schulz(stack_NRC.float(), steps)
-    return newton_schulz(stack_NRC.bfloat16(), steps, through_gram=steps <= 3)
+    """The directions of a stack of matrices, of its type. In bfloat16 more than three steps lose too much to go through
+    the Gram matrix."""
+    return newton_schulz(stack_NRC, steps, through_gram=stack_NRC.dtype != torch.bfloat16 or steps <= 3)

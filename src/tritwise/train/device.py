@@ -11,7 +11,7 @@ from tritwise.errors import UserError
 from tritwise.models import Arb, ByteLM
 from tritwise.nn import trit_modules, use_fp8
 from tritwise.ops import gpu
-from tritwise.optim import TritOptimizer
+from tritwise.optim import Muon, TritOptimizer
 from tritwise.train.config import Config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -87,13 +87,20 @@ RECORDED = 1 << 32
 weights, and a third longer at a billion; above this, the memory that a recording keeps is better spent."""
 
 
+RECORDED_FLOATS = 1 << 28
+"""The same for Muon, whose recording keeps more for each."""
+
+
 def record_moves(optimizers: Iterable[torch.optim.Optimizer], compiled: bool) -> None:
-    """Let ternary optimizers record their moves where the steps that they take are compiled and their weights are not
-    too many. Where whole steps are recorded, or away from a GPU, it makes no difference."""
+    """Let ternary optimizers and Muon record their moves where the steps that they take are compiled and their weights
+    are not too many. Where whole steps are recorded, or away from a GPU, it makes no difference."""
     for optimizer in optimizers:
         if isinstance(optimizer, TritOptimizer):
             weights = sum(layer.register.numel() for layer in optimizer.layers)
             optimizer.records_moves = compiled and weights <= RECORDED
+        elif isinstance(optimizer, Muon):
+            weights = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+            optimizer.records_moves = compiled and weights <= RECORDED_FLOATS
 
 
 def batch_on(device: torch.device, sampler: Sampler, step: int, micro: int = 0) -> tuple[Tensor, Tensor]:
