@@ -178,6 +178,11 @@ class Study:
         """Where a cell's files lie."""
         return self.out / "records" / folder_name(config)
 
+    def trained(self, config: Config) -> float:
+        """Seconds of training that a stopped cell has behind it, by its newest checkpoint; 0 if it has none."""
+        told = sorted((self.folder(config) / "checkpoints").glob("step_*.json"))
+        return float(read_json(told[-1])["meta"]["trained"]) if told else 0.0
+
     def open(self, config: Config) -> bool:
         """Whether a cell is still to be run: its contestant is, it has no record, and has not failed for good."""
         if config.recipe not in self.only:
@@ -190,13 +195,13 @@ def _told(recipe: str, train: dict[str, Any]) -> tuple[Any, ...]:
     return (recipe, *(train[key] for key in ("rate", "seed", "budget", "seconds", "split")))
 
 
-def estimated(config: Config, stage: str, walls: dict[str, float]) -> float:
-    """Seconds that a cell takes at the least: its training, and the least that one of its contestant took beside it in
-    this stage, a little more. One that takes longer is stopped, and goes on in the next call: better than GPUs that
-    wait."""
+def estimated(config: Config, stage: str, walls: dict[str, float], trained: float = 0.0) -> float:
+    """Seconds that a cell takes at the least: what is left of its training, and the least that one of its contestant
+    took beside it in this stage, a little more. One that takes longer is stopped, and goes on in the next call: better
+    than GPUs that wait. trained: seconds that are behind it."""
     known = walls.get(f"{stage} {config.recipe}")
     around = OVERHEAD.get(stage, OTHERS) if known is None else 1.1 * known
-    return (config.train.seconds or STEPPED) + around
+    return max(0.0, (config.train.seconds or STEPPED) - trained) + around
 
 
 def run_cell(study: Study, stage: str, name: str) -> int:
@@ -237,20 +242,25 @@ def run_wave(
     waiting = [(stage, config) for stage in stages for config in cells[stage] if study.open(config)]
     gpus = max(1, torch.cuda.device_count())
     free = list(range(gpus * (each if BY_STEPS.issuperset(stages) else 1)))
-    running: dict[int, tuple[subprocess.Popen[bytes], str, Config, float]] = {}
+    running: dict[int, tuple[subprocess.Popen[bytes], str, Config, float, float]] = {}
     for stage in stages:
         write_tables(study, stage, cells[stage])
     while True:
         now = time.monotonic()
-        fits = [(s, c) for s, c in waiting if now < ends and (study.tiny or now + estimated(c, s, walls) <= ends)]
+        fits = [
+            (stage, config)
+            for stage, config in waiting
+            if now < ends and (study.tiny or now + estimated(config, stage, walls, study.trained(config)) <= ends)
+        ]
         while free and fits:
             (stage, config), place = fits.pop(0), free.pop(0)
             waiting.remove((stage, config))
             console.print(f"{stage}: {config.recipe} rate {config.train.rate:g} seed {config.train.seed}", markup=False)
-            running[place] = (start_cell(study, stage, config, place % gpus, more), stage, config, now)
+            before = study.trained(config)
+            running[place] = (start_cell(study, stage, config, place % gpus, more), stage, config, now, before)
         if not running:
             return sum(study.open(config) for stage in stages for config in cells[stage])
-        for place, (process, stage, config, began) in list(running.items()):
+        for place, (process, stage, config, began, before) in list(running.items()):
             if process.poll() is None and now >= ends:
                 process.terminate() if now < ends + GRACE else process.kill()
             if process.poll() is None:
@@ -262,7 +272,7 @@ def run_wave(
             console.print(f"{stage}: {config.recipe} {told}, {took:.0f} s in all", markup=False)
             if record is not None:
                 key = f"{stage} {config.recipe}"
-                walls[key] = min(walls.get(key, took), took - record["seconds"])
+                walls[key] = min(walls.get(key, took), max(0.0, took - (record["seconds"] - before)))
                 write_json(known, walls)
                 shutil.rmtree(study.folder(config) / "checkpoints", ignore_errors=True)
                 if slim:

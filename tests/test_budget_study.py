@@ -10,6 +10,7 @@ import pytest
 from tritwise.bench.entries import ENTRIES, PARTS
 from tritwise.files import make_folder, read_json, write_json
 from tritwise.report.budget_rows import unpacked
+from tritwise.train.checkpoint import CheckpointStore
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -117,6 +118,12 @@ def test_cells_run_side_by_side_each_on_a_gpu_of_its_own(study, small_text, tmp_
     assert not (folder / "checkpoints").exists() and not (folder / "model.tritwise").exists()
     walls = read_json(tmp_path / "walls.json")
     assert set(walls) == {"main flat-ternary", "main flat-float"} and min(walls.values()) > 0
+    # A stopped cell needs what is left of it, and what it took before is not taken for what is beside training.
+    later = cells.cell("flat-ternary", 16_000_000, 0.0, rate=0.02)
+    CheckpointStore(cells.folder(later) / "checkpoints").save(2, {}, {"trained": 40.0})
+    assert cells.trained(later) == 40 and cells.trained(own[1]) == 0
+    assert study.estimated(later, "main", {}, 40.0) == study.STEPPED - 40 + study.OTHERS
+    assert study.estimated(later, "main", {}, 4000.0) == study.OTHERS
     # What one contestant took says nothing of another.
     seen = {"main flat-ternary": 10.0}
     assert [round(study.estimated(c, "main", seen) - study.STEPPED) for c in own] == [11, round(study.OTHERS)]

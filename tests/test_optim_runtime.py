@@ -2,16 +2,20 @@
 what is different on a GPU."""
 
 import copy
+import gc
 import itertools
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tritwise.nn import TritEmbedding, TritLinear, TritModule, trit_modules
+from tritwise.ops import gpu
 from tritwise.optim import TritOptimizer, consuming
 from tritwise.optim.moves import RecordedMoves
 from tritwise.optim.moving import Moving
@@ -483,6 +487,36 @@ def test_moves_are_made_once_and_recorded_the_second_time(monkeypatch):
     )  # what a recording reads lies still, and is written before a replay
     moves.make(0, 2, torch.tensor(False), move, lambda: noting("recording"), lambda: None)
     assert not kept[1]
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_no_garbage_is_collected_while_a_graph_is_recorded(collects, monkeypatch):
+    """What was garbage before is gone before; afterwards, and after an error, collecting goes on if it did."""
+
+    class Loop:
+        def __init__(self) -> None:
+            self.itself = self
+
+    class Recording(nullcontext[None]):
+        def __init__(self, *_: object, **given: object) -> None:
+            super().__init__()
+            alive.append(garbage() is not None)
+
+    alive: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    graph: Any = None
+    try:
+        for error in (False, True):
+            garbage = weakref.ref(Loop())
+            gc.enable() if collects else gc.disable()
+            with nullcontext() if not error else pytest.raises(ValueError), gpu.recorded(graph, graph, graph):
+                assert not gc.isenabled()
+                if error:
+                    raise ValueError
+            assert gc.isenabled() is collects
+    finally:
+        gc.enable()
+    assert alive == [False, False]
 
 
 def test_what_cannot_be_recorded_says_so():

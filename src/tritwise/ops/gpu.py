@@ -8,9 +8,10 @@ by name, they run on CPU tensors in Triton's interpreter: slow, and meant for te
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -120,6 +121,21 @@ class Shelf:
     def __exit__(self, *_: object) -> None:
         global _shelf
         _shelf = None
+
+
+@contextlib.contextmanager
+def recorded(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Iterator[None]:
+    """Inside, `graph` is recorded on `stream`, with memory of `pool`. Garbage is collected before and not meanwhile:
+    what it lets go of, such as older recordings, would end this one with an error of whatever runs next."""
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def upload(lines: Sequence[Sequence[int]], device: torch.device) -> Tensor:

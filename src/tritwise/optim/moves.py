@@ -61,8 +61,7 @@ class RecordedMoves:
             graph, shelf = torch.cuda.CUDAGraph(), gpu.Shelf(self._go.device)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            recorded = torch.cuda.graph(graph, pool=self._pool, stream=self._side)
-            with self._aside(), recording(), shelf, recorded:
+            with self._aside(), recording(), shelf, gpu.recorded(graph, self._pool, self._side):
                 flips = move(self._go)
             shelf.fill()
             made = self._made[key] = graph, shelf, flips

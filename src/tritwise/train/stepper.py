@@ -283,7 +283,7 @@ class _Recording:
             torch.cuda.current_stream(device).wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             stack.enter_context(self._shelf)
-            with torch.cuda.graph(self._graph, pool=booth.pool, stream=side):
+            with gpu.recorded(self._graph, booth.pool, side):
                 self._loss = self._run()
         self._shelf.fill()
         for layer, consumer in zip(self._layers, consumers, strict=True):
