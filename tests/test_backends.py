@@ -42,6 +42,7 @@ def run_linear() -> float:
 
 def test_every_operation_has_a_reference():
     assert sorted(backends._backends) == [
+        "activation",
         "combine",
         "direction",
         "embedding",

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tritwise.nn import relu_squared_norm, rms_norm
+import tritwise.nn.norm as norm_module
+from tritwise.nn import MLP, TritLinear, relu_squared_norm, rms_norm
 
 EPS = 1e-6
 
@@ -23,8 +24,13 @@ def plain_relu_squared(h: Tensor, hold: bool = False) -> Tensor:
     return plain_rms(torch.relu(h) ** 2, hold)
 
 
-NORMS = [(rms_norm, plain_rms), (relu_squared_norm, plain_relu_squared)]
-both = pytest.mark.parametrize(("norm", "plain"), NORMS, ids=["rms_norm", "relu_squared_norm"])
+def fused(h: Tensor) -> Tensor:
+    """What a GPU takes."""
+    return norm_module._FusedReLUSquaredNorm.apply(h, 0.0, None)
+
+
+NORMS = [(rms_norm, plain_rms), (relu_squared_norm, plain_relu_squared), (fused, plain_relu_squared)]
+both = pytest.mark.parametrize(("norm", "plain"), NORMS, ids=["rms_norm", "relu_squared_norm", "fused"])
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -155,3 +161,21 @@ def test_second_derivatives_are_refused(norm, plain):
     (grad,) = torch.autograd.grad(norm(x).square().sum() * x.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("leak", [0.0, 0.5])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_scales_of_columns_are_those_of_the_next_layer(device, leak):
+    """Multiplied within or behind, by an MLP as by hand; no gradient reaches a scale."""
+    torch.manual_seed(0)
+    mlp = MLP(8, 24, linear=TritLinear, leak=leak).to(device)
+    mlp.down.add_column_scales()
+    mlp.down.column_exponent.copy_(torch.arange(-12, 12, dtype=torch.int8))
+    x = normal(5, 8).to(device).requires_grad_()
+    h, scale = mlp.up(x), mlp.down.column_scales(torch.float32)
+    expected = mlp.down(relu_squared_norm(h, leak))
+    assert not scale.requires_grad and not torch.equal(expected, mlp.down(relu_squared_norm(h, leak), scaled=True))
+    for y in (mlp(x), mlp.down(norm_module._FusedReLUSquaredNorm.apply(h, leak, scale), scaled=True)):
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        grads = (torch.autograd.grad(z, x, torch.ones_like(z), retain_graph=True)[0] for z in (y, expected))
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)

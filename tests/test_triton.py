@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tritwise import ops
 from tritwise.ops import gpu
+from tritwise.ops.activation import triton as activation_triton
 from tritwise.ops.combine import triton as combine_triton
 from tritwise.ops.direction import METHODS
 from tritwise.ops.direction import triton as direction_triton
@@ -499,6 +500,7 @@ def test_in_the_interpreter():
         "ops_embedding",
         "ops_graph",
         "ops_combine",
+        "ops_activation",
     )
     files = [f"test_{name}.py" for name in names]
     some = "test_triton or (triton and (many or ops_scales or opcheck or matrix or autograd or products))"
@@ -539,6 +541,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
     products = {"BLOCK_V": 256, "BLOCK_C": 64, "BLOCK_N": 64, "SPAN": 2048, "NARROW": True}
     scales, linear, operands = scales_triton._kernels(), triton._kernels(), triton._operand_kernels()
     pointers |= {"square_T": "*i64", "still": "*i1", "octaves": "*fp64"}
+    pointers |= {"h": "*bf16", "inverses": "*fp32", "leak": "fp32"}
     for name, constants in (
         ("edge_sum", {"BLOCK": 256}),
         ("gather_add", {"BLOCK": 256}),
@@ -574,8 +577,11 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         ("row_scales", {"BLOCK": 256, "SPAN": 512}),
         ("row_scales", {"BLOCK": 256, "SPAN": 512, "level": None, "after": None, "rows": 1, "columns": 1}),
         ("spread", {"BLOCK": 2048}),
+        *((name, {"BLOCK": 4096}) for name in ("relu_squared_norm", "relu_squared_norm_grad")),
+        *((name, {"BLOCK": 1024, "scale": None}) for name in ("relu_squared_norm", "relu_squared_norm_grad")),
     ):
         rooms = gpu.kernels(), tables, scales, linear, operands, directions, messages, mixture, embeddings
+        rooms += (activation_triton._kernels(),)
         kernel = next(getattr(room, name) for room in rooms if hasattr(room, name))
         types = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in kernel.arg_names}
         source = ASTSource(kernel, types, {(kernel.arg_names.index(a),): v for a, v in constants.items()})
@@ -654,7 +660,7 @@ def test_an_old_gpu_is_refused(monkeypatch):
 
 @not_interpreted
 def test_it_is_the_choice_for_cuda_and_none_of_a_cpu():
-    for operation in ("linear", "embedding", "update", "scales", "direction", "graph", "combine"):
+    for operation in ("linear", "embedding", "update", "scales", "direction", "graph", "combine", "activation"):
         assert ops.backends_of(operation)[0] == "triton"
         assert ops.backends._backends[operation]["triton"].devices == ("cuda",)
 

@@ -68,6 +68,7 @@ def make_cases(device: torch.device, dtype: torch.dtype, widths: list[int], rows
     yield from _direction_cases(device, width, blocks)
     yield from _graph_cases(rows, width, dtype)
     yield from _combine_cases(rows, width, dtype)
+    yield from _activation_cases(rows, 4 * width, dtype)
 
 
 def _linear_cases(device: torch.device, dtype: torch.dtype, rows: int, outputs: int, inputs: int) -> Iterator[Case]:
@@ -283,6 +284,28 @@ def _combine_cases(rows: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("combine", "combine", shape, make, combine, read + rows * width * size)
     written = active * rows * (size + width * size)
     yield Case("combine", "combine_grads", shape, make, gradients, read + rows * width * size + written)
+
+
+def _activation_cases(rows: int, columns: int, dtype: torch.dtype) -> Iterator[Case]:
+    shape, lies = f"{rows} x {columns}", rows * columns * dtype.itemsize
+
+    def make(generator: torch.Generator) -> Inputs:
+        h, grad = (_normal(generator, rows, columns).to(dtype) for _ in range(2))
+        scale = _normal(generator, columns).abs().to(dtype)
+        return {"h": h, "grad": grad, "scale": scale, "inverse": ops.relu_squared_norm(h, scale)[1]}
+
+    def forward(given: Inputs) -> Tensor:
+        return ops.relu_squared_norm(given["h"], given["scale"])[0]
+
+    def gradient(given: Inputs) -> Tensor:
+        return ops.relu_squared_norm_grad(given["grad"], given["h"], given["inverse"], given["scale"])
+
+    def plain(given: Inputs) -> Tensor:
+        square = torch.relu(given["h"]).square()
+        return torch.nn.functional.rms_norm(square, square.shape[-1:], eps=1e-6) * given["scale"]
+
+    yield Case("activation", "relu_squared_norm", shape, make, forward, 2.0 * lies, plain=plain)
+    yield Case("activation", "relu_squared_norm_grad", shape, make, gradient, 3.0 * lies)
 
 
 def _newton_schulz_flops(rows: int, columns: int) -> float:

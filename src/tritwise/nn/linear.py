@@ -42,8 +42,9 @@ class TritLinear(TritModule):
             return False, False
         return ops.rounds_fp8(self.register, self.fp8_least, self.unit_inputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.scale_columns(x)
+    def forward(self, x: Tensor, *, scaled: bool = False) -> Tensor:
+        """scaled: x has been through `scale_columns` already."""
+        x = x if scaled else self.scale_columns(x)
         if torch.is_grad_enabled() and self.operand.serves(x.dtype):
             return ops.linear_decoded(x, self.operand, self.port, self.unit_inputs)
         if self.fp8_least is not None and torch.is_grad_enabled():

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from tritwise.nn.linear import give_unit_inputs
+from tritwise.nn.linear import TritLinear, give_unit_inputs
 from tritwise.nn.norm import relu_squared_norm
 
 
@@ -23,4 +23,7 @@ class MLP(nn.Module):
         give_unit_inputs(self.up, self.down)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(relu_squared_norm(self.up(x), self.leak))
+        h = self.up(x)
+        if isinstance(self.down, TritLinear):  # the scales of its inputs cost nothing where these are made
+            return self.down(relu_squared_norm(h, self.leak, self.down.column_scales(h.dtype)), scaled=True)
+        return self.down(relu_squared_norm(h, self.leak))

@@ -1,9 +1,10 @@
 """Normalisation without learned gain, alone and behind a squared ReLU: there is nothing to train and nothing to ship.
 
 Both are written as one function with its own backward. On a CPU torch's composite RMSNorm walks memory about ten times
-a pass; here forward reads x twice and backward four times. While torch.compile traces them nothing is changed in
-place: torch 2.11 then saves the square for backward as it was before the change, and the gradient of the layer below is
-wrong. The compiler does away with the copies, and the bits are the same.
+a pass; here forward reads x twice and backward four times. On a GPU the second is an operation of its own
+(`ops.activation`): its rows are too long for what torch.compile makes of it to hold one. While torch.compile traces
+them nothing is changed in place: torch 2.11 then saves the square for backward as it was before the change, and the
+gradient of the layer below is wrong. The compiler does away with the copies, and the bits are the same.
 """
 
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from tritwise import ops
 
 EPS = 1e-6
 
@@ -64,14 +67,33 @@ class _ReLUSquaredNorm(torch.autograd.Function):
         return _norm_grad(grad, y).mul_(positive).mul_(2 * inverse), None
 
 
+class _FusedReLUSquaredNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, leak: float, scale: Tensor | None) -> Tensor:
+        y, inverse = ops.relu_squared_norm(h, scale, leak)
+        ctx.save_for_backward(h, inverse, scale)
+        ctx.leak = leak
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        h, inverse, scale = ctx.saved_tensors
+        return ops.relu_squared_norm_grad(grad, h, inverse, scale, ctx.leak), None, None
+
+
 def rms_norm(x: Tensor) -> Tensor:
     """x over the root mean square of its last dimension (Zhang and Sennrich 2019), eps 1e-6; same shape and dtype."""
     return _RMSNorm.apply(x)  # type: ignore[no-any-return]
 
 
-def relu_squared_norm(h: Tensor, leak: float = 0.0) -> Tensor:
+def relu_squared_norm(h: Tensor, leak: float = 0.0, scale: Tensor | None = None) -> Tensor:
     """rms_norm(relu(h)^2): the square has a heavy tail; normalised, the next linear sees inputs of unit RMS.
 
-    leak: slope below zero, of leaky_relu(h, leak)^2; 0 is relu.
+    leak: slope below zero, of leaky_relu(h, leak)^2; 0 is relu. scale: what each column is multiplied by at last, of
+    h's dtype [columns]; it gets no gradient.
     """
-    return _ReLUSquaredNorm.apply(h, leak)  # type: ignore[no-any-return]
+    if h.is_cuda:
+        return _FusedReLUSquaredNorm.apply(h, leak, scale)  # type: ignore[no-any-return]
+    y = _ReLUSquaredNorm.apply(h, leak)
+    return y if scale is None else y * scale  # type: ignore[no-any-return, operator]

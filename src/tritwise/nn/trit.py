@@ -90,11 +90,16 @@ class TritModule(nn.Module):
         """Every tensor of scale exponents: those of rows, then those of columns where there are any."""
         return [self.exponent] if self.column_exponent is None else [self.exponent, self.column_exponent]
 
+    def column_scales(self, dtype: torch.dtype) -> Tensor | None:
+        """The scales of the columns as `dtype` [columns]; None without any."""
+        if self.column_exponent is None:
+            return None
+        return self._scales[self.column_exponent.int() + 128].to(dtype)
+
     def scale_columns(self, x: Tensor) -> Tensor:
         """x [..., columns], each column times its scale: what W's columns meet. Without column scales x itself."""
-        if self.column_exponent is None:
-            return x
-        return x * self._scales[self.column_exponent.int() + 128].to(x.dtype)
+        scales = self.column_scales(x.dtype)
+        return x if scales is None else x * scales
 
     @torch.no_grad()
     def reset_parameters(self, span: float = 0.9) -> None:

@@ -13,11 +13,13 @@ torch.compile sees one opaque node, and which backend runs is decided when it ru
     direction   momentum -> a step of unit RMS: Newton-Schulz, row/column, sign, rms
     graph       rows that travel along edges and are added up where they arrive
     combine     what the experts of a mixture made, weighed and added up
+    activation  relu squared, normalised, columns scaled: what stands between the matrices of an MLP, and its gradient
 
 update, scales, nibble and direction have `_many` forms for a list of tensors, and so have gradients of scales: a whole
 model in a few launches on a GPU.
 """
 
+from tritwise.ops.activation import relu_squared_norm, relu_squared_norm_grad
 from tritwise.ops.backends import backend, backend_table, backends_of
 from tritwise.ops.combine import combine
 from tritwise.ops.direction import LEVEL_FLOOR, direction, direction_many
@@ -83,5 +85,7 @@ __all__ = [
     "move_registers_many",
     "move_scales_many",
     "refuses_fp8",
+    "relu_squared_norm",
+    "relu_squared_norm_grad",
     "rounds_fp8",
 ]

@@ -1,0 +1,41 @@
+"""The squared ReLU with a norm on a GPU. Imported on first use, as `tritwise.ops.triton_kernels` is."""
+
+import triton
+import triton.language as tl
+
+EPS = tl.constexpr(1e-6)  # of reference.py
+
+
+@triton.jit
+def relu_squared_norm(h, scale, out, inverses, columns, leak, BLOCK: tl.constexpr):
+    """out = p^2 * inverse * scale and inverses = 1 / sqrt(mean(p^4) + EPS) of a row, in float32; p = h, or leak * h
+    below zero."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = column < columns
+    x = tl.load(h + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+    slanted = tl.where(x < 0, x * leak, x)
+    square = slanted * slanted
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(square * square, axis=0) / columns + EPS)
+    y = square * inverse
+    if scale is not None:
+        y *= tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * columns + column, y.to(out.dtype.element_ty), mask=inside)
+    tl.store(inverses + row, inverse)
+
+
+@triton.jit
+def relu_squared_norm_grad(grad, h, inverses, scale, out, columns, leak, BLOCK: tl.constexpr):
+    """out = the gradient of h of a row for that of what `relu_squared_norm` gave, in float32."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = column < columns
+    x = tl.load(h + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+    if scale is not None:
+        g *= tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.load(inverses + row)
+    slanted = tl.where(x < 0, x * leak, x)
+    y = slanted * slanted * inverse
+    mean = tl.sum(g * y, axis=0) / columns
+    slope = tl.where(x < 0, leak, 1.0)
+    found = (g - y * mean) * inverse * 2.0 * slanted * slope
+    tl.store(out + row * columns + column, found.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,51 @@
+"""The squared ReLU with a norm on a GPU: a program holds a row, which is read once and written once."""
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from tritwise.ops import gpu
+from tritwise.ops.activation import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 16384  # columns of a row that the registers of a program hold
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    return importlib.import_module("tritwise.ops.activation.kernels")
+
+
+def _is_served(h: Tensor) -> bool:
+    return h.dtype in DTYPES and h.numel() > 0 and h.shape[-1] <= WIDEST
+
+
+def forward(h: Tensor, scale: Tensor | None, leak: float) -> tuple[Tensor, Tensor]:
+    """See `tritwise.ops.activation.relu_squared_norm`."""
+    if not _is_served(h):
+        return reference.forward(h, scale, leak)
+    h = h.contiguous()
+    y, inverse = torch.empty_like(h), h.new_empty(h.shape[:-1], dtype=torch.float32)
+    _launch(_kernels().relu_squared_norm, h, h, scale, y, inverse, leak=leak)
+    return y, inverse
+
+
+def backward(grad: Tensor, h: Tensor, inverse: Tensor, scale: Tensor | None, leak: float) -> Tensor:
+    """dL/dh of h's dtype."""
+    if not _is_served(h) or grad.dtype not in DTYPES:
+        return reference.backward(grad, h, inverse, scale, leak)
+    h, grad = h.contiguous(), grad.contiguous()
+    h_grad = torch.empty_like(h)
+    _launch(_kernels().relu_squared_norm_grad, h, grad, h, inverse, scale, h_grad, leak=leak)
+    return h_grad
+
+
+def _launch(kernel: object, h: Tensor, *tensors: Tensor | None, leak: float) -> None:
+    columns = h.shape[-1]
+    block = gpu.power_of_two_above(columns)
+    given = (None if t is None else t.contiguous() for t in tensors)
+    warps = min(16, max(1, block // 512))
+    gpu.launch(kernel, h.numel() // columns, h.device, *given, columns, leak, BLOCK=block, num_warps=warps)
