@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from tritwise import ops
 from tritwise.nn import Attention, FloatLinear, KVCache, Rotary, TritLinear, TritModule
 from tritwise.registers import scale_table
 
@@ -233,3 +235,48 @@ def test_a_full_cache_takes_no_more():
     with pytest.raises(AssertionError, match="the cache is full"):
         cache.append(torch.ones(1, 1, 1, 4), torch.ones(1, 1, 1, 4))
     assert cache.used == 2
+
+
+# --- as a GPU runs it -----------------------------------------------------------------------------------------------
+
+
+def step_of(how: str, heads: int, kv_heads: int, exclusive: bool) -> list[Tensor]:
+    """What attention gives, and the gradients of its input and its matrices."""
+    torch.manual_seed(0)
+    layer, rotary = Attention(16 * heads, heads, kv_heads, linear=FloatLinear), Rotary(16, 12)
+
+    def run(x: Tensor) -> Tensor:
+        return x + layer(x, rotary, exclusive=exclusive)
+
+    x = normal(2, 9, 16 * heads).requires_grad_()
+    if how == "checkpoint":
+        y = checkpoint(run, x, use_reentrant=False)
+    elif how == "eager":
+        y = run(x)
+    else:
+        torch._dynamo.reset()
+        y = torch.compile(run, backend=how, fullgraph=True)(x)
+    return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], normal(*y.shape, seed=1))]
+
+
+@pytest.mark.parametrize("how", ["eager", "checkpoint", "aot_eager"])
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2)])
+def test_one_pass_for_all_heads_is_what_several_are(heads, kv_heads, exclusive, how, monkeypatch):
+    expected = step_of("eager", heads, kv_heads, exclusive)
+    calls: list[int] = []
+    turned_heads = ops.turned_heads
+    monkeypatch.setattr(ops, "turned_heads", lambda *given: calls.append(1) or turned_heads(*given))
+    monkeypatch.setattr("tritwise.nn.attention._fuses", lambda parts: True)
+    for found, exact in zip(step_of(how, heads, kv_heads, exclusive), expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+    assert calls
+
+
+def test_one_pass_reads_on_with_a_cache(monkeypatch):
+    layer, rotary, x = Attention(32, 2, 1, linear=FloatLinear), Rotary(16, 9), normal(2, 9, 32)
+    whole = layer(x, rotary)
+    monkeypatch.setattr("tritwise.nn.attention._fuses", lambda parts: True)
+    cache = KVCache(2, 1, 9, 16, x.device, x.dtype)
+    found = torch.cat([layer(part, rotary, cache) for part in x.split((4, 1, 4), dim=1)], dim=1)
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)

@@ -47,6 +47,7 @@ def test_every_operation_has_a_reference():
         "direction",
         "embedding",
         "graph",
+        "heads",
         "linear",
         "nibble",
         "scales",

@@ -28,6 +28,7 @@ from tritwise.ops.direction import triton as direction_triton
 from tritwise.ops.direction.reference import newton_schulz, unit_rms
 from tritwise.ops.embedding import triton as embedding_triton
 from tritwise.ops.graph import triton as graph_triton
+from tritwise.ops.heads import triton as heads_triton
 from tritwise.ops.linear import reference, triton
 from tritwise.ops.scales import triton as scales_triton
 from tritwise.registers import Key, make_key
@@ -501,6 +502,7 @@ def test_in_the_interpreter():
         "ops_graph",
         "ops_combine",
         "ops_activation",
+        "ops_heads",
     )
     files = [f"test_{name}.py" for name in names]
     some = "test_triton or (triton and (many or ops_scales or opcheck or matrix or autograd or products))"
@@ -541,7 +543,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
     products = {"BLOCK_V": 256, "BLOCK_C": 64, "BLOCK_N": 64, "SPAN": 2048, "NARROW": True}
     scales, linear, operands = scales_triton._kernels(), triton._kernels(), triton._operand_kernels()
     pointers |= {"square_T": "*i64", "still": "*i1", "octaves": "*fp64"}
-    pointers |= {"h": "*bf16", "inverses": "*fp32", "leak": "fp32"}
+    pointers |= {"h": "*bf16", "inverses": "*fp32", "leak": "fp32"} | dict.fromkeys(("cos", "sin"), "*fp32")
+    pointers |= dict.fromkeys(("q", "k", "q_grad", "k_grad", "v_grad", "parts"), "*bf16")
     for name, constants in (
         ("edge_sum", {"BLOCK": 256}),
         ("gather_add", {"BLOCK": 256}),
@@ -578,10 +581,12 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         ("row_scales", {"BLOCK": 256, "SPAN": 512, "level": None, "after": None, "rows": 1, "columns": 1}),
         ("spread", {"BLOCK": 2048}),
         *((name, {"BLOCK": 4096}) for name in ("relu_squared_norm", "relu_squared_norm_grad")),
+        ("turned_heads", {"ROWS": 32, "HALF": 32}),
+        ("turned_heads_grad", {"ROWS": 32, "VALUES": 16, "HALF": 32}),
         *((name, {"BLOCK": 1024, "scale": None}) for name in ("relu_squared_norm", "relu_squared_norm_grad")),
     ):
         rooms = gpu.kernels(), tables, scales, linear, operands, directions, messages, mixture, embeddings
-        rooms += (activation_triton._kernels(),)
+        rooms += activation_triton._kernels(), heads_triton._kernels()
         kernel = next(getattr(room, name) for room in rooms if hasattr(room, name))
         types = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in kernel.arg_names}
         source = ASTSource(kernel, types, {(kernel.arg_names.index(a),): v for a, v in constants.items()})
@@ -660,7 +665,17 @@ def test_an_old_gpu_is_refused(monkeypatch):
 
 @not_interpreted
 def test_it_is_the_choice_for_cuda_and_none_of_a_cpu():
-    for operation in ("linear", "embedding", "update", "scales", "direction", "graph", "combine", "activation"):
+    for operation in (
+        "linear",
+        "embedding",
+        "update",
+        "scales",
+        "direction",
+        "graph",
+        "combine",
+        "activation",
+        "heads",
+    ):
         assert ops.backends_of(operation)[0] == "triton"
         assert ops.backends._backends[operation]["triton"].devices == ("cuda",)
 

@@ -69,6 +69,7 @@ def make_cases(device: torch.device, dtype: torch.dtype, widths: list[int], rows
     yield from _graph_cases(rows, width, dtype)
     yield from _combine_cases(rows, width, dtype)
     yield from _activation_cases(rows, 4 * width, dtype)
+    yield from _heads_cases(rows, width, dtype)
 
 
 def _linear_cases(device: torch.device, dtype: torch.dtype, rows: int, outputs: int, inputs: int) -> Iterator[Case]:
@@ -306,6 +307,30 @@ def _activation_cases(rows: int, columns: int, dtype: torch.dtype) -> Iterator[C
 
     yield Case("activation", "relu_squared_norm", shape, make, forward, 2.0 * lies, plain=plain)
     yield Case("activation", "relu_squared_norm_grad", shape, make, gradient, 3.0 * lies)
+
+
+def _heads_cases(rows: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
+    size = 64
+    heads = max(1, width // size)
+    shape, part = f"{rows} x {heads} of {size}", rows * heads * size * dtype.itemsize
+
+    def make(generator: torch.Generator) -> Inputs:
+        parts = _normal(generator, 1, rows, 3 * heads, size).to(dtype)
+        q_grad, k_grad, v_grad = (_normal(generator, 1, rows, heads, size).to(dtype) for _ in range(3))
+        angle = _normal(generator, rows, size // 2)
+        tables = {"cos": angle.cos(), "sin": angle.sin()}
+        return {"parts": parts, "q_grad": q_grad, "k_grad": k_grad, "v_grad": v_grad} | tables
+
+    def forward(given: Inputs) -> list[Tensor]:
+        return list(ops.turned_heads(given["parts"], given["cos"], given["sin"], heads))
+
+    def gradient(given: Inputs) -> Tensor:
+        grads = given["q_grad"], given["k_grad"], given["v_grad"]
+        return ops.turned_heads_grad(*grads, given["parts"], given["cos"], given["sin"])
+
+    tables = 4 * rows * size
+    yield Case("heads", "turned_heads", shape, make, forward, 4.0 * part + tables)
+    yield Case("heads", "turned_heads_grad", shape, make, gradient, 8.0 * part + tables)
 
 
 def _newton_schulz_flops(rows: int, columns: int) -> float:

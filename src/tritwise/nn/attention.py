@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from tritwise import ops
 from tritwise.nn.ledger import KVLedger
 from tritwise.nn.linear import give_unit_inputs
 from tritwise.nn.norm import EPS, rms_norm
@@ -37,17 +38,19 @@ class Rotary(nn.Module):
     def forward(self, x_BTHD: Tensor, start: int = 0, *, endless: bool = False) -> Tensor:
         """Rotate positions start … start+T-1; the same shape and dtype. ValueError beyond the length of the tables,
         unless endless."""
-        stop = start + x_BTHD.shape[1]
+        cos, sin = (table[:, None].to(x_BTHD.dtype) for table in self.tables(start, x_BTHD.shape[1], endless=endless))
+        return _Rotate.apply(x_BTHD, cos, sin)  # type: ignore[no-any-return]
+
+    def tables(self, start: int, time: int, *, endless: bool = False) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions start … start+time-1, float32 [time, size/2]. ValueError as of `forward`."""
+        stop = start + time
         if stop <= self.cos.shape[0]:
-            cos, sin = self.cos[start:stop], self.sin[start:stop]
-        elif endless:
+            return self.cos[start:stop], self.sin[start:stop]
+        if endless:
             # float64: in float32 a position of a million would be off by a tenth of a turn.
             angle_TD = torch.arange(start, stop, dtype=torch.float64)[:, None] * self.frequency.double()
-            cos, sin = angle_TD.cos().to(self.cos), angle_TD.sin().to(self.sin)
-        else:
-            raise ValueError(f"{stop} positions do not fit a context of {self.cos.shape[0]}; read them in windows")
-        cos, sin = cos[:, None].to(x_BTHD.dtype), sin[:, None].to(x_BTHD.dtype)
-        return _Rotate.apply(x_BTHD, cos, sin)  # type: ignore[no-any-return]
+            return angle_TD.cos().to(self.cos), angle_TD.sin().to(self.sin)
+        raise ValueError(f"{stop} positions do not fit a context of {self.cos.shape[0]}; read them in windows")
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -69,6 +72,24 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotate(grad, cos, -sin), None, None
+
+
+class _TurnedHeads(torch.autograd.Function):
+    # On a GPU: one pass each way, for which nothing is kept but parts, of which the values are a view.
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        q_BTHD, k_BTKD = ops.turned_heads(parts, cos, sin, heads)
+        ctx.save_for_backward(parts, cos, sin)
+        return q_BTHD, k_BTKD, parts[:, :, heads + k_BTKD.shape[2] :]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ops.turned_heads_grad(q_grad, k_grad, v_grad, *ctx.saved_tensors), None, None, None
+
+
+def _fuses(parts: Tensor) -> bool:
+    return parts.is_cuda
 
 
 class KVCache:
@@ -127,9 +148,13 @@ class Attention(nn.Module):
         parts = self.qkv(x_BTC).view(batch, time, self.heads + 2 * self.kv_heads, self.size)
         start = cache.used if cache is not None else 0
         endless = cache is not None and cache.endless
-        turned = rotary(rms_norm(parts[:, :, : self.heads + self.kv_heads]), start, endless=endless).transpose(1, 2)
-        q_BHTD, k_BKSD = turned[:, : self.heads], turned[:, self.heads :]
-        own_BKTD = v_BKSD = parts[:, :, self.heads + self.kv_heads :].transpose(1, 2)
+        if _fuses(parts):
+            found = _TurnedHeads.apply(parts, *rotary.tables(start, time, endless=endless), self.heads)
+        else:
+            turned = rotary(rms_norm(parts[:, :, : self.heads + self.kv_heads]), start, endless=endless)
+            found = turned[:, :, : self.heads], turned[:, :, self.heads :], parts[:, :, self.heads + self.kv_heads :]
+        q_BHTD, k_BKSD, v_BKSD = (part.transpose(1, 2) for part in found)
+        own_BKTD = v_BKSD
         if cache is not None:
             k_BKSD, v_BKSD = cache.append(k_BKSD, v_BKSD)
         mask = self._mask(time, k_BKSD.shape[2], x_BTC.device) if self.causal else None

@@ -1,0 +1,87 @@
+"""Queries and keys on a GPU. Imported on first use, as `tritwise.ops.triton_kernels` is."""
+
+import triton
+import triton.language as tl
+
+EPS = tl.constexpr(1e-6)  # of reference.py
+
+
+@triton.jit
+def turned_heads(parts, cos, sin, q, k, time, heads, keys, half, ROWS: tl.constexpr, HALF: tl.constexpr):
+    """The heads of queries and keys of one position, normalised and turned, in float32."""
+    position = tl.program_id(0).to(tl.int64)
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, HALF)[None, :]
+    size, within = 2 * half, column < half
+    inside = (row < heads + keys) & within
+    at = parts + position * (heads + 2 * keys) * size + row * size + column
+    a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(a * a + b * b, axis=1) / size + EPS)[:, None]
+    a, b = a * inverse, b * inverse
+    angle = position % time * half + column
+    c, s = tl.load(cos + angle, mask=within, other=0.0), tl.load(sin + angle, mask=within, other=0.0)
+    first, second = a * c - b * s, b * c + a * s
+    to_q = q + (position * heads + row) * size + column
+    tl.store(to_q, first.to(q.dtype.element_ty), mask=inside & (row < heads))
+    tl.store(to_q + half, second.to(q.dtype.element_ty), mask=inside & (row < heads))
+    to_k = k + (position * keys + row - heads) * size + column
+    tl.store(to_k, first.to(k.dtype.element_ty), mask=inside & (row >= heads))
+    tl.store(to_k + half, second.to(k.dtype.element_ty), mask=inside & (row >= heads))
+
+
+@triton.jit
+def turned_heads_grad(
+    q_grad,
+    k_grad,
+    v_grad,
+    parts,
+    cos,
+    sin,
+    out,
+    time,
+    heads,
+    keys,
+    half,
+    q_batch,
+    q_time,
+    q_head,
+    k_batch,
+    k_time,
+    k_head,
+    v_batch,
+    v_time,
+    v_head,
+    ROWS: tl.constexpr,
+    VALUES: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """The gradient of all parts of one position. Three strides for each gradient, whose last is 1."""
+    position = tl.program_id(0).to(tl.int64)
+    batch, step = position // time, position % time
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, HALF)[None, :]
+    size, within = 2 * half, column < half
+    is_q, is_k = (row < heads) & within, (row >= heads) & (row < heads + keys) & within
+    here = position * (heads + 2 * keys) * size
+    at = here + row * size + column
+    a = tl.load(parts + at, mask=is_q | is_k, other=0.0).to(tl.float32)
+    b = tl.load(parts + at + half, mask=is_q | is_k, other=0.0).to(tl.float32)
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(a * a + b * b, axis=1) / size + EPS)[:, None]
+    a, b = a * inverse, b * inverse
+    angle = step * half + column
+    c, s = tl.load(cos + angle, mask=within, other=0.0), tl.load(sin + angle, mask=within, other=0.0)
+    from_q = q_grad + batch * q_batch + step * q_time + row * q_head + column
+    from_k = k_grad + batch * k_batch + step * k_time + (row - heads) * k_head + column
+    # Each row is of one of the two, and of the other a zero.
+    f = tl.load(from_q, mask=is_q, other=0.0).to(tl.float32) + tl.load(from_k, mask=is_k, other=0.0).to(tl.float32)
+    g = tl.load(from_q + half, mask=is_q, other=0.0).to(tl.float32)
+    g += tl.load(from_k + half, mask=is_k, other=0.0).to(tl.float32)
+    u, w = f * c + g * s, g * c - f * s
+    mean = (tl.sum(u * a + w * b, axis=1) / size)[:, None]
+    tl.store(out + at, ((u - a * mean) * inverse).to(out.dtype.element_ty), mask=is_q | is_k)
+    tl.store(out + at + half, ((w - b * mean) * inverse).to(out.dtype.element_ty), mask=is_q | is_k)
+    value = tl.arange(0, VALUES)[:, None]
+    inside = (value < keys) & within
+    from_v = v_grad + batch * v_batch + step * v_time + value * v_head + column
+    to = out + here + (heads + keys + value) * size + column
+    tl.store(to, tl.load(from_v, mask=inside, other=0.0).to(out.dtype.element_ty), mask=inside)
+    tl.store(to + half, tl.load(from_v + half, mask=inside, other=0.0).to(out.dtype.element_ty), mask=inside)
