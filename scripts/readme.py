@@ -69,7 +69,7 @@ RULE_TABLES = {
     "nanogpt": partial(recipe_markdown, name="nanogpt"),
 }
 DEVICES = ("h100", "h200")
-STEPS = ("step_19m", "step_124m", "step_1.3b", "memory_3b")
+STEPS = ("step_19m", "step_19m_batch128", "step_124m", "step_1.3b", "memory_3b")
 RULE_BLOCKS = tuple(f"rules_{name}" for name in (*RULE_TABLES, *RULE_PLOTS))
 SCORE_STUDIES = ("score_study_cpu2", "score_study_h100", "score_slice_cpu2", "score_small_cpu2")
 SCORE_BLOCKS = tuple(f"score_{name}" for name in ("sources", *TABLES))

@@ -289,3 +289,14 @@ def test_guards_read_little(context: int, mode: scorer.Mode):
     watched, alone = Counting(context), Counting(context)
     assert score(watched, data, mode=mode).nats == unguarded(lambda: score(alone, data, mode=mode).nats)
     assert alone.asked < watched.asked < 1.05 * alone.asked
+
+
+def test_of_a_larger_batch_more_sums_are_taken():
+    """One position whose probabilities do not sum to 1, which 64 of 65,536 would have passed over, and 256 do not."""
+    count = 4 * 16_384
+    few, many = (set(np.random.default_rng(5).choice(count, n, replace=False).tolist()) for n in (64, 256))
+    log_probs = torch.full((count, 4), -math.log(4))
+    check_sums(log_probs, 5)
+    log_probs[min(many - few)] += 0.1
+    with pytest.raises(UserError, match=r"sum to 1\.10"):
+        check_sums(log_probs, 5)

@@ -1,6 +1,7 @@
 """The scorer: every byte once, from what came before it and no more, and equal to a slow scorer written on its own."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -428,3 +429,11 @@ def test_settings_that_contradict_each_other():
             score(byte_model(16), noise(10), mode=mode, window=17)
         with pytest.raises(UserError, match="nothing to score"):
             score(byte_model(16), np.empty(0, np.uint8), mode=mode)
+
+
+@pytest.mark.parametrize(("gigabytes", "expected"), [(8, 16_384), (24, 32_768), (80, 131_072)])
+def test_a_large_gpu_reads_more_at_a_time(gigabytes, expected, monkeypatch):
+    told = SimpleNamespace(total_memory=gigabytes << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
+    assert scorer.batch_bytes("cuda") == scorer.batch_bytes(torch.device("cuda:0")) == expected
+    assert scorer.batch_bytes("cpu") == 16_384

@@ -24,9 +24,9 @@ HEAD = (
 
 
 def engine_markdown(files: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of the models that ours took steps with, smallest first and the default settings before others,
-    and on what; AdamW in bfloat16 beside it where the same file has it."""
-    found = sorted((row for file in files for row in _rows(file)), key=lambda row: row[:2])
+    """A Markdown table of the models that ours took steps with, smallest first, then by the bytes of a step and the
+    default settings before others, and on what; AdamW in bfloat16 beside it where the same file has it."""
+    found = sorted((row for file in files for row in _rows(file)), key=lambda row: row[:3])
     if not found:
         return "Nothing has been measured yet."
     devices = sorted({str(file["device"]) for file in files if file.get("device")})
@@ -53,13 +53,14 @@ def capacity_markdown(file: Mapping[str, Any]) -> str:
     return f"The largest model whose loss falls in {human_bytes(room) if room else 'the memory'}: {', '.join(told)}."
 
 
-def _rows(file: Mapping[str, Any]) -> Iterator[tuple[float, int, list[str]]]:
+def _rows(file: Mapping[str, Any]) -> Iterator[tuple[float, float, int, list[str]]]:
     rows = [row for row in rows_of(file.get("rows")) if not row.get("error")]
     rival = next((row for row in rows if row.get("contender") == RIVAL), {})
     for ours in rows:
         weights, settings = number(ours.get("weights")), mapping(ours.get("settings"))
         if ours.get("rule") == OWN and weights is not None and ours.get("step_ms") is not None:
-            yield weights, len(settings), _cells(weights, ours, rival)
+            read = number(ours.get("bytes_a_step")) or 0.0
+            yield weights, read, len(settings), _cells(weights, ours, rival)
 
 
 def _cells(weights: float, ours: Mapping[str, Any], rival: Mapping[str, Any]) -> list[str]:

@@ -40,7 +40,8 @@ SUM_TOLERANCE = 1e-4  # of the sum of the probabilities
 MOVED = 1e-6  # of a probability that must stay, between two calls of one shape
 ROUNDED = 0.02  # the same between calls of different shapes, the mean of a window: bfloat16 rounds them differently
 TOLD = 1e-4  # of a probability that a stream has told, against the row that it is scored with
-SUMMED = 64  # positions of a batch whose probabilities are summed
+SUMMED = 64  # of so many positions, and in a batch at the least, whose probabilities are summed:
+SUMMED_OF = 16384
 SHARE = 0.02  # of all that is read: probes in full windows take no more
 MOST = 6  # probes in full windows
 UNKNOWN = 512  # bytes of the probe of a stream that does not tell its window
@@ -94,8 +95,9 @@ def check_sums(log_probs: Tensor, seed: int, where: np.ndarray | None = None) ->
     """
     rows_NV = log_probs.reshape(-1, log_probs.shape[-1])
     places = np.arange(len(rows_NV)) if where is None else np.flatnonzero(where)
-    if len(places) > SUMMED:
-        places = np.random.default_rng(seed).choice(places, SUMMED, replace=False)
+    most = max(SUMMED, SUMMED * len(rows_NV) // SUMMED_OF)
+    if len(places) > most:
+        places = np.random.default_rng(seed).choice(places, most, replace=False)
     sums = rows_NV[torch.from_numpy(places).to(rows_NV.device)].double().exp().sum(dim=-1).cpu()
     wrong = sums[~((sums - 1).abs() <= SUM_TOLERANCE)]
     if len(wrong):

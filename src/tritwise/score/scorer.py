@@ -30,6 +30,7 @@ from tritwise.score.protocol import START, EndlessStream, Predictor, Stream, fit
 from tritwise.score.windows import documents_of, rows_of, windows_of
 
 BATCH_BYTES = 16384  # read at a time: their float32 log-probabilities take 16 MB
+BATCH_BYTES_GPU = ((40 << 30, 131_072), (16 << 30, 32_768))  # the same of a GPU of at least so much memory
 PIECE = 4096  # bytes that a stream reads at a time
 
 Mode = Literal["sliding", "chunked", "stream", "endless"]
@@ -114,7 +115,7 @@ def score(
     told = check_predictor(model, data, windows, device, start_id)
     guarded = time.perf_counter() - began
     with torch.inference_mode():
-        for first, last in _batches(windows):
+        for first, last in _batches(windows, batch_bytes(device)):
             group = windows[first:last]
             rows = torch.from_numpy(rows_of(data, group, start_id).astype(np.int64)).to(device)
             log_probs = model.log_probs(rows[:, :-1])
@@ -179,12 +180,21 @@ def _costs(log_probs: Tensor, targets: Tensor) -> np.ndarray:
     return -log_probs.gather(-1, targets[..., None])[..., 0].double().cpu().numpy()
 
 
-def _batches(windows: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(first, last) of consecutive windows that fit BATCH_BYTES when filled up to the longest; at least one each."""
+def batch_bytes(device: torch.device | str) -> int:
+    """Bytes that are read at a time on `device`: many on a large GPU, which small batches leave waiting for the host.
+    Its whole memory decides and not what is free, so that a score is the same to the last digit on the same GPU."""
+    if torch.device(device).type != "cuda":
+        return BATCH_BYTES
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return next((count for least, count in BATCH_BYTES_GPU if memory >= least), BATCH_BYTES)
+
+
+def _batches(windows: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of consecutive windows that fit `most` bytes when filled up to the longest; at least one each."""
     first, longest = 0, 0
     for number, length in enumerate((windows[:, 1] - windows[:, 0]).tolist()):
         longest = max(longest, length)
-        if number > first and (number + 1 - first) * longest > BATCH_BYTES:
+        if number > first and (number + 1 - first) * longest > most:
             yield first, number
             first, longest = number, length
     yield first, len(windows)
