@@ -9,6 +9,7 @@ flat-ternary-half   the same, made for half of the bytes: narrower, so that more
 recurrent-ternary   registers, and the core repeats more often by and by
 recurrent-ternary-constant   the same at full depth from the first step
 recurrent-ternary-half       the one that grows, made for half of the bytes
+recurrent-ternary-lean       the one that grows, without the parts that cost time and were worth nothing when taken away
 flat-ternary-ngrams, recurrent-ternary-ngrams, recurrent-float-ngrams   made for a part of the bytes, whose rest are
                     hashed tables of 2-, 3- and 4-grams: they cost next to no time, ternary ones a fifth of the bytes
 
@@ -57,6 +58,7 @@ _RECURRENT = {
     "softcap": 30.0,
     **PARTS,
 }
+_SPARED = {"loop_embedding": False, "value_tables": 0, "repeat_skip": False, "input_mix": False}
 _AVERAGED = {"average_every": 50, "average_from": 0.8}
 ENTRIES: dict[str, dict[str, Any]] = {
     "flat-float": {**_FLOAT, "depth": 8, "rate": 0.02, "ship_as": "int8+zlib"},
@@ -75,6 +77,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "recurrent-ternary-constant": {**_TERNARY, **_RECURRENT, **_AVERAGED, "depth_plan": ""},
     "flat-ternary-half": {**_TERNARY, "depth": 8},
     "recurrent-ternary-half": {**_TERNARY, **_RECURRENT, **_AVERAGED},
+    "recurrent-ternary-lean": {**_TERNARY, **_RECURRENT, **_AVERAGED, **_SPARED},
 }
 ENTRIES |= {
     f"{name}-ngrams": {**ENTRIES[name], "ngrams": 4, "ngram_rows": 0}
