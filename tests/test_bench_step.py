@@ -192,7 +192,8 @@ def test_all_blocks_share_what_is_compiled(quick_compiler):
         for _ in range(2):
             one.step()
         losses.append([float(loss) for loss in one.losses])
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == (mode == "blocks")
+        made = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+        assert made == (3 if mode == "blocks" else 0)  # embeddings, a block, the last norm
     assert losses[0] == losses[1]
 
 

@@ -4,7 +4,7 @@ Shape suffixes: B batch, T time, C width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,15 @@ from tritwise.nn import (
 
 # Dropout needs no generator, and torch's cannot be read while a CUDA graph is recorded.
 _AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+
+
+class Compiled(NamedTuple):
+    """What runs in the place of a model's parts: each of its blocks, `embedded`, `values_of`, and the norm at last."""
+
+    blocks: Sequence[Callable[..., Tensor]]
+    embedded: Callable[..., Tensor]
+    values_of: Callable[..., list[Tensor]]
+    last_norm: Callable[..., Tensor]
 
 
 class DecodeState:
@@ -128,8 +137,8 @@ class ByteLM(nn.Module):
         self.rotary = Rotary(config.head_size, config.ctx)
         if config.column_scales:
             add_column_scales(self)
-        self.fast_blocks: Sequence[Callable[..., Tensor]] | None = None
-        """What runs in the place of the blocks: these, compiled. None but within a step of training."""
+        self.compiled: Compiled | None = None
+        """The parts as they were compiled one by one. None but within a step of training."""
         self.noise: Tensor | None
         self.roles = {"noise": "table"}
         self.register_buffer("noise", torch.zeros((), dtype=torch.int64) if config.dropout else None, persistent=False)
@@ -141,7 +150,8 @@ class ByteLM(nn.Module):
         self, ids: Tensor, state: DecodeState | None = None, loops: int = 0, noise: Tensor | None = None
     ) -> Tensor:
         """What the head reads, of the activations' dtype [B, T, C]."""
-        return self.read(self.embedded(ids, state), ids, state, loops, noise)
+        embedded = self.embedded if self.compiled is None else self.compiled.embedded
+        return self.read(embedded(ids, state), ids, state, loops, noise)
 
     def read(
         self,
@@ -156,14 +166,16 @@ class ByteLM(nn.Module):
         if noise is not None:
             x_BTC = dropout(x_BTC, self.config.dropout, noise, 0)
         layers = self.config.layers(loops or (state.loops if state is not None else 0))
-        x0_BTC, values = x_BTC, [table(ids).to(self.dtype) for table in self.value_tables]
+        values_of, blocks, last_norm = self.values_of, self.blocks, rms_norm
+        if self.compiled is not None:
+            values_of, blocks, last_norm = self.compiled.values_of, self.compiled.blocks, self.compiled.last_norm
+        x0_BTC, values = x_BTC, values_of(ids) if self.value_tables else []
         embeddings, scales, skips = (
             () if table is None else table().to(self.dtype).unbind()
             for table in (self.loop_embedding, self.value_scale, self.repeat_skip)
         )
         first = self.config.prelude + self.config.core  # the number of the first layer that repeats another
         before: dict[int, Tensor] = {}  # block -> what it gave last
-        blocks = self.fast_blocks or self.blocks
         for index, layer in enumerate(layers):
             added: list[tuple[Tensor | None, Tensor]] = [(None, embeddings[layer.number])] if embeddings else []
             added += zip(scales[layer.number * len(values) :], values, strict=False)
@@ -177,7 +189,11 @@ class ByteLM(nn.Module):
                 x_BTC = block(x_BTC, self.rotary, state.caches[index] if state is not None else None, *given)
             if skips:
                 before[layer.block] = x_BTC
-        return rms_norm(x_BTC)
+        return last_norm(x_BTC)
+
+    def values_of(self, ids: Tensor) -> list[Tensor]:
+        """What each table of values has for ids [B, T], of the activations' dtype [B, T, C]."""
+        return [table(ids).to(self.dtype) for table in self.value_tables]
 
     def embedded(self, ids: Tensor, state: DecodeState | None = None) -> Tensor:
         """Normalised embeddings [B, T, C]; a state takes note of the last ids."""

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from tritwise.models import Arb, ByteLM, DecodeState
-from tritwise.nn import TritModule, decoded, noise_of, trit_modules
+from tritwise.models.byte_lm import Compiled
+from tritwise.nn import TritModule, decoded, noise_of, rms_norm, trit_modules
 from tritwise.ops import gpu
 from tritwise.optim import TritOptimizer
 from tritwise.train.crew import Crew
@@ -221,18 +222,25 @@ def loss_of(model: ByteLM | Arb, *, compile: bool = False, blocks: bool = False)
 
 
 class _ByBlocks:
-    """The loss with compiled blocks; whoever else calls the model, to score it or to copy it, finds it as it is."""
+    """The loss with compiled blocks, and compiled one by one what comes before and after them, which no depth changes;
+    whoever else calls the model, to score it or to copy it, finds it as it is."""
 
     def __init__(self, model: ByteLM | Arb) -> None:
         self._model, self._trunk = model, model.trunk if isinstance(model, Arb) else model
-        self._blocks = [torch.compile(block, dynamic=False) for block in self._trunk.blocks]
+        trunk = self._trunk
+        parts = trunk.embedded, trunk.values_of, rms_norm
+        blocks, *others = (
+            [torch.compile(block, dynamic=False) for block in trunk.blocks],
+            *(torch.compile(part, dynamic=False) for part in parts),
+        )
+        self._compiled = Compiled(blocks, *others)
 
     def __call__(self, *batch: Any, **given: Any) -> Tensor:
-        self._trunk.fast_blocks = self._blocks
+        self._trunk.compiled = self._compiled
         try:
             return self._model.loss(*batch, **given)
         finally:
-            self._trunk.fast_blocks = None
+            self._trunk.compiled = None
 
 
 class _Booth:
