@@ -113,8 +113,9 @@ def mixed(device: str = "cpu") -> list[dict[str, Any]]:
     return [{"params": weights[::4], "blocks": 3}, {"params": [w for i, w in enumerate(weights) if i % 4]}]
 
 
-def moved(device: str, records: bool) -> tuple[list[Tensor], Muon]:
-    """Weights and momenta after eight steps of falling rates; at one of them a matrix has no gradient."""
+def moved(device: str, records: bool, there: bool = False) -> tuple[list[Tensor], Muon]:
+    """Weights and momenta after eight steps of falling rates; at one of them a matrix has no gradient, and at another
+    gradients are no numbers: it is left out, or with `there` held back by found_inf."""
     optimizer = Muon(mixed(device), weight_decay=0.1)
     optimizer.records_moves = records
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -123,11 +124,23 @@ def moved(device: str, records: bool) -> tuple[list[Tensor], Muon]:
             group["lr"] = 0.1 / (1 + step)
         for index, p in enumerate(params):
             p.grad = None if (step, index) == (5, 2) else normal(*p.shape, seed=10 * step + index).to(device)
-        optimizer.step()
+        if there:
+            optimizer.found_inf = torch.full((), float(step == 6), device=device)
+        if step == 6:
+            for p in params:
+                p.grad[0, 0] = math.nan  # type: ignore[index]
+        if there or step != 6:
+            optimizer.step()
     return [t.detach().cpu() for p in params for t in (p, optimizer.state[p]["momentum"])], optimizer
 
 
-def test_recorded_moves_read_each_step_anew(monkeypatch):
+def test_a_step_that_is_held_back_leaves_every_bit():
+    for found, expected in zip(moved("cpu", False, there=True)[0], moved("cpu", False)[0], strict=True):
+        assert torch.equal(found, expected) and found.isfinite().all()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_recorded_moves_read_each_step_anew(there, monkeypatch):
     """With a stand-in that replays by calling again what was recorded first, on tensors that stay where they are."""
     made: dict[Any, Any] = {}
 
@@ -141,13 +154,14 @@ def test_recorded_moves_read_each_step_anew(monkeypatch):
 
     monkeypatch.setattr("tritwise.optim.muon.RecordedMoves", Again)
     monkeypatch.setattr("tritwise.optim.muon._lies_on_a_gpu", lambda stacks: True)
-    (expected, _), (found, _) = moved("cpu", False), moved("cpu", True)
+    (expected, _), (found, _) = moved("cpu", False), moved("cpu", True, there)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert len(made) == 2  # with every matrix, and with all but one
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_recorded_moves_have_the_bits_of_others():
-    (expected, plain), (found, recorded) = moved("cuda", False), moved("cuda", True)
+@pytest.mark.parametrize("there", [False, True])
+def test_on_a_gpu_recorded_moves_have_the_bits_of_others(there):
+    (expected, plain), (found, recorded) = moved("cuda", False), moved("cuda", True, there)
     assert plain._moves is None and recorded._moves is not None and len(recorded._moves._made) == 2
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

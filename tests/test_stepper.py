@@ -18,7 +18,7 @@ from tritwise.bench.entries import PARTS
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import TritLinear, decoded, trit_modules, use_fp8
 from tritwise.ops import gpu
-from tritwise.optim import TritOptimizer
+from tritwise.optim import Muon, TritOptimizer
 from tritwise.train.optimizers import float_optimizers
 from tritwise.train.stepper import Stepper
 from tritwise.train.warm import warm_up
@@ -242,6 +242,46 @@ def test_what_was_compiled_for_recordings_does_not_stand_in_the_way_of_eager_ste
     assert made == (2 * 2 + 2 if how.get("blocks") else 2)  # embeddings and the last norm read nothing decoded
 
 
+def spoiled(
+    rule: str, device: str, there: bool, records: bool = False, **how: Any
+) -> tuple[Stepper, list[int], dict[str, Tensor]]:
+    """Six guarded steps of which the third and fifth have a gradient that is no number; what `settle` counts by then.
+    there: it is the device that holds them back. records: Muon its moves."""
+    model, optimizers = build(rule, device)
+    for optimizer in optimizers:
+        if isinstance(optimizer, Muon):
+            optimizer.records_moves = records
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["weight_decay"] = 0.1
+    stepper = Stepper(model, optimizers, guard=True, clip=0.5, **how)
+    if device == "cpu":
+        stepper._held = torch.zeros(()) if there else None  # type: ignore[assignment]
+    assert (stepper._held is not None) is there
+    spoils: list[float] = []
+    model.head.weight.register_hook(lambda grad: grad + spoil)
+    spoil, counts = torch.zeros((), device=device), []
+    for number, batch in enumerate(batches(6, device)):
+        slow_down(optimizers, number)
+        spoil.fill_(math.nan if number in (2, 4) else 0.0)
+        before = state_of(model, optimizers)
+        spoils.append(float(stepper.step(*batch)))
+        after = state_of(model, optimizers)
+        same = [name for name in before if torch.equal(before[name], after[name])]
+        assert len(same) == (len(before) if number in (2, 4) else 0)
+        stepper.settle()
+        counts.append(optimizers[0].param_groups[0].get("skipped", 0))
+    assert all(map(math.isfinite, spoils)) and len(set(spoils)) == 6
+    return stepper, counts, state_of(model, optimizers)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "muon"])
+def test_what_is_no_number_is_held_back_on_the_device_as_by_the_host(rule):
+    (_, told, expected), (stepper, counts, found) = (spoiled(rule, "cpu", there) for there in (False, True))
+    assert told == counts == [0, 0, 1, 1, 2, 2]
+    assert {optimizer.param_groups[0]["skipped"] for optimizer in stepper.optimizers} == {2}
+    assert_equal(found, expected)
+
+
 # On a GPU
 
 
@@ -416,3 +456,17 @@ def test_in_a_graph_gradients_come_through_the_consumers():
         assert len(grads) == 3 and layer.port.grad is None
         assert grads[0].shape == layer.register.shape and grads[0].any()
         assert torch.equal(grads[0], grads[2]) and not torch.equal(grads[0], grads[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", ["adamw", "muon"])
+def test_a_gpu_holds_back_what_is_no_number(rule):
+    """Recorded or not, moves of Muon too, with nobody waiting for it but those who count."""
+    found = []
+    for how in ({}, {"graph": True}):
+        for records in (False, True):
+            _, counts, state = spoiled(rule, "cuda", True, records, **how)
+            assert counts == [0, 0, 1, 1, 2, 2]
+            found.append(state)
+    for state in found[1:]:
+        assert_equal(state, found[0])

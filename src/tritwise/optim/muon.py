@@ -34,9 +34,12 @@ class Muon(torch.optim.Optimizer):
     value: 3), each given its own direction. State: one momentum per weight in the parameter's dtype (float32: 4 bytes).
     Matrices of one shape go through Newton-Schulz together.
 
-    records_moves, of an instance, False until set: on a GPU what follows the momentum is recorded once as a CUDA graph
-    and replayed, with the same bits. Its hundreds of launches take longer than they run where matrices are small. What
-    is computed in between then stays allocated, some 10 bytes a weight.
+    Attributes, to be set:
+    records_moves: on a GPU what follows the momentum is recorded once as a CUDA graph and replayed, with the same bits.
+        Its hundreds of launches take longer than they run where matrices are small. What is computed in between then
+        stays allocated, some 10 bytes a weight. False at first.
+    found_inf: as of torch's fused optimizers, float32 0-d where the parameters are: where it is 1 a step leaves every
+        bit as it was, and no host has to know. None at first: gradients are taken to be numbers.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "steps": steps, "weight_decay": weight_decay, "blocks": blocks}
         super().__init__(params, defaults)
         self.records_moves = False
+        self.found_inf: Tensor | None = None
         self._moves: RecordedMoves | None = None
         self._kept: dict[tuple[int, ...], tuple[list[Tensor], Tensor, Tensor]] = {}  # what recordings read
         for group in self.param_groups:
@@ -70,11 +74,10 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         stacks = [stack for group in self.param_groups for stack in self._stacks(group)]
-        rates = [-stack.rate for stack in stacks]
-        if not self.records_moves or not _lies_on_a_gpu(stacks):
-            _move(stacks, rates)
-        elif stacks:
-            self._replay(stacks, rates)
+        if self.records_moves and stacks and _lies_on_a_gpu(stacks):
+            self._replay(stacks)
+        else:
+            _move(stacks, [self._held(-stack.rate, 0.0) for stack in stacks])
         return loss
 
     def _stacks(self, group: dict[str, Any]) -> list[_Stack]:
@@ -86,10 +89,12 @@ class Muon(torch.optim.Optimizer):
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         grads, means = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+        if self.found_inf is not None:  # a mean that meets itself stays
+            grads = [torch.where(self.found_inf > 0, m, g) for g, m in zip(grads, means, strict=True)]  # type: ignore[arg-type]
         torch._foreach_lerp_(means, grads, 1 - group["momentum"])  # type: ignore[arg-type]
         ahead = torch._foreach_lerp(grads, means, group["momentum"])  # type: ignore[arg-type]
         if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(params, self._held(1 - group["lr"] * group["weight_decay"], 1.0))
         alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
         for index, p in enumerate(params):
             alike.setdefault((p.shape, p.dtype), []).append(index)
@@ -103,7 +108,13 @@ class Muon(torch.optim.Optimizer):
             stacks.append(_Stack([params[index] for index in indices], stack_NRC, rate, group["steps"]))
         return stacks
 
-    def _replay(self, stacks: list[_Stack], rates: list[float]) -> None:
+    def _held(self, number: float, instead: float) -> float | Tensor:
+        """`number`, or where this step is held back the other one; float32 0-d, if the device alone knows."""
+        if self.found_inf is None:
+            return number
+        return torch.where(self.found_inf > 0, instead, torch.full_like(self.found_inf, number))
+
+    def _replay(self, stacks: list[_Stack]) -> None:
         """`_move` out of a recording, the second time that it is asked for the same parameters."""
         key = (*(p.data_ptr() for stack in stacks for p in stack.params), *(stack.steps for stack in stacks))
         device = stacks[0].matrices_NRC.device
@@ -112,7 +123,7 @@ class Muon(torch.optim.Optimizer):
         if key not in self._kept:
             lie = [torch.empty_like(stack.matrices_NRC) for stack in stacks]
             go = torch.ones((), dtype=torch.bool, device=device)
-            self._kept[key] = lie, torch.empty(len(rates), device=device), go
+            self._kept[key] = lie, torch.empty(len(stacks), device=device), go
         lie, told, go = self._kept[key]
         torch._foreach_copy_(lie, [stack.matrices_NRC for stack in stacks])
         still = [stack._replace(matrices_NRC=where) for stack, where in zip(stacks, lie, strict=True)]
@@ -122,7 +133,10 @@ class Muon(torch.optim.Optimizer):
             return {}
 
         def tell() -> None:
-            told.copy_(torch.tensor(rates, pin_memory=told.is_cuda), non_blocking=True)
+            rates = torch.tensor([-stack.rate for stack in stacks], pin_memory=told.is_cuda)
+            told.copy_(rates, non_blocking=True)
+            if self.found_inf is not None:
+                told.mul_(1 - self.found_inf)
 
         self._moves.make(key, 0, go, move, nullcontext, tell)
 

@@ -103,6 +103,7 @@ def _train(
 
     def save() -> None:
         nonlocal saved
+        stepper.settle()
         crew.require_same(list(model.parameters()))
         if crew.first:
             tensors, meta = pack_state(model, optimizers, average)
@@ -213,6 +214,7 @@ def _train(
                         kinds = (task.kind(step - 1, micro) for micro in micros)
                         meter.add_by_kind(zip(kinds, stepper.shares, strict=True), settings.accum)
                 if logs and crew.first:
+                    stepper.settle()
                     if last or step - first <= settings.log_interval:
                         display.record({"kind": "memory", **memory()})
                     for record in meter.records(since, where(), settings.rate * factor, _skipped(optimizers)):

@@ -24,7 +24,7 @@ from tritwise.models import Arb, ByteLM, DecodeState
 from tritwise.models.byte_lm import Compiled
 from tritwise.nn import TritModule, decoded, noise_of, rms_norm, trit_modules
 from tritwise.ops import gpu
-from tritwise.optim import TritOptimizer
+from tritwise.optim import Muon, TritOptimizer
 from tritwise.train.crew import Crew
 
 WARM_UP = 3  # steps before a recording: libraries and the allocator settle, as torch.cuda.graph asks for
@@ -37,11 +37,11 @@ class Stepper:
     compile, blocks: of `loss_of`. graph: record forward and backward as a CUDA graph, one for every shape of batch and
     number of repeats, when it first comes, up to MOST_RECORDED. guard: a step whose gradients are no numbers moves
     nothing and counts as "skipped" in the optimizers' groups. Ternary optimizers see to that themselves, on the
-    device; for float ones the host waits for the device once a step. clip: largest norm of
-    all float gradients together; 0: none. crew: the processes that share a step's micro-batches; `accum` counts those
-    of all. seed: of dropout, whose masks follow from it, from `taken`, the steps taken so far (set by whoever resumes a
-    run), and from the number of the micro-batch. steady: nothing but rates will change from step to step, so that a
-    step may be recorded whole. ValueError for a graph away from a GPU.
+    device, and on a GPU so do Muon and fused AdamW, which `settle` counts; for other float ones the host waits for the
+    device once a step. clip: largest norm of all float gradients together; 0: none. crew: the processes that share a
+    step's micro-batches; `accum` counts those of all. seed: of dropout, whose masks follow from it, from `taken`, the
+    steps taken so far (set by whoever resumes a run), and from the number of the micro-batch. steady: nothing but rates
+    will change from step to step, so that a step may be recorded whole. ValueError for a graph away from a GPU.
     """
 
     def __init__(
@@ -76,6 +76,9 @@ class Stepper:
         self._versions: list[int] = []
         floats = [optimizer for optimizer in self.optimizers if not isinstance(optimizer, TritOptimizer)]
         self._guarded = guard and bool(floats)
+        able = all(isinstance(o, Muon) or o.defaults.get("fused") for o in self.optimizers)
+        # 0-d on the device: steps that were held back there, and not counted yet.
+        self._held = torch.zeros((), device=device) if self._guarded and able and device.type == "cuda" else None
         self._floats = [p for optimizer in floats for group in optimizer.param_groups for p in group["params"]]
         if self.crew.size > 1:
             for optimizer in self.optimizers:
@@ -114,9 +117,14 @@ class Stepper:
         norm = torch.nn.utils.get_total_norm(grads) if grads and (self.clip or self._guarded) else None
         if self.clip and norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._floats, self.clip, norm)
-        # A norm is finite where every gradient is. The host waits here.
-        sound = not self._guarded or bool((total if norm is None else total + norm).isfinite())
-        for optimizer in self.optimizers:
+        sound = True
+        if self._guarded:  # a norm is finite where every gradient is
+            finite = (total if norm is None else total + norm).isfinite()
+            if self._held is not None:
+                self._step_unless(1 - finite.float())
+            else:
+                sound = bool(finite)  # the host waits here
+        for optimizer in self.optimizers if self._held is None else ():
             if isinstance(optimizer, TritOptimizer):
                 if not sound:
                     optimizer.refuse()
@@ -125,9 +133,26 @@ class Stepper:
                 optimizer.step()
             else:
                 optimizer.param_groups[0]["skipped"] = optimizer.param_groups[0].get("skipped", 0) + 1
-            if not self._record:
+        if not self._record:
+            for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
         return total
+
+    def _step_unless(self, found_inf: Tensor) -> None:
+        """Let every optimizer step, which holds itself back on the device where found_inf, float32 0-d, is 1."""
+        assert self._held is not None
+        self._held += found_inf
+        for optimizer in self.optimizers:
+            optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+            optimizer.step()
+            optimizer.found_inf = None  # type: ignore[attr-defined]
+
+    def settle(self) -> None:
+        """Count as "skipped" what was held back on the device since the last time; the host waits for it."""
+        if self._held is not None and (count := int(self._held)):
+            self._held.zero_()
+            for optimizer in self.optimizers:
+                optimizer.param_groups[0]["skipped"] = optimizer.param_groups[0].get("skipped", 0) + count
 
     def _draw(self, step: int, micro: int) -> None:
         """Say what dropout is drawn from in the next pass; the host does not wait."""
@@ -227,13 +252,9 @@ class _ByBlocks:
 
     def __init__(self, model: ByteLM | Arb) -> None:
         self._model, self._trunk = model, model.trunk if isinstance(model, Arb) else model
-        trunk = self._trunk
-        parts = trunk.embedded, trunk.values_of, rms_norm
-        blocks, *others = (
-            [torch.compile(block, dynamic=False) for block in trunk.blocks],
-            *(torch.compile(part, dynamic=False) for part in parts),
-        )
-        self._compiled = Compiled(blocks, *others)
+        trunk, compiled = self._trunk, partial(torch.compile, dynamic=False)
+        blocks = [compiled(block) for block in trunk.blocks]
+        self._compiled = Compiled(blocks, compiled(trunk.embedded), compiled(trunk.values_of), compiled(rms_norm))
 
     def __call__(self, *batch: Any, **given: Any) -> Tensor:
         self._trunk.compiled = self._compiled

@@ -31,6 +31,7 @@ def warm_up(
     states = [_copied(optimizer.state_dict()) for optimizer in optimizers]
     for loops in depths:
         stepper.step_over(batches, loops)
+    stepper.settle()
     with torch.no_grad():
         for tensor, before in weights:
             tensor.copy_(before)
