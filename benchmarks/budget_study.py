@@ -5,7 +5,7 @@
 
 Stages, each a list of cells in order of importance:
 
-    tune     every contestant at each of its three rates for T seconds, 16,000,000 bytes, scored on 1 MB of val
+    tune     every contestant at each of its rates for T seconds, 16,000,000 bytes, scored on 1 MB of val
     main     every contestant for S seconds at the best rate that `tune` found (else its own), 16,000,000 bytes
     main4    the same for 4,000,000 bytes
     seeds    two more seeds of the best float and the best ternary contestant of `main`
@@ -24,7 +24,7 @@ another S the same FOLDER holds main, main4 and seeds of both lengths. collect_b
 records that can be committed.
 
 Around a cell of `tune` an H200 took 50 to 110 s, around one of `main` 85 (flat float) to 150 s (recurrent ternary); a
-call learns from those before it. With S = 400 and T = 40 that is, in GPU-minutes: tune 22, seeds 35, and 8 to 9 for
+call learns from those before it. With S = 400 and T = 40 that is, in GPU-minutes: tune 26, seeds 35, and 8 to 9 for
 each contestant of main and main4, which --only chooses.
 """
 
@@ -57,8 +57,8 @@ from tritwise.train.progress import PlainLines
 RATES = {
     "flat-ternary": (0.02, 0.03, 0.045),
     "recurrent-ternary": (0.014, 0.02, 0.03),
-    "flat-float": (0.01, 0.02, 0.04),
-    "recurrent-float": (0.008, 0.016, 0.032),
+    "flat-float": (0.01, 0.02, 0.04, 0.08),
+    "recurrent-float": (0.008, 0.016, 0.032, 0.064),
 }
 OFF: dict[str, dict[str, Any]] = {part: {part: type(value)(0)} for part, value in PARTS.items()}
 ABLATED = "recurrent-ternary-constant"
@@ -114,8 +114,8 @@ class Study:
 
     def tune(self) -> list[Config]:
         """The rates of every contestant that has its own, on a part of val; to ship in many ways would take time."""
-        names = list(RATES)
-        middle_first = [(name, rates[at]) for at in (1, 0, 2) for name in names for rates in (RATES[name],)]
+        order = (1, 0, 2, 3)  # the middle first
+        middle_first = [(name, rates[at]) for at in order for name, rates in RATES.items() if at < len(rates)]
         cells = []
         for name, rate in middle_first:
             more: dict[str, Any] = SHORT | ({"ship_as": "int6"} if name == "recurrent-float" else {})
@@ -316,7 +316,7 @@ def write_tables(study: Study, stage: str, configs: list[Config]) -> None:
     write_json(study.out / f"{stage}.json", {"stage": stage, "cells": len(configs), "records": records})
     told = [caption(records) if records else "No cell has been run."]
     if stage in ("main", "main4", "seeds"):
-        told.append(f"Rates: the best of each contestant's three after {study.tuning:g} s at 16,000,000 bytes.")
+        told.append(f"Rates: the best of each contestant's after {study.tuning:g} s at 16,000,000 bytes.")
     told.append(markdown(HEAD, table_of(records)))
     if rows := part_rows(records):
         told.append(markdown(PART_HEAD, rows))

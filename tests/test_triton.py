@@ -544,7 +544,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
     scales, linear, operands = scales_triton._kernels(), triton._kernels(), triton._operand_kernels()
     pointers |= {"square_T": "*i64", "still": "*i1", "octaves": "*fp64"}
     pointers |= {"h": "*bf16", "inverses": "*fp32", "leak": "fp32"} | dict.fromkeys(("cos", "sin"), "*fp32")
-    pointers |= dict.fromkeys(("q", "k", "q_grad", "k_grad", "v_grad", "parts"), "*bf16")
+    pointers |= dict.fromkeys(("q", "k", "qkv", "q_grad", "k_grad", "v_grad"), "*bf16")
     for name, constants in (
         ("edge_sum", {"BLOCK": 256}),
         ("gather_add", {"BLOCK": 256}),

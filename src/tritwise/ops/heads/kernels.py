@@ -1,4 +1,4 @@
-"""Queries and keys on a GPU. Imported on first use, as `tritwise.ops.triton_kernels` is."""
+"""Queries and kv_heads on a GPU. Imported on first use, as `tritwise.ops.triton_kernels` is."""
 
 import triton
 import triton.language as tl
@@ -7,13 +7,13 @@ EPS = tl.constexpr(1e-6)  # of reference.py
 
 
 @triton.jit
-def turned_heads(parts, cos, sin, q, k, time, heads, keys, half, ROWS: tl.constexpr, HALF: tl.constexpr):
+def turned_heads(qkv, cos, sin, q, k, time, heads, kv_heads, half, ROWS: tl.constexpr, HALF: tl.constexpr):
     """The heads of queries and keys of one position, normalised and turned, in float32."""
     position = tl.program_id(0).to(tl.int64)
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, HALF)[None, :]
     size, within = 2 * half, column < half
-    inside = (row < heads + keys) & within
-    at = parts + position * (heads + 2 * keys) * size + row * size + column
+    inside = (row < heads + kv_heads) & within
+    at = qkv + position * (heads + 2 * kv_heads) * size + row * size + column
     a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
     inverse = 1.0 / tl.sqrt_rn(tl.sum(a * a + b * b, axis=1) / size + EPS)[:, None]
@@ -24,7 +24,7 @@ def turned_heads(parts, cos, sin, q, k, time, heads, keys, half, ROWS: tl.conste
     to_q = q + (position * heads + row) * size + column
     tl.store(to_q, first.to(q.dtype.element_ty), mask=inside & (row < heads))
     tl.store(to_q + half, second.to(q.dtype.element_ty), mask=inside & (row < heads))
-    to_k = k + (position * keys + row - heads) * size + column
+    to_k = k + (position * kv_heads + row - heads) * size + column
     tl.store(to_k, first.to(k.dtype.element_ty), mask=inside & (row >= heads))
     tl.store(to_k + half, second.to(k.dtype.element_ty), mask=inside & (row >= heads))
 
@@ -34,13 +34,13 @@ def turned_heads_grad(
     q_grad,
     k_grad,
     v_grad,
-    parts,
+    qkv,
     cos,
     sin,
     out,
     time,
     heads,
-    keys,
+    kv_heads,
     half,
     q_batch,
     q_time,
@@ -60,11 +60,11 @@ def turned_heads_grad(
     batch, step = position // time, position % time
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, HALF)[None, :]
     size, within = 2 * half, column < half
-    is_q, is_k = (row < heads) & within, (row >= heads) & (row < heads + keys) & within
-    here = position * (heads + 2 * keys) * size
+    is_q, is_k = (row < heads) & within, (row >= heads) & (row < heads + kv_heads) & within
+    here = position * (heads + 2 * kv_heads) * size
     at = here + row * size + column
-    a = tl.load(parts + at, mask=is_q | is_k, other=0.0).to(tl.float32)
-    b = tl.load(parts + at + half, mask=is_q | is_k, other=0.0).to(tl.float32)
+    a = tl.load(qkv + at, mask=is_q | is_k, other=0.0).to(tl.float32)
+    b = tl.load(qkv + at + half, mask=is_q | is_k, other=0.0).to(tl.float32)
     inverse = 1.0 / tl.sqrt_rn(tl.sum(a * a + b * b, axis=1) / size + EPS)[:, None]
     a, b = a * inverse, b * inverse
     angle = step * half + column
@@ -80,8 +80,8 @@ def turned_heads_grad(
     tl.store(out + at, ((u - a * mean) * inverse).to(out.dtype.element_ty), mask=is_q | is_k)
     tl.store(out + at + half, ((w - b * mean) * inverse).to(out.dtype.element_ty), mask=is_q | is_k)
     value = tl.arange(0, VALUES)[:, None]
-    inside = (value < keys) & within
+    inside = (value < kv_heads) & within
     from_v = v_grad + batch * v_batch + step * v_time + value * v_head + column
-    to = out + here + (heads + keys + value) * size + column
+    to = out + here + (heads + kv_heads + value) * size + column
     tl.store(to, tl.load(from_v, mask=inside, other=0.0).to(out.dtype.element_ty), mask=inside)
     tl.store(to + half, tl.load(from_v + half, mask=inside, other=0.0).to(out.dtype.element_ty), mask=inside)
