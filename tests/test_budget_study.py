@@ -66,7 +66,7 @@ def test_the_best_rate_is_taken(study, small_text, tmp_path, capsys):
     assert study.run(["tune", *words, "--minutes", "-1"]) == 3
     assert "14 cells are left" in capsys.readouterr().out
     assert study.run(["tune", *words, "--minutes", "-1", "--only", "flat-float,flat-ternary"]) == 3
-    assert "6 cells are left" in capsys.readouterr().out
+    assert "7 cells are left" in capsys.readouterr().out
     assert study.run(["tune", *words, "--only", "flat-flat"]) == 2
     assert "there is no contestant 'flat-flat'" in capsys.readouterr().err
     cells = tuned(study, tmp_path, small_text)
