@@ -443,6 +443,47 @@ def test_combinations(device, columns, k, poisoned):
         assert_close(a, b, 1e-6)
 
 
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 130), (3, 4096), (2, 10_000)])
+def test_squared_relus(device, rows, columns, scaled, dtype, poisoned):
+    h, grad = (normal(rows, columns, seed=seed).to(dtype) for seed in (0, 1))
+    scale = normal(columns).abs().to(dtype) if scaled else None
+    sides = (("triton", device), ("reference", "cpu"))
+    (y, inverse, *_), (y_cpu, inverse_cpu, *_) = (
+        results(name, on, ops.relu_squared_norm, h, scale, 0.5) for name, on in sides
+    )
+    given = grad, h, inverse_cpu, scale, 0.5
+    found, expected = (results(name, on, ops.relu_squared_norm_grad, *given)[0] for name, on in sides)
+    tolerance = 1e-5 if dtype is torch.float32 else 2**-7
+    assert_close(inverse, inverse_cpu, 1e-6)
+    assert_close(y, y_cpu, tolerance)
+    assert_close(found, expected, tolerance)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "keys", "size"), [(1, 1, 2), (3, 3, 64), (6, 2, 40), (15, 15, 64)])
+def test_turned_heads(device, heads, keys, size, dtype, poisoned):
+    parts, angle = normal(2, 5, heads + 2 * keys, size).to(dtype), normal(5, size // 2, seed=1)
+    tables = angle.cos(), angle.sin()
+    grads = [normal(2, count, 5, size, seed=3 + n).to(dtype) for n, count in enumerate((heads, keys, keys))]
+    sides = (("triton", device), ("reference", "cpu"))
+
+    def gradient(q_grad: Tensor, k_grad: Tensor, v_grad: Tensor, *others: Tensor) -> Tensor:
+        """Of gradients that lie as attention gives them: heads before positions."""
+        return ops.turned_heads_grad(*(g.transpose(1, 2) for g in (q_grad, k_grad, v_grad)), *others)
+
+    tolerance = 1e-5 if dtype is torch.float32 else 2**-7
+    both = (results(name, on, ops.turned_heads, parts, *tables, heads)[:2] for name, on in sides)
+    for found, expected in zip(*both, strict=True):
+        assert_close(found, expected, tolerance)
+    found, expected = (results(name, on, gradient, *grads, parts, *tables)[0] for name, on in sides)
+    assert_close(found, expected, tolerance)
+    assert torch.equal(found[:, :, heads + keys :], grads[2].transpose(1, 2))
+
+
 # ---- what kernels are not made for
 
 
