@@ -241,7 +241,7 @@ def run_wave(
     known = study.out / "walls.json"
     walls: dict[str, float] = read_json(known) if known.exists() else {}
     cells = {stage: getattr(study, stage)() for stage in stages}
-    waiting = [(stage, config) for stage in stages for config in cells[stage] if study.open(config)]
+    waiting = [(s, config, study.trained(config)) for s in stages for config in cells[s] if study.open(config)]
     gpus = max(1, torch.cuda.device_count())
     free = list(range(gpus * (each if BY_STEPS.issuperset(stages) else 1)))
     running: dict[int, tuple[subprocess.Popen[bytes], str, Config, float, float]] = {}
@@ -250,15 +250,14 @@ def run_wave(
     while True:
         now = time.monotonic()
         fits = [
-            (stage, config)
-            for stage, config in waiting
-            if now < ends and (study.tiny or now + estimated(config, stage, walls, study.trained(config)) <= ends)
+            (stage, config, before)
+            for stage, config, before in waiting
+            if now < ends and (study.tiny or now + estimated(config, stage, walls, before) <= ends)
         ]
         while free and fits:
-            (stage, config), place = fits.pop(0), free.pop(0)
-            waiting.remove((stage, config))
+            (stage, config, before), place = fits.pop(0), free.pop(0)
+            waiting.remove((stage, config, before))
             console.print(f"{stage}: {config.recipe} rate {config.train.rate:g} seed {config.train.seed}", markup=False)
-            before = study.trained(config)
             running[place] = (start_cell(study, stage, config, place % gpus, more), stage, config, now, before)
         if not running:
             return sum(study.open(config) for stage in stages for config in cells[stage])

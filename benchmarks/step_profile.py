@@ -25,18 +25,15 @@ import torch
 from budget_study import Study
 from torch.profiler import ProfilerActivity, profile
 
-from tritwise.bench.runner import BATCHES, Batches, Runner, entries_called
-from tritwise.bench.sizes import size_called
+from tritwise.bench.runner import Batches, Runner, entries_called
+from tritwise.bench.sizes import Size, size_called
 from tritwise.cli.commands import settings_given
-from tritwise.data.sampler import Sampler
-from tritwise.data.source import describe
-from tritwise.data.split import named_part, split
 from tritwise.files import write_json
 from tritwise.train import override
-from tritwise.train.device import batch_on, build_model, record_moves, round_products, speed_of, wait_for
+from tritwise.train.device import build_model, round_products, speed_of, wait_for
+from tritwise.train.loop import stepper_of
 from tritwise.train.optimizers import build_optimizers
 from tritwise.train.run import surroundings
-from tritwise.train.stepper import Stepper
 
 LONGEST = 120  # letters of a kernel's name
 SETTLE, TIMED = 3, 5  # steps before any is timed; rounds of steps that are timed unprofiled
@@ -84,22 +81,16 @@ def contestant(
     if config.train.fp8:
         round_products(model)
     optimizers = build_optimizers(model, config.train)
-    speed = speed_of(config.train.compile, model)
-    record_moves(optimizers, any(speed))
-    stepper = Stepper(
-        model, optimizers, **speed._asdict(), guard=True, clip=config.train.clip, steady=not config.train.momentum_start
-    )
-    text = named_part(split(describe(data).data, config.train.split), "train")
-    sampler = Sampler(text, config.train.batch, config.model.ctx, config.train.seed)
-    batches = [[batch_on(device, sampler, number)] for number in range(BATCHES)]
+    stepper = stepper_of(config, model, optimizers, speed_of(config.train.compile, model))
+    batches = Batches(Size(name, config.model, config.train.batch), device, data, config.train.seed)
     loops = int(repeats or 0) % config.model.loops
     if stepper.records_whole_steps:
         stepper.record(batches[0][0], loops)
-    return lambda: stepper.step_over(batches[stepper.taken % BATCHES], loops), config.train.compile
+    return lambda: stepper.step_over(batches[stepper.taken], loops), config.train.compile
 
 
 def profiled(step: Callable[[], Any], device: torch.device, steps: int) -> dict[str, Any]:
-    """The kernels of `steps` steps, after those that settle and are timed one by one."""
+    """The kernels of `steps` steps, after those that settle and those that are timed."""
     cuda = device.type == "cuda"
     for _ in range(SETTLE):
         step()

@@ -267,7 +267,7 @@ def test_one_pass_for_all_heads_is_what_several_are(heads, kv_heads, exclusive, 
     calls: list[int] = []
     turned_heads = ops.turned_heads
     monkeypatch.setattr(ops, "turned_heads", lambda *given: calls.append(1) or turned_heads(*given))
-    monkeypatch.setattr("tritwise.nn.attention._fuses", lambda parts: True)
+    monkeypatch.setattr("tritwise.nn.attention.fuses", lambda parts: True)
     for found, exact in zip(step_of(how, heads, kv_heads, exclusive), expected, strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
     assert calls
@@ -276,7 +276,7 @@ def test_one_pass_for_all_heads_is_what_several_are(heads, kv_heads, exclusive, 
 def test_one_pass_reads_on_with_a_cache(monkeypatch):
     layer, rotary, x = Attention(32, 2, 1, linear=FloatLinear), Rotary(16, 9), normal(2, 9, 32)
     whole = layer(x, rotary)
-    monkeypatch.setattr("tritwise.nn.attention._fuses", lambda parts: True)
+    monkeypatch.setattr("tritwise.nn.attention.fuses", lambda parts: True)
     cache = KVCache(2, 1, 9, 16, x.device, x.dtype)
     found = torch.cat([layer(part, rotary, cache) for part in x.split((4, 1, 4), dim=1)], dim=1)
     torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)

@@ -35,7 +35,7 @@ _AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 class Compiled(NamedTuple):
     """What runs in the place of a model's parts: each of its blocks, `embedded`, `values_of`, and the norm at last."""
 
-    blocks: Sequence[Callable[..., Tensor]]
+    blocks: nn.ModuleList | Sequence[Callable[..., Tensor]]
     embedded: Callable[..., Tensor]
     values_of: Callable[..., list[Tensor]]
     last_norm: Callable[..., Tensor]
@@ -150,8 +150,12 @@ class ByteLM(nn.Module):
         self, ids: Tensor, state: DecodeState | None = None, loops: int = 0, noise: Tensor | None = None
     ) -> Tensor:
         """What the head reads, of the activations' dtype [B, T, C]."""
-        embedded = self.embedded if self.compiled is None else self.compiled.embedded
-        return self.read(embedded(ids, state), ids, state, loops, noise)
+        return self.read(self._parts.embedded(ids, state), ids, state, loops, noise)
+
+    @property
+    def _parts(self) -> Compiled:
+        """What runs now."""
+        return self.compiled or Compiled(self.blocks, self.embedded, self.values_of, rms_norm)
 
     def read(
         self,
@@ -166,10 +170,8 @@ class ByteLM(nn.Module):
         if noise is not None:
             x_BTC = dropout(x_BTC, self.config.dropout, noise, 0)
         layers = self.config.layers(loops or (state.loops if state is not None else 0))
-        values_of, blocks, last_norm = self.values_of, self.blocks, rms_norm
-        if self.compiled is not None:
-            values_of, blocks, last_norm = self.compiled.values_of, self.compiled.blocks, self.compiled.last_norm
-        x0_BTC, values = x_BTC, values_of(ids) if self.value_tables else []
+        parts = self._parts
+        x0_BTC, values = x_BTC, parts.values_of(ids) if self.value_tables else []
         embeddings, scales, skips = (
             () if table is None else table().to(self.dtype).unbind()
             for table in (self.loop_embedding, self.value_scale, self.repeat_skip)
@@ -182,14 +184,14 @@ class ByteLM(nn.Module):
             if skips and layer.repeat:
                 added.append((skips[layer.number - first], before[layer.block]))
             exclusive = index >= len(layers) - self.config.exclusive
-            block, given = blocks[layer.block], (x0_BTC, exclusive, noise, 2 * index + 1, added)
+            block, given = parts.blocks[layer.block], (x0_BTC, exclusive, noise, 2 * index + 1, added)
             if self.checkpoint and state is None and torch.is_grad_enabled():
                 x_BTC = recomputed(block, x_BTC, self.rotary, None, *given, **_AGAIN)  # type: ignore[assignment]
             else:
                 x_BTC = block(x_BTC, self.rotary, state.caches[index] if state is not None else None, *given)
             if skips:
                 before[layer.block] = x_BTC
-        return last_norm(x_BTC)
+        return parts.last_norm(x_BTC)
 
     def values_of(self, ids: Tensor) -> list[Tensor]:
         """What each table of values has for ids [B, T], of the activations' dtype [B, T, C]."""

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tritwise import ops
 from tritwise.nn.ledger import KVLedger
 from tritwise.nn.linear import give_unit_inputs
-from tritwise.nn.norm import EPS, rms_norm
+from tritwise.nn.norm import EPS, fuses, rms_norm
 
 
 class Rotary(nn.Module):
@@ -88,10 +88,6 @@ class _TurnedHeads(torch.autograd.Function):
         return ops.turned_heads_grad(q_grad, k_grad, v_grad, *ctx.saved_tensors), None, None, None
 
 
-def _fuses(parts: Tensor) -> bool:
-    return parts.is_cuda
-
-
 class KVCache:
     """Keys and values of one attention layer for up to `length` positions: two tensors [B, K, length, D]."""
 
@@ -148,7 +144,7 @@ class Attention(nn.Module):
         parts = self.qkv(x_BTC).view(batch, time, self.heads + 2 * self.kv_heads, self.size)
         start = cache.used if cache is not None else 0
         endless = cache is not None and cache.endless
-        if _fuses(parts):
+        if fuses(parts):
             found = _TurnedHeads.apply(parts, *rotary.tables(start, time, endless=endless), self.heads)
         else:
             turned = rotary(rms_norm(parts[:, :, : self.heads + self.kv_heads]), start, endless=endless)

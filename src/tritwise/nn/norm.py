@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tritwise import ops
-
-EPS = 1e-6
+from tritwise.ops.activation.reference import EPS
 
 
 def _inverse_rms(x: Tensor) -> Tensor:
@@ -82,6 +81,11 @@ class _FusedReLUSquaredNorm(torch.autograd.Function):
         return ops.relu_squared_norm_grad(grad, h, inverse, scale, ctx.leak), None, None
 
 
+def fuses(x: Tensor) -> bool:
+    """Whether x lies where operations of several passes are written as one."""
+    return x.is_cuda
+
+
 def rms_norm(x: Tensor) -> Tensor:
     """x over the root mean square of its last dimension (Zhang and Sennrich 2019), eps 1e-6; same shape and dtype."""
     return _RMSNorm.apply(x)  # type: ignore[no-any-return]
@@ -93,7 +97,7 @@ def relu_squared_norm(h: Tensor, leak: float = 0.0, scale: Tensor | None = None)
     leak: slope below zero, of leaky_relu(h, leak)^2; 0 is relu. scale: what each column is multiplied by at last, of
     h's dtype [columns]; it gets no gradient.
     """
-    if h.is_cuda:
+    if fuses(h):
         return _FusedReLUSquaredNorm.apply(h, leak, scale)  # type: ignore[no-any-return]
     y = _ReLUSquaredNorm.apply(h, leak)
     return y if scale is None else y * scale  # type: ignore[no-any-return, operator]

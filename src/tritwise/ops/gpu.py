@@ -23,6 +23,7 @@ from tritwise.registers import Key
 OLDEST = (7, 0)  # compute capability that Triton still compiles for
 INTERPRET = "TRITON_INTERPRET"
 ELEMENTS = 2048  # of a program of the update kernels
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what kernels read as float32, and write from it
 SMALL = 1 << 21  # numbers of a matrix that the threads of a GPU decode at once, each eight: 132 times 2048 threads
 LINES = 256  # of a table that a program fills
 ALIGNED = 16  # numbers of a table in a shelf: where others begin
@@ -156,6 +157,11 @@ def float_bits(value: float) -> int:
 def power_of_two_above(count: int) -> int:
     """The least power of two that is `count` or more."""
     return 1 << max(count - 1, 0).bit_length()
+
+
+def warps_for(numbers: int) -> int:
+    """Warps of a program that holds so many numbers at once: 16 to a thread, and no more than 16 warps."""
+    return min(16, max(1, numbers // 512))
 
 
 def is_served(register: Tensor, exponent: Tensor, group: int) -> bool:

@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
         self.records_moves = False
         self.found_inf: Tensor | None = None
         self._moves: RecordedMoves | None = None
-        self._kept: dict[tuple[int, ...], tuple[list[Tensor], Tensor, Tensor]] = {}  # what recordings read
+        self._kept: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}  # what recordings read
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
@@ -122,21 +122,20 @@ class Muon(torch.optim.Optimizer):
             self._moves = RecordedMoves(device)
         if key not in self._kept:
             lie = [torch.empty_like(stack.matrices_NRC) for stack in stacks]
-            go = torch.ones((), dtype=torch.bool, device=device)
-            self._kept[key] = lie, torch.empty(len(stacks), device=device), go
-        lie, told, go = self._kept[key]
+            self._kept[key] = lie, torch.empty(len(stacks), device=device)
+        lie, told = self._kept[key]
         torch._foreach_copy_(lie, [stack.matrices_NRC for stack in stacks])
         still = [stack._replace(matrices_NRC=where) for stack, where in zip(stacks, lie, strict=True)]
 
-        def move(_: Tensor) -> dict[Any, Tensor]:
-            _move(still, told.unbind())
+        go = torch.ones((), dtype=torch.bool, device=device) if self.found_inf is None else self.found_inf == 0
+
+        def move(go: Tensor) -> dict[Any, Tensor]:
+            _move(still, (told * go).unbind())
             return {}
 
         def tell() -> None:
             rates = torch.tensor([-stack.rate for stack in stacks], pin_memory=told.is_cuda)
             told.copy_(rates, non_blocking=True)
-            if self.found_inf is not None:
-                told.mul_(1 - self.found_inf)
 
         self._moves.make(key, 0, go, move, nullcontext, tell)
 

@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tritwise.errors import UserError
 from tritwise.files import JsonLines, atomic_write
-from tritwise.models import Arb
+from tritwise.models import Arb, ByteLM
 from tritwise.optim import TritOptimizer
 from tritwise.ship import estimate, require_room
 from tritwise.train.average import Average
@@ -134,18 +135,7 @@ def _train(
         varied = task.shapes == "few" and settings.compile != "false"
         speed = speed_of("graph" if varied else settings.compile, model, len(micros))
     task.even = speed.graph
-    record_moves(optimizers, any(speed))
-    stepper = Stepper(
-        model,
-        optimizers,
-        settings.accum,
-        **speed._asdict(),
-        guard=True,
-        clip=settings.clip,
-        crew=crew,
-        seed=settings.seed,
-        steady=course.momentum(0) is None,
-    )
+    stepper = stepper_of(config, model, optimizers, speed, crew)
     if remembered:
         stepper.state = model.new_state(settings.batch, endless=True).restore(remembered)
     # On a GPU the measured peak tells; elsewhere it counts the whole process, Python and torch included.
@@ -256,6 +246,29 @@ def _train(
     if warmed is not None:
         done |= {"warm_seconds": round(warmed, 3), "compiled_in_clock": graphs_compiled() - compiled}
     return task.finish(folder, model, optimizers, done, device, held, average)
+
+
+def stepper_of(
+    config: Config,
+    model: ByteLM | Arb,
+    optimizers: Sequence[torch.optim.Optimizer],
+    speed: Speed,
+    crew: Crew | None = None,
+) -> Stepper:
+    """What takes the steps of a run, at this speed."""
+    settings = config.train
+    record_moves(optimizers, any(speed))
+    return Stepper(
+        model,
+        optimizers,
+        settings.accum,
+        **speed._asdict(),
+        guard=True,
+        clip=settings.clip,
+        crew=crew,
+        seed=settings.seed,
+        steady=course_of(config).momentum(0) is None,
+    )
 
 
 def course_of(config: Config) -> Course:

@@ -117,14 +117,20 @@ class Stepper:
         norm = torch.nn.utils.get_total_norm(grads) if grads and (self.clip or self._guarded) else None
         if self.clip and norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._floats, self.clip, norm)
-        sound = True
-        if self._guarded:  # a norm is finite where every gradient is
-            finite = (total if norm is None else total + norm).isfinite()
-            if self._held is not None:
-                self._step_unless(1 - finite.float())
-            else:
-                sound = bool(finite)  # the host waits here
-        for optimizer in self.optimizers if self._held is None else ():
+        # A norm is finite where every gradient is.
+        finite = (total if norm is None else total + norm).isfinite() if self._guarded else None
+        if self._held is not None and finite is not None:
+            self._step_unless(1 - finite.float())
+        else:
+            self._step_if(finite is None or bool(finite))  # the host waits here
+        if not self._record:
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _step_if(self, sound: bool) -> None:
+        """Let every optimizer step, or count that it did not."""
+        for optimizer in self.optimizers:
             if isinstance(optimizer, TritOptimizer):
                 if not sound:
                     optimizer.refuse()
@@ -132,11 +138,7 @@ class Stepper:
             elif sound:
                 optimizer.step()
             else:
-                optimizer.param_groups[0]["skipped"] = optimizer.param_groups[0].get("skipped", 0) + 1
-        if not self._record:
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
-        return total
+                _count_skipped(optimizer, 1)
 
     def _step_unless(self, found_inf: Tensor) -> None:
         """Let every optimizer step, which holds itself back on the device where found_inf, float32 0-d, is 1."""
@@ -152,7 +154,7 @@ class Stepper:
         if self._held is not None and (count := int(self._held)):
             self._held.zero_()
             for optimizer in self.optimizers:
-                optimizer.param_groups[0]["skipped"] = optimizer.param_groups[0].get("skipped", 0) + count
+                _count_skipped(optimizer, count)
 
     def _draw(self, step: int, micro: int) -> None:
         """Say what dropout is drawn from in the next pass; the host does not wait."""
@@ -230,6 +232,11 @@ class Stepper:
             given["state"] = self.state
         loss = self._loss(*batch, **given)
         return loss / self.accum if self.accum > 1 else loss
+
+
+def _count_skipped(optimizer: torch.optim.Optimizer, count: int) -> None:
+    group = optimizer.param_groups[0]
+    group["skipped"] = group.get("skipped", 0) + count
 
 
 def shape_of(batch: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -3,7 +3,9 @@
 import triton
 import triton.language as tl
 
-EPS = tl.constexpr(1e-6)  # of reference.py
+from tritwise.ops.activation import reference
+
+EPS = tl.constexpr(reference.EPS)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 EPS = 1e-6
+"""What every norm adds to a mean square."""
 
 
 def forward(h: Tensor, scale: Tensor | None, leak: float) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ from torch import Tensor
 from tritwise.ops import gpu
 from tritwise.ops.activation import reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 16384  # columns of a row that the registers of a program hold
 
 
@@ -20,7 +19,7 @@ def _kernels() -> ModuleType:
 
 
 def _is_served(h: Tensor) -> bool:
-    return h.dtype in DTYPES and h.numel() > 0 and h.shape[-1] <= WIDEST
+    return h.dtype in gpu.FLOATS and h.numel() > 0 and h.shape[-1] <= WIDEST
 
 
 def forward(h: Tensor, scale: Tensor | None, leak: float) -> tuple[Tensor, Tensor]:
@@ -35,7 +34,7 @@ def forward(h: Tensor, scale: Tensor | None, leak: float) -> tuple[Tensor, Tenso
 
 def backward(grad: Tensor, h: Tensor, inverse: Tensor, scale: Tensor | None, leak: float) -> Tensor:
     """dL/dh of h's dtype."""
-    if not _is_served(h) or grad.dtype not in DTYPES:
+    if not _is_served(h) or grad.dtype not in gpu.FLOATS:
         return reference.backward(grad, h, inverse, scale, leak)
     h, grad = h.contiguous(), grad.contiguous()
     h_grad = torch.empty_like(h)
@@ -47,5 +46,5 @@ def _launch(kernel: object, h: Tensor, *tensors: Tensor | None, leak: float) -> 
     columns = h.shape[-1]
     block = gpu.power_of_two_above(columns)
     given = (None if t is None else t.contiguous() for t in tensors)
-    warps = min(16, max(1, block // 512))
+    warps = gpu.warps_for(block)
     gpu.launch(kernel, h.numel() // columns, h.device, *given, columns, leak, BLOCK=block, num_warps=warps)

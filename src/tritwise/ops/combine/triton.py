@@ -10,8 +10,6 @@ from torch import Tensor
 from tritwise.ops import gpu
 from tritwise.ops.combine import reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 @functools.cache
 def _kernels() -> ModuleType:
@@ -19,7 +17,7 @@ def _kernels() -> ModuleType:
 
 
 def _is_served(x: Tensor, gate: Tensor, slot: Tensor) -> bool:
-    return x.dtype in DTYPES and gate.dtype in DTYPES and x.numel() > 0 and slot.numel() > 0
+    return x.dtype in gpu.FLOATS and gate.dtype in gpu.FLOATS and x.numel() > 0 and slot.numel() > 0
 
 
 def forward(x: Tensor, slot: Tensor, gate: Tensor) -> Tensor:
@@ -35,7 +33,7 @@ def forward(x: Tensor, slot: Tensor, gate: Tensor) -> Tensor:
 
 def backward(grad: Tensor, x: Tensor, slot: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """dL/dx [S, C] of x's dtype, and dL/dgate [N, K] of the gates'."""
-    if not _is_served(x, gate, slot) or grad.dtype not in DTYPES:
+    if not _is_served(x, gate, slot) or grad.dtype not in gpu.FLOATS:
         return reference.backward(grad, x, slot, gate)
     (rows, k), columns = slot.shape, x.shape[1]
     x_grad_SC = torch.zeros_like(x, memory_format=torch.contiguous_format)

@@ -13,8 +13,6 @@ from torch import Tensor
 from tritwise.ops import gpu
 from tritwise.ops.graph import reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 @functools.cache
 def _kernels() -> ModuleType:
@@ -23,7 +21,7 @@ def _kernels() -> ModuleType:
 
 def edge_sum(x: Tensor, source: Tensor, target: Tensor, rows: int) -> Tensor:
     """See `tritwise.ops.graph.edge_sum`."""
-    if x.dtype not in DTYPES or not x.numel() or not rows:
+    if x.dtype not in gpu.FLOATS or not x.numel() or not rows:
         return reference.edge_sum(x, source, target, rows)
     sorted_E, order_E = torch.sort(target, stable=True)
     first_R = torch.searchsorted(sorted_E, torch.arange(rows + 1, device=x.device, dtype=sorted_E.dtype))
@@ -34,7 +32,7 @@ def edge_sum(x: Tensor, source: Tensor, target: Tensor, rows: int) -> Tensor:
 
 def gather_add(base: Tensor, x: Tensor, index: Tensor) -> Tensor:
     """See `tritwise.ops.graph.gather_add`."""
-    if x.dtype not in DTYPES or base.dtype not in DTYPES or not x.numel() or not base.numel():
+    if x.dtype not in gpu.FLOATS or base.dtype not in gpu.FLOATS or not x.numel() or not base.numel():
         return reference.gather_add(base, x, index)
     out = torch.empty_like(base, memory_format=torch.contiguous_format)
     _launch(_kernels().gather_add, len(base), base.contiguous(), x.contiguous(), index.contiguous(), out, rows_x=len(x))

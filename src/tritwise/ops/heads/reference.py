@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-EPS = 1e-6
+from tritwise.ops.activation.reference import EPS
 
 
 def forward(parts: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 from tritwise.ops import gpu
 from tritwise.ops.heads import reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST = 16384  # numbers of a position that the registers of a program hold
 
 
@@ -25,12 +25,8 @@ def _blocks(heads: int, size: int) -> tuple[int, int]:
 
 def _is_served(parts: Tensor, cos: Tensor, sin: Tensor, heads: int) -> bool:
     rows, half = _blocks(parts.shape[2], parts.shape[3])
-    known = parts.dtype in DTYPES and cos.dtype == sin.dtype == torch.float32
+    known = parts.dtype in gpu.FLOATS and cos.dtype == sin.dtype == torch.float32
     return known and parts.numel() > 0 and heads > 0 and 2 * rows * half <= MOST
-
-
-def _warps(numbers: int) -> int:
-    return min(16, max(1, numbers // 512))
 
 
 def forward(parts: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor]:
@@ -39,18 +35,8 @@ def forward(parts: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor
         return reference.forward(parts, cos, sin, heads)
     parts = parts.contiguous()
     batch, time, every, size = parts.shape
-    keys = (every - heads) // 2
-    q, k = (parts.new_empty(batch, time, count, size) for count in (heads, keys))
-    rows, half = _blocks(heads + keys, size)
-    gpu.launch(
-        _kernels().turned_heads,
-        batch * time,
-        parts.device,
-        *(parts, cos.contiguous(), sin.contiguous(), q, k, time, heads, keys, size // 2),
-        ROWS=rows,
-        HALF=half,
-        num_warps=_warps(2 * rows * half),
-    )
+    q, k = (parts.new_empty(batch, time, count, size) for count in (heads, (every - heads) // 2))
+    _launch(_kernels().turned_heads, heads, parts, parts, cos.contiguous(), sin.contiguous(), q, k)
     return q, k
 
 
@@ -58,23 +44,23 @@ def backward(q_grad: Tensor, k_grad: Tensor, v_grad: Tensor, parts: Tensor, cos:
     """dL/dparts of parts' dtype."""
     heads, keys = q_grad.shape[2], k_grad.shape[2]
     grads = q_grad, k_grad, v_grad
-    if not _is_served(parts, cos, sin, heads) or any(grad.dtype not in DTYPES for grad in grads):
+    if not _is_served(parts, cos, sin, heads) or any(grad.dtype not in gpu.FLOATS for grad in grads):
         return reference.backward(*grads, parts, cos, sin)
     parts = parts.contiguous()
-    batch, time, _, size = parts.shape
     # As attention gives them: heads before positions, or as they were.
     grads = tuple(grad if grad.stride(3) == 1 else grad.contiguous() for grad in grads)
-    strides = tuple(stride for grad in grads for stride in grad.stride()[:3])
-    out = torch.empty_like(parts)
-    rows, half = _blocks(heads + keys, size)
-    gpu.launch(
-        _kernels().turned_heads_grad,
-        batch * time,
-        parts.device,
-        *(*grads, parts, cos.contiguous(), sin.contiguous(), out, time, heads, keys, size // 2, *strides),
-        ROWS=rows,
-        VALUES=gpu.power_of_two_above(keys),
-        HALF=half,
-        num_warps=_warps(2 * rows * half),
-    )
+    strides = (stride for grad in grads for stride in grad.stride()[:3])
+    out, values = torch.empty_like(parts), gpu.power_of_two_above(keys)
+    given = *grads, parts, cos.contiguous(), sin.contiguous(), out
+    _launch(_kernels().turned_heads_grad, heads, parts, *given, strides=strides, VALUES=values)
     return out
+
+
+def _launch(
+    kernel: object, heads: int, parts: Tensor, *tensors: Tensor, strides: Iterable[int] = (), **constants: int
+) -> None:
+    batch, time, every, size = parts.shape
+    keys = (every - heads) // 2
+    rows, half = _blocks(heads + keys, size)
+    constants |= {"ROWS": rows, "HALF": half, "num_warps": gpu.warps_for(2 * rows * half)}
+    gpu.launch(kernel, batch * time, parts.device, *tensors, time, heads, keys, size // 2, *strides, **constants)

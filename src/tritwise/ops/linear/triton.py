@@ -14,7 +14,6 @@ from tritwise.ops.linear import reference
 from tritwise.ops.linear.operands import Operand, operand
 from tritwise.registers import scale_table
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 64  # rows and columns that one program turns, or decodes of many matrices
 STRIP = 128  # rows that one program sums up for the gradients of columns
 COLUMNS = 128  # whose strips one program adds up
@@ -32,7 +31,7 @@ def _operand_kernels() -> ModuleType:
 
 def decode(register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     """The weight W = trit * scale as `dtype` [O, I]; exact in float32 and bfloat16."""
-    if dtype not in DTYPES or not gpu.is_served(register, exponent, group):
+    if dtype not in gpu.FLOATS or not gpu.is_served(register, exponent, group):
         return reference.decode(register, exponent, group, dtype)
     return gpu.decode(register, exponent, group, dtype)
 
@@ -199,7 +198,7 @@ def decode_many(
     lines: list[list[int]] = []
     programs = 0
     for r, e, group, (rounds_x, rounds_grad) in zip(registers, exponents, groups, rounds, strict=True):
-        if dtype not in DTYPES or not _lies_well(r, e, group, rounds_grad):
+        if dtype not in gpu.FLOATS or not _lies_well(r, e, group, rounds_grad):
             out.append(operand(decode, trits_float8, r, e, group, dtype, (rounds_x, rounds_grad)))
             continue
         rows, columns = r.shape
