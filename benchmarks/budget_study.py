@@ -77,7 +77,7 @@ GRACE = 20.0  # seconds in which a cell that was told to stop saves what it has
 
 class Study:
     """Cells of one text in one folder: `seconds` of training each, `tuning` in the stage tune. `tiny` shrinks all.
-    known: a result file; what it has of tune is not run again. only: the contestants whose cells are to be run."""
+    known: a result file; what it has of tune and ablate is not run again. only: those whose cells are run."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Study:
         self.only = only
         records = unpacked(read_json(known)) if known else []
         self.known = {
-            _told(one["recipe"], one["config"]["train"]): one for one in records if one.get("stage") == "tune"
+            _told(one["recipe"], one["config"]): one for one in records if one.get("stage") in ("tune", "ablate")
         }
 
     def cell(self, name: str, budget: int, seconds: float, steps: int = 10**9, seed: int = 0, **changes: Any) -> Config:
@@ -174,7 +174,7 @@ class Study:
     def record(self, config: Config) -> dict[str, Any] | None:
         """What is known of a cell; None if it has not been run."""
         place = self.folder(config) / "record.json"
-        return read_json(place) if place.exists() else self.known.get(_told(config.recipe, config.as_dict()["train"]))
+        return read_json(place) if place.exists() else self.known.get(_told(config.recipe, config.as_dict()))
 
     def folder(self, config: Config) -> Path:
         """Where a cell's files lie."""
@@ -192,9 +192,11 @@ class Study:
         return self.record(config) is None and not (self.folder(config) / "failed.json").exists()
 
 
-def _told(recipe: str, train: dict[str, Any]) -> tuple[Any, ...]:
-    """What a cell of tune is known by."""
-    return (recipe, *(train[key] for key in ("rate", "seed", "budget", "seconds", "split")))
+def _told(recipe: str, config: dict[str, Any]) -> tuple[Any, ...]:
+    """What a cell of tune or ablate is known by."""
+    train, model = config["train"], config["model"]
+    settings = (train[key] for key in ("rate", "seed", "budget", "seconds", "split"))
+    return (recipe, *settings, *(model[key] for key in (*PARTS, "loops")))
 
 
 def estimated(config: Config, stage: str, walls: dict[str, float], trained: float = 0.0) -> float:
@@ -331,7 +333,9 @@ def run(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=1e9, help="no cell begins that would not end within these")
     parser.add_argument("--seconds", type=float, default=400.0, help="training of a cell of main, main4 and seeds")
     parser.add_argument("--tuning", type=float, default=100.0, help="training of a cell of tune")
-    parser.add_argument("--known", type=Path, help="a result file whose runs of tune count, if S and T are the same")
+    parser.add_argument(
+        "--known", type=Path, help="a result file whose runs of tune and ablate count, if S and T are the same"
+    )
     parser.add_argument("--each", type=int, default=1, help="cells that share a GPU, of stages that go by steps")
     parser.add_argument("--only", default=",".join(ENTRIES), help="contestants whose cells are run; all others wait")
     parser.add_argument("--slim", action="store_true", help="keep no shipped models, only what is said of them")

@@ -26,7 +26,7 @@ def plain_relu_squared(h: Tensor, hold: bool = False) -> Tensor:
 
 def fused(h: Tensor) -> Tensor:
     """What a GPU takes."""
-    return norm_module._FusedReLUSquaredNorm.apply(h, 0.0, None)
+    return norm_module._FusedReLUSquaredNorm.apply(h, 0.0, None, 0.0)[0]
 
 
 NORMS = [(rms_norm, plain_rms), (relu_squared_norm, plain_relu_squared), (fused, plain_relu_squared)]
@@ -175,7 +175,7 @@ def test_scales_of_columns_are_those_of_the_next_layer(device, leak):
     h, scale = mlp.up(x), mlp.down.column_scales(torch.float32)
     expected = mlp.down(relu_squared_norm(h, leak))
     assert not scale.requires_grad and not torch.equal(expected, mlp.down(relu_squared_norm(h, leak), scaled=True))
-    for y in (mlp(x), mlp.down(norm_module._FusedReLUSquaredNorm.apply(h, leak, scale), scaled=True)):
+    for y in (mlp(x), mlp.down(norm_module._FusedReLUSquaredNorm.apply(h, leak, scale, 0.0)[0], scaled=True)):
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
         grads = (torch.autograd.grad(z, x, torch.ones_like(z), retain_graph=True)[0] for z in (y, expected))
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)

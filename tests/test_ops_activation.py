@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tritwise import ops
 from tritwise.ops.activation.reference import EPS
+from tritwise.ops.float8 import FLOAT8, LARGEST, times_as_float8
 
 OPS = torch.ops.tritwise
 
@@ -34,7 +35,7 @@ def test_value_and_gradient_against_autograd(shape, scaled, leak, dtype, poisone
     h, upstream = (normal(*shape, seed=seed).to(dtype) for seed in (0, 1))
     scale = normal(shape[-1], seed=2).abs().to(dtype) if scaled else None
     kept = h.clone(), upstream.clone()
-    y, inverse = ops.relu_squared_norm(h, scale, leak)
+    y, inverse, _ = ops.relu_squared_norm(h, scale, leak)
     grad = ops.relu_squared_norm_grad(upstream, h, inverse, scale, leak)
     assert y.dtype == grad.dtype == dtype and y.shape == grad.shape == h.shape
     assert inverse.dtype == torch.float32 and inverse.shape == h.shape[:-1]
@@ -53,7 +54,7 @@ def test_value_and_gradient_against_autograd(shape, scaled, leak, dtype, poisone
 def test_rows_far_from_one_another():
     """Each row has a norm of its own; of a row of zeros nothing comes but zeros."""
     h = normal(3, 40) * torch.tensor([[0.0], [1e-3], [30.0]])
-    y, inverse = ops.relu_squared_norm(h)
+    y, inverse, _ = ops.relu_squared_norm(h)
     grad = ops.relu_squared_norm_grad(torch.ones_like(h), h, inverse)
     assert y[0].count_nonzero() == grad[0].count_nonzero() == 0 and inverse[0] == pytest.approx(EPS**-0.5)
     assert y[2].square().mean().sqrt().item() == pytest.approx(1, abs=1e-5)
@@ -63,21 +64,39 @@ def test_rows_far_from_one_another():
 def test_what_a_kernel_is_not_made_for():
     """Doubles, nothing at all, very long rows, and tensors that do not lie as they are read."""
     h, upstream = normal(4, 6), normal(4, 6, seed=1)
-    y, inverse = ops.relu_squared_norm(h.double(), None, 0.5)
+    y, inverse, _ = ops.relu_squared_norm(h.double(), None, 0.5)
     assert y.dtype == inverse.dtype == torch.float64
     assert torch.allclose(y.float(), ops.relu_squared_norm(h, None, 0.5)[0], atol=1e-6)
     assert ops.relu_squared_norm(h[:0])[0].shape == (0, 6)
     long = normal(1, 20_000)
     assert (ops.relu_squared_norm(long)[0].double() - formula(long.double(), None, 0.0)).abs().max() < 1e-4
-    turned, (_, inverse) = h.T.contiguous().T, ops.relu_squared_norm(h)
+    turned, (_, inverse, _) = h.T.contiguous().T, ops.relu_squared_norm(h)
     assert torch.equal(ops.relu_squared_norm(turned)[0], ops.relu_squared_norm(h)[0])
     grads = [ops.relu_squared_norm_grad(g, x, inverse) for g, x in ((upstream, h), (upstream.T.contiguous().T, turned))]
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_opcheck(scaled):
+def test_what_it_rounds_has_the_bits_of_rounding_what_it_gives(scaled, dtype, poisoned):
+    """Numbers too small for float8, ties, and those beyond its range are among them."""
+    h = (normal(5, 1030) * torch.tensor([[1e-3], [1.0], [30.0], [0.0], [1.0]])).to(dtype)
+    h[4, 3] = 1e3  # of unit RMS almost alone
+    scale = (8 * normal(1030, seed=2).abs()).to(dtype) if scaled else None
+    for factor in (8.0, 2.0**-7):
+        y, _, low = ops.relu_squared_norm(h, scale, 0.5, factor)
+        assert low.dtype == FLOAT8 and torch.equal(y, ops.relu_squared_norm(h, scale, 0.5)[0])
+        assert torch.equal(low.float(), times_as_float8(y, factor).float())
+        assert scaled is False or factor < 1 or low.float().max() == LARGEST
+    assert ops.relu_squared_norm(h)[2].shape == (0,)
+    h[0, 0] = float("nan")
+    assert ops.relu_squared_norm(h, scale, 0.5, 8.0)[2][0].isnan().all()
+
+
+@pytest.mark.parametrize("factor", [0.0, 8.0])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_opcheck(scaled, factor):
     h, scale = normal(4, 6), normal(6, seed=2) if scaled else None
-    torch.library.opcheck(OPS.relu_squared_norm.default, (h, scale, 0.5))
+    torch.library.opcheck(OPS.relu_squared_norm.default, (h, scale, 0.5, factor))
     inverse = ops.relu_squared_norm(h, scale, 0.5)[1]
     torch.library.opcheck(OPS.relu_squared_norm_grad.default, (normal(4, 6, seed=1), h, inverse, scale, 0.5))

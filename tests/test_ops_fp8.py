@@ -1,5 +1,6 @@
 """The ternary linear in float8: exact where float8 is, close elsewhere, the weight gradient untouched, and refusals."""
 
+import contextlib
 import functools
 import importlib
 import math
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from tritwise import ops
 from tritwise.models import ByteLM, ModelConfig
-from tritwise.nn import TritLinear, trit_modules, use_fp8
-from tritwise.ops.linear.fp8 import rounded, rounded_unit
+from tritwise.nn import TritLinear, decoded, trit_modules, use_fp8
+from tritwise.ops.float8 import rounded
+from tritwise.ops.linear.fp8 import rounded_unit
 from tritwise.registers import leading_trit, scale_values
 
 OPERATION = "linear"
@@ -217,6 +219,31 @@ def test_it_can_be_traced_and_computed_again():
     for one, two, three in zip(plain, again, traced, strict=True):
         assert torch.equal(one, two) and torch.allclose(one, three, rtol=1e-5, atol=1e-6)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("how", ["eager", "checkpoint", "aot_eager"])
+def test_what_an_mlp_multiplies_is_rounded_where_it_is_made(how, ahead, monkeypatch):
+    """On a GPU by the operation before, on a CPU by a pass of its own: the same bits, loss and gradients."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = ByteLM(ModelConfig(width=32, depth=2, ctx=16, column_scales=True, leak=0.5), checkpoint=how == "checkpoint")
+    use_fp8(model, least=48)
+    loss = torch.compile(model.loss, backend=how, fullgraph=True) if how == "aot_eager" else model.loss
+    ids = torch.randint(0, 256, (2, 16))
+    monkeypatch.setattr("tritwise.nn.norm.fuses", lambda x: True)
+    factors: list[float] = []
+    made = ops.relu_squared_norm
+    monkeypatch.setattr(ops, "relu_squared_norm", lambda *given: factors.append(given[3]) or made(*given))
+    with decoded(model, torch.float32) if ahead else contextlib.nullcontext():
+        found = gradients(model, loss, ids)
+        assert factors and set(factors) == {ops.unit_factor(128)}
+        with torch.no_grad():
+            assert model.loss(ids, ids).isfinite() and factors[-1] == 0
+        torch._dynamo.reset()
+        monkeypatch.setattr(TritLinear, "unit_factor", 0.0)
+        expected = gradients(model, loss, ids)
+    assert factors[-1] == 0 and all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(

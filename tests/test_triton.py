@@ -585,6 +585,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
     scales, linear, operands = scales_triton._kernels(), triton._kernels(), triton._operand_kernels()
     pointers |= {"square_T": "*i64", "still": "*i1", "octaves": "*fp64"}
     ones = dict.fromkeys(("time", "heads", "kv_heads", "half"), 1)  # as a launch makes them constants
+    pointers |= {"low": "*fp8e4nv", "factor": "fp32"}
     pointers |= {"h": "*bf16", "inverses": "*fp32", "leak": "fp32"} | dict.fromkeys(("cos", "sin"), "*fp32")
     pointers |= dict.fromkeys(("q", "k", "qkv", "q_grad", "k_grad", "v_grad"), "*bf16")
     for name, constants in (
@@ -628,7 +629,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         ("turned_heads", {"ROWS": 2, "HALF": 1} | ones),
         ("turned_heads_grad", {"ROWS": 2, "VALUES": 1, "HALF": 1, "q_time": 1, "k_head": 1} | ones),
         *((name, {"BLOCK": 1, "columns": 1}) for name in ("relu_squared_norm", "relu_squared_norm_grad")),
-        *((name, {"BLOCK": 1024, "scale": None}) for name in ("relu_squared_norm", "relu_squared_norm_grad")),
+        ("relu_squared_norm", {"BLOCK": 1024, "scale": None, "low": None}),
+        ("relu_squared_norm_grad", {"BLOCK": 1024, "scale": None}),
     ):
         rooms = gpu.kernels(), tables, scales, linear, operands, directions, messages, mixture, embeddings
         rooms += activation_triton._kernels(), heads_triton._kernels()

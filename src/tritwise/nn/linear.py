@@ -42,13 +42,20 @@ class TritLinear(TritModule):
             return False, False
         return ops.rounds_fp8(self.register, self.fp8_least, self.unit_inputs)
 
-    def forward(self, x: Tensor, *, scaled: bool = False) -> Tensor:
-        """scaled: x has been through `scale_columns` already."""
+    @property
+    def unit_factor(self) -> float:
+        """What x is multiplied by before it is rounded, where one factor for all of its rows serves; else 0."""
+        rounds = self.unit_inputs and torch.is_grad_enabled() and self.rounds[0]
+        return ops.unit_factor(self.register.shape[1]) if rounds else 0.0
+
+    def forward(self, x: Tensor, *, scaled: bool = False, x8: Tensor | None = None) -> Tensor:
+        """scaled: x has been through `scale_columns` already. x8: x times `unit_factor` as float8, of x's shape, where
+        it is there already."""
         x = x if scaled else self.scale_columns(x)
         if torch.is_grad_enabled() and self.operand.serves(x.dtype):
-            return ops.linear_decoded(x, self.operand, self.port, self.unit_inputs)
+            return ops.linear_decoded(x, self.operand, self.port, self.unit_inputs, x8)
         if self.fp8_least is not None and torch.is_grad_enabled():
-            how = self.group, self.port, self.fp8_least, self.unit_inputs
+            how = self.group, self.port, self.fp8_least, self.unit_inputs, x8
             return ops.linear_fp8(x, self.register, self.exponent, *how)
         return ops.linear(x, self.register, self.exponent, self.group, self.port)
 

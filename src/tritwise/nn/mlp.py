@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from tritwise.nn.linear import TritLinear, give_unit_inputs
-from tritwise.nn.norm import relu_squared_norm
+from tritwise.nn.norm import relu_squared_norm, relu_squared_norm_low
 
 
 class MLP(nn.Module):
@@ -24,6 +24,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)
-        if isinstance(self.down, TritLinear):  # the scales of its inputs cost nothing where these are made
-            return self.down(relu_squared_norm(h, self.leak, self.down.column_scales(h.dtype)), scaled=True)
-        return self.down(relu_squared_norm(h, self.leak))
+        if not isinstance(self.down, TritLinear):
+            return self.down(relu_squared_norm(h, self.leak))
+        # The scales of its inputs cost nothing where these are made, and to round them little.
+        x, x8 = relu_squared_norm_low(h, self.leak, self.down.column_scales(h.dtype), self.down.unit_factor)
+        return self.down(x, scaled=True, x8=x8)

@@ -68,17 +68,18 @@ class _ReLUSquaredNorm(torch.autograd.Function):
 
 class _FusedReLUSquaredNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, leak: float, scale: Tensor | None) -> Tensor:
-        y, inverse = ops.relu_squared_norm(h, scale, leak)
+    def forward(ctx: Any, h: Tensor, leak: float, scale: Tensor | None, factor: float) -> tuple[Tensor, Tensor]:
+        y, inverse, low = ops.relu_squared_norm(h, scale, leak, factor)
         ctx.save_for_backward(h, inverse, scale)
+        ctx.mark_non_differentiable(low)
         ctx.leak = leak
-        return y
+        return y, low
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         h, inverse, scale = ctx.saved_tensors
-        return ops.relu_squared_norm_grad(grad, h, inverse, scale, ctx.leak), None, None
+        return ops.relu_squared_norm_grad(grad, h, inverse, scale, ctx.leak), None, None, None
 
 
 def fuses(x: Tensor) -> bool:
@@ -97,7 +98,14 @@ def relu_squared_norm(h: Tensor, leak: float = 0.0, scale: Tensor | None = None)
     leak: slope below zero, of leaky_relu(h, leak)^2; 0 is relu. scale: what each column is multiplied by at last, of
     h's dtype [columns]; it gets no gradient.
     """
+    return relu_squared_norm_low(h, leak, scale, 0.0)[0]
+
+
+def relu_squared_norm_low(h: Tensor, leak: float, scale: Tensor | None, factor: float) -> tuple[Tensor, Tensor | None]:
+    """`relu_squared_norm`, and the same times `factor` as float8 [..., columns] if that costs no pass of its own, else
+    None: always if factor is 0."""
     if fuses(h):
-        return _FusedReLUSquaredNorm.apply(h, leak, scale)  # type: ignore[no-any-return]
+        y, low = _FusedReLUSquaredNorm.apply(h, leak, scale, factor)  # type: ignore[misc]
+        return y, low if factor else None
     y = _ReLUSquaredNorm.apply(h, leak)
-    return y if scale is None else y * scale  # type: ignore[no-any-return, operator]
+    return y if scale is None else y * scale, None  # type: ignore[operator, return-value]

@@ -25,6 +25,7 @@ from tritwise.ops.backends import backend, backend_table, backends_of
 from tritwise.ops.combine import combine
 from tritwise.ops.direction import LEVEL_FLOOR, direction, direction_many
 from tritwise.ops.embedding import embedding
+from tritwise.ops.float8 import unit_factor
 from tritwise.ops.graph import edge_sum, gather_add
 from tritwise.ops.heads import turned_heads, turned_heads_grad
 from tritwise.ops.linear import (
@@ -92,4 +93,5 @@ __all__ = [
     "rounds_fp8",
     "turned_heads",
     "turned_heads_grad",
+    "unit_factor",
 ]

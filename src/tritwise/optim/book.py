@@ -30,6 +30,7 @@ class Book(torch.optim.Optimizer):
     _received: dict[Tensor, int]  # micro-batches since the last step
     _taken: list[Tensor]  # bool [tensors], whether a gradient was a number
     _touched: dict[Tensor, Tensor]  # bool [rows] of sparse layers
+    _masks: dict[Tensor, Tensor]  # where those lie: at every step there, as recorded moves read them
     _lookahead: dict[Tensor, tuple[Tensor, Tensor]]  # momentum and row exponents for a direction, within a step
     _live: Live | None
     _records: bool

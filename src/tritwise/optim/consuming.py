@@ -117,8 +117,10 @@ class Consuming(Book):
         step first touches it."""
         used_V = (grad.amax(dim=1) != 0) | (grad.amin(dim=1) != 0)  # of a NaN as well: such a row is refused
         known_V = self._touched.get(register)
-        self._touched[register] = used_V if known_V is None else used_V | known_V
-        return [(used_V, decay)] if known_V is None else [(used_V & ~known_V, decay), (used_V & known_V, 1.0)]
+        parts = [(used_V, decay)] if known_V is None else [(used_V & ~known_V, decay), (used_V & known_V, 1.0)]
+        place = self._masks.setdefault(register, torch.empty_like(used_V))
+        self._touched[register] = place.copy_(used_V if known_V is None else used_V | known_V)
+        return parts
 
     def refuse(self) -> None:
         """Let the next `step()` move nothing and count as skipped: for a loss that is no number, before backward."""

@@ -95,6 +95,7 @@ class TritOptimizer(Consuming, Moving):
         self._received = {}
         self._taken = []
         self._touched = {}
+        self._masks = {}
         self._lookahead = {}
         self._waiting = {}
         self._uncounted: Tensor | None = None  # skipped steps that the host has not read yet

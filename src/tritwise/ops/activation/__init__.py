@@ -14,14 +14,15 @@ from torch import Tensor
 from tritwise.ops import gpu
 from tritwise.ops.activation import reference, triton
 from tritwise.ops.backends import choose, implement
+from tritwise.ops.float8 import FLOAT8
 from tritwise.ops.library import define
 
 implement("activation", "reference", reference)
 implement("activation", "triton", triton, priority=20, devices=("cuda",), refuses=gpu.refuses)
 
 
-def _forward(h: Tensor, scale: Tensor | None, leak: float) -> tuple[Tensor, Tensor]:
-    return choose("activation", h.device).forward(h, scale, leak)
+def _forward(h: Tensor, scale: Tensor | None, leak: float, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+    return choose("activation", h.device).forward(h, scale, leak, factor)
 
 
 def _backward(grad: Tensor, h: Tensor, inverse: Tensor, scale: Tensor | None, leak: float) -> Tensor:
@@ -29,11 +30,12 @@ def _backward(grad: Tensor, h: Tensor, inverse: Tensor, scale: Tensor | None, le
 
 
 _relu_squared_norm = define(
-    "relu_squared_norm(Tensor h, Tensor? scale, float leak) -> (Tensor, Tensor)",
+    "relu_squared_norm(Tensor h, Tensor? scale, float leak, float factor) -> (Tensor, Tensor, Tensor)",
     _forward,
-    lambda h, scale, leak: (
+    lambda h, scale, leak, factor: (
         h.new_empty(h.shape),
         h.new_empty(h.shape[:-1], dtype=torch.promote_types(h.dtype, torch.float32)),
+        h.new_empty(h.shape if factor else 0, dtype=FLOAT8),
     ),
 )
 _relu_squared_norm_grad = define(
@@ -43,10 +45,14 @@ _relu_squared_norm_grad = define(
 )
 
 
-def relu_squared_norm(h: Tensor, scale: Tensor | None = None, leak: float = 0.0) -> tuple[Tensor, Tensor]:
-    """y of h's dtype [..., C] and inverse, float32 [...]. h: float [..., C]; scale: of h's dtype [C], which gets no
-    gradient, or None. No gradient is recorded: `nn.relu_squared_norm` does that."""
-    return _relu_squared_norm(h, scale, leak)
+def relu_squared_norm(
+    h: Tensor, scale: Tensor | None = None, leak: float = 0.0, factor: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y of h's dtype [..., C], inverse, float32 [...], and y times `factor` as float8 [..., C], or [0] if it is 0.
+
+    h: float [..., C]; scale: of h's dtype [C], not below zero, which gets no gradient, or None. No gradient is
+    recorded: `nn.relu_squared_norm` does that."""
+    return _relu_squared_norm(h, scale, leak, factor)
 
 
 def relu_squared_norm_grad(

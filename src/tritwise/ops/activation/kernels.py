@@ -3,15 +3,17 @@
 import triton
 import triton.language as tl
 
+from tritwise.ops import float8
 from tritwise.ops.activation import reference
 
 EPS = tl.constexpr(reference.EPS)
+LARGEST = tl.constexpr(float8.LARGEST)
 
 
 @triton.jit
-def relu_squared_norm(h, scale, out, inverses, columns, leak, BLOCK: tl.constexpr):
+def relu_squared_norm(h, scale, out, low, inverses, columns, leak, factor, BLOCK: tl.constexpr):
     """out = p^2 * inverse * scale and inverses = 1 / sqrt(mean(p^4) + EPS) of a row, in float32; p = h, or leak * h
-    below zero."""
+    below zero. low: out * factor as float8, or None."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = column < columns
     x = tl.load(h + row * columns + column, mask=inside, other=0.0).to(tl.float32)
@@ -21,7 +23,12 @@ def relu_squared_norm(h, scale, out, inverses, columns, leak, BLOCK: tl.constexp
     y = square * inverse
     if scale is not None:
         y *= tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * columns + column, y.to(out.dtype.element_ty), mask=inside)
+    kept = y.to(out.dtype.element_ty)
+    tl.store(out + row * columns + column, kept, mask=inside)
+    if low is not None:
+        # Nothing is below zero; what is no number stays none.
+        scaled = tl.minimum(kept.to(tl.float32) * factor, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(low + row * columns + column, scaled.to(low.dtype.element_ty), mask=inside)
     tl.store(inverses + row, inverse)
 
 

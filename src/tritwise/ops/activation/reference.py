@@ -3,16 +3,19 @@
 import torch
 from torch import Tensor
 
+from tritwise.ops.float8 import FLOAT8, times_as_float8
+
 EPS = 1e-6
 """What every norm adds to a mean square."""
 
 
-def forward(h: Tensor, scale: Tensor | None, leak: float) -> tuple[Tensor, Tensor]:
+def forward(h: Tensor, scale: Tensor | None, leak: float, factor: float) -> tuple[Tensor, Tensor, Tensor]:
     """See `tritwise.ops.activation.relu_squared_norm`."""
     square = _slanted(h, leak).square()
     inverse = torch.rsqrt(square.square().mean(dim=-1) + EPS)
-    y = square * inverse[..., None]
-    return (y if scale is None else y * scale.to(y.dtype)).to(h.dtype), inverse
+    wide = square * inverse[..., None]
+    y = (wide if scale is None else wide * scale.to(wide.dtype)).to(h.dtype)
+    return y, inverse, times_as_float8(y, factor) if factor else h.new_empty(0, dtype=FLOAT8)
 
 
 def backward(grad: Tensor, h: Tensor, inverse: Tensor, scale: Tensor | None, leak: float) -> Tensor:

@@ -54,13 +54,15 @@ class _LinearDecoded(torch.autograd.Function):
         trits8: Tensor | None,
         turned8: Tensor | None,
         scale_O: Tensor | None,
+        x8: Tensor | None,
     ) -> Tensor:
         kept = (weight, None, None) if turned8 is None else (None, turned8, scale_O)
         ctx.save_for_backward(x if port is not None else None, *kept)
         if trits8 is None or scale_O is None:
             assert weight is not None
             return torch.nn.functional.linear(x, weight)
-        y_NO = forward_fp8(x.reshape(-1, x.shape[-1]), trits8, scale_O, unit)
+        x_NI = x.reshape(-1, x.shape[-1])
+        y_NO = forward_fp8(x_NI, trits8, scale_O, unit, None if x8 is None else x8.view(x_NI.shape))
         return y_NO.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -75,13 +77,15 @@ class _LinearDecoded(torch.autograd.Function):
             x_grad = x_grad_NI.view(*grad.shape[:-1], -1)
         if x is not None:
             port_grad = torch.ops.tritwise.linear_weight_grad(grad, x)
-        return x_grad, port_grad, None, None, None, None, None
+        return x_grad, port_grad, None, None, None, None, None, None
 
 
-def linear_decoded(x: Tensor, operand: Operand, port: Tensor | None = None, unit: bool = False) -> Tensor:
+def linear_decoded(
+    x: Tensor, operand: Operand, port: Tensor | None = None, unit: bool = False, x8: Tensor | None = None
+) -> Tensor:
     """`linear` or `linear_fp8`, whichever `operand` was decoded for, with the same numbers.
 
     x: float [..., I] of a type that the operand `serves`, such as the one that it was decoded for -> the same type
-    [..., O]. port: receives dL/dW as float32 [O, I] in backward, or None. unit: as of `linear_fp8`.
+    [..., O]. port: receives dL/dW as float32 [O, I] in backward, or None. unit, x8: as of `linear_fp8`.
     """
-    return _LinearDecoded.apply(x, port, unit, *operand)  # type: ignore[no-any-return]
+    return _LinearDecoded.apply(x, port, unit, *operand, x8)  # type: ignore[no-any-return]

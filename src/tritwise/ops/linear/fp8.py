@@ -15,7 +15,6 @@ one of `linear` elsewhere.
 Shape suffixes: N rows of x, I inputs, O outputs.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -23,13 +22,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tritwise.ops.backends import choose
+from tritwise.ops.float8 import FLOAT8, rounded, times_as_float8, unit_factor
 from tritwise.ops.library import define
 from tritwise.ops.linear import linear
-from tritwise.ops.linear.reference import FLOAT8
 from tritwise.registers import scale_values
 
 _scaled_mm = torch.ops.aten._scaled_mm.default
-LARGEST = 448.0  # of e4m3
 OLDEST = (8, 9)  # compute capability with matrix units for float8
 MULTIPLE = 16  # of rows and columns of W
 LEAST = 1024
@@ -68,20 +66,6 @@ def rounds_fp8(register: Tensor, least: int = LEAST, unit: bool = False) -> tupl
     return filled and outputs >= (least // 2 if unit else least), filled and inputs >= least
 
 
-def rounded(x_NI: Tensor) -> tuple[Tensor, Tensor]:
-    """x as float8 [N, I] and the float32 scales [N, 1] that give x back to within 1/16 of each number's size."""
-    scale_N1 = x_NI.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
-    return (x_NI.float() / scale_N1).to(FLOAT8), scale_N1
-
-
-def rounded_unit(x_NI: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for rows of about unit RMS, with one scale for all of them, a power of two: numbers beyond what such a
-    row can hold, sqrt(I), may end at the largest of float8; those below 7e-5 * sqrt(I) lose digits."""
-    times = 2.0 ** math.floor(math.log2(LARGEST / math.sqrt(x_NI.shape[1])))
-    scale_N1 = torch.full((x_NI.shape[0], 1), 1 / times, dtype=torch.float32, device=x_NI.device)
-    return (x_NI * times).clamp(-LARGEST, LARGEST).to(FLOAT8), scale_N1
-
-
 def _scales_rows_on_cpu() -> bool:
     """Whether this torch has row-wise scaled products for a CPU: 2.13 has, 2.11 has not."""
     scale, one = torch.ones(MULTIPLE), torch.ones(MULTIPLE, MULTIPLE).to(FLOAT8)
@@ -103,9 +87,19 @@ def _product(a: Tensor, turned_b: Tensor, scale_a: Tensor, scale_b: Tensor, dtyp
     return _scaled_mm(a, turned_b.t(), scale_a, scale_b, out_dtype=torch.bfloat16).to(dtype)
 
 
-def forward_fp8(x_NI: Tensor, trits8: Tensor, scale_O: Tensor, unit: bool) -> Tensor:
-    """y [N, O] of x's dtype, x being rounded. trits8: float8 [O, I]; scale_O: float32; unit: x has about unit RMS."""
-    x8_NI, scale_N1 = rounded_unit(x_NI) if unit else rounded(x_NI)
+def rounded_unit(x_NI: Tensor, x8_NI: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The same as `rounded` for rows of about unit RMS, with one scale for all of them, a power of two: numbers beyond
+    what such a row can hold, sqrt(I), may end at the largest of float8; those below 7e-5 * sqrt(I) lose digits. x8: x
+    times `unit_factor(I)` as float8, where it is there already."""
+    factor = unit_factor(x_NI.shape[1])
+    scale_N1 = torch.full((x_NI.shape[0], 1), 1 / factor, dtype=torch.float32, device=x_NI.device)
+    return times_as_float8(x_NI, factor) if x8_NI is None else x8_NI, scale_N1
+
+
+def forward_fp8(x_NI: Tensor, trits8: Tensor, scale_O: Tensor, unit: bool, x8_NI: Tensor | None = None) -> Tensor:
+    """y [N, O] of x's dtype, x being rounded. trits8: float8 [O, I]; scale_O: float32; unit: x has about unit RMS; x8:
+    as of `rounded_unit`."""
+    x8_NI, scale_N1 = rounded_unit(x_NI, x8_NI) if unit else rounded(x_NI)
     return _product(x8_NI, trits8, scale_N1, scale_O.view(1, -1), x_NI.dtype)
 
 
@@ -128,11 +122,13 @@ class _LinearFp8(torch.autograd.Function):
         port: Tensor | None,
         least: int,
         unit: bool,
+        x8: Tensor | None,
     ) -> Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
         rounds_x, ctx.rounds_grad = rounds_fp8(register, least, unit)
         if rounds_x:
-            y_NO = forward_fp8(x_NI, _trits_op(register, False), scale_O, unit)
+            x8_NI = None if x8 is None else x8.view(x_NI.shape)
+            y_NO = forward_fp8(x_NI, _trits_op(register, False), scale_O, unit, x8_NI)
         else:
             y_NO = linear(x_NI, register, exponent, group)
         ctx.group = group
@@ -153,7 +149,7 @@ class _LinearFp8(torch.autograd.Function):
             x_grad = x_grad.view(*grad.shape[:-1], -1)
         if x_NI is not None:
             port_grad = torch.ops.tritwise.linear_weight_grad(grad_NO, x_NI)
-        return x_grad, None, None, None, None, port_grad, None, None
+        return x_grad, None, None, None, None, port_grad, None, None, None
 
 
 def linear_fp8(
@@ -164,14 +160,16 @@ def linear_fp8(
     port: Tensor | None = None,
     least: int = LEAST,
     unit: bool = False,
+    x8: Tensor | None = None,
 ) -> Tensor:
     """`linear`, with x and dL/dy rounded to float8 for the products where `rounds_fp8` says that this pays.
 
     x: float [..., I]; register: int8 [O, I]; exponent: int8 [O, 1] -> x's dtype [..., O]. group, port: as in `linear`.
-    least: as in `rounds_fp8`. unit: x has rows of about unit RMS. Only where `refuses_fp8` says None.
+    least: as in `rounds_fp8`. unit: x has rows of about unit RMS. x8: such an x as float8 [..., I], times what makes
+    the most of its range, where whoever made x has made that too. Only where `refuses_fp8` says None.
     """
     if not any(rounds_fp8(register, least, unit)):
         return linear(x, register, exponent, group, port)
     # Of scales here, as torch 2.11 cannot trace the table of all scales within a function within a checkpoint.
-    how = group, port, least, unit
+    how = group, port, least, unit, x8
     return _LinearFp8.apply(x, register, exponent, scale_values(exponent), *how)  # type: ignore[no-any-return]

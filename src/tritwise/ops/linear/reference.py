@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
+from tritwise.ops.float8 import FLOAT8
 from tritwise.registers import LEAD, leading_trit, scale_values
-
-FLOAT8 = torch.float8_e4m3fn
 
 
 def _spread(values_OG: Tensor, columns: int, group: int) -> Tensor:

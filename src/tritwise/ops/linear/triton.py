@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tritwise.ops import gpu
+from tritwise.ops.float8 import FLOAT8
 from tritwise.ops.linear import reference
 from tritwise.ops.linear.operands import Operand, operand
 from tritwise.registers import scale_table
@@ -173,7 +174,7 @@ def trits_float8(register: Tensor, turned: bool) -> Tensor:
     if register.dtype is not torch.int8 or register.numel() == 0:
         return reference.trits_float8(register, turned)
     rows, columns = register.shape
-    out = torch.empty((columns, rows) if turned else (rows, columns), dtype=reference.FLOAT8, device=register.device)
+    out = torch.empty((columns, rows) if turned else (rows, columns), dtype=FLOAT8, device=register.device)
     gpu.launch(
         _kernels().trits_float8,
         -(-rows // TILE) * -(-columns // TILE),
@@ -205,8 +206,8 @@ def decode_many(
         new = functools.partial(torch.empty, device=r.device)
         made = Operand(
             None if rounds_x and rounds_grad else new(rows, columns, dtype=dtype),
-            new(rows, columns, dtype=reference.FLOAT8) if rounds_x else None,
-            new(columns, rows, dtype=reference.FLOAT8) if rounds_grad else None,
+            new(rows, columns, dtype=FLOAT8) if rounds_x else None,
+            new(columns, rows, dtype=FLOAT8) if rounds_grad else None,
             new(rows, dtype=torch.float32) if rounds_x or rounds_grad else None,
         )
         out.append(made)
