@@ -28,6 +28,7 @@ from tritwise.ops.direction import triton as direction_triton
 from tritwise.ops.direction.reference import newton_schulz, unit_rms
 from tritwise.ops.embedding import triton as embedding_triton
 from tritwise.ops.graph import triton as graph_triton
+from tritwise.ops.float8 import times_as_float8
 from tritwise.ops.heads import triton as heads_triton
 from tritwise.ops.linear import reference, triton
 from tritwise.ops.scales import triton as scales_triton
@@ -451,9 +452,10 @@ def test_squared_relus(device, rows, columns, scaled, dtype, poisoned):
     h, grad = (normal(rows, columns, seed=seed).to(dtype) for seed in (0, 1))
     scale = normal(columns).abs().to(dtype) if scaled else None
     sides = (("triton", device), ("reference", "cpu"))
-    (y, inverse, *_), (y_cpu, inverse_cpu, *_) = (
-        results(name, on, ops.relu_squared_norm, h, scale, 0.5) for name, on in sides
+    (y, inverse, low, *_), (y_cpu, inverse_cpu, *_) = (
+        results(name, on, ops.relu_squared_norm, h, scale, 0.5, 16.0) for name, on in sides
     )
+    assert torch.equal(low.float(), times_as_float8(y, 16.0).float())
     given = grad, h, inverse_cpu, scale, 0.5
     found, expected = (results(name, on, ops.relu_squared_norm_grad, *given)[0] for name, on in sides)
     tolerance = 1e-5 if dtype is torch.float32 else 2**-7
@@ -546,7 +548,7 @@ def test_in_the_interpreter():
         "ops_heads",
     )
     files = [f"test_{name}.py" for name in names]
-    some = "test_triton or (triton and (many or ops_scales or opcheck or matrix or autograd or products))"
+    some = "test_triton or (triton and (many or ops_scales or opcheck or matrix or autograd or products or rounds))"
     command = [sys.executable, "-m", "pytest", "-m", "not gpu", "-k", some, "-p", "no:cacheprovider", "-rs"]
     environment = os.environ | {gpu.INTERPRET: "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([*command, *(str(here / f) for f in files)], env=environment, capture_output=True, text=True)
