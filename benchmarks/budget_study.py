@@ -1,7 +1,7 @@
 """The runs behind the table of models under a budget of bytes: rates tuned, contestants compared, parts taken away.
 
     python benchmarks/budget_study.py STAGE[,STAGE…] --data ENWIK8 --out FOLDER [--minutes M] [--seconds S] [--tuning T]
-        [--known FILE] [--only NAME[,NAME…]]
+        [--known FILE] [--only NAME[,NAME…]] [--begin]
 
 Stages, each a list of cells in order of importance:
 
@@ -16,12 +16,12 @@ Stages, each a list of cells in order of importance:
 
 Every cell is a process of its own, one a GPU, side by side on all GPUs that there are; with --each N so many cells of
 stages that go by steps and not by time (ablate, small) share one. A cell whose record is in FOLDER is not run again,
-and with --minutes none begins that would not end in time, so a study can be cut into calls as short as that: the same
-command goes on, and must name the same S and T. Whatever still runs when the minutes are over is told to stop, and
-goes on next time from where it was. After every cell FOLDER holds STAGE.md, a table, and STAGE.json, the records;
---slim leaves no shipped models. All others wait for tune, and seeds for main. --tiny: the same cells in seconds. With
-another S the same FOLDER holds main, main4 and seeds of both lengths. collect_budget.py makes of it result files and
-records that can be committed.
+and with --minutes none begins that would not end in time, unless with --begin, so a study can be cut into calls as
+short as that: the same command goes on, and must name the same S and T. Whatever still runs when the minutes are over
+is told to stop, and goes on next time from where it was. After every cell FOLDER holds STAGE.md, a table, and
+STAGE.json, the records; --slim leaves no shipped models. All others wait for tune, and seeds for main. --tiny: the same
+cells in seconds. With another S the same FOLDER holds main, main4 and seeds of both lengths. collect_budget.py makes of
+it result files and records that can be committed.
 
 Around a cell of `tune` an H200 took 50 to 110 s, around one of `main` 85 (flat float) to 150 s (recurrent ternary); a
 call learns from those before it. With S = 400 and T = 40 that is, in GPU-minutes: tune 26, seeds 35, and 8 to 9 for
@@ -73,6 +73,7 @@ BY_STEPS = {"ablate", "small"}  # their cells may share a GPU: what they reach d
 OVERHEAD = {"tune": 50.0}  # seconds of a cell that are not training: building, compiling, shipping, scoring
 OTHERS, STEPPED = 95.0, 60.0  # those of other stages; the training of a cell that goes by steps
 GRACE = 20.0  # seconds in which a cell that was told to stop saves what it has
+WARM = 90.0  # seconds in which a cell gets somewhere: it builds and compiles for 30 to 60
 
 
 class Study:
@@ -208,6 +209,12 @@ def estimated(config: Config, stage: str, walls: dict[str, float], trained: floa
     return max(0.0, (config.train.seconds or STEPPED) - trained) + around
 
 
+def needed(config: Config, stage: str, walls: dict[str, float], trained: float, begin: bool) -> float:
+    """Seconds that must be left for a cell to be started: as `estimated`, or if it may `begin`, enough to get on."""
+    seconds = estimated(config, stage, walls, trained)
+    return min(WARM, seconds) if begin else seconds
+
+
 def run_cell(study: Study, stage: str, name: str) -> int:
     """One cell in this process, by the name of its folder: 0, or 1 if it failed for good, with the reason beside it."""
     config = next(config for config in getattr(study, stage)() if folder_name(config) == name)
@@ -236,10 +243,17 @@ def waves(stages: list[str]) -> list[list[str]]:
 
 
 def run_wave(
-    study: Study, stages: list[str], ends: float, console: Console, more: list[str], slim: bool = False, each: int = 1
+    study: Study,
+    stages: list[str],
+    ends: float,
+    console: Console,
+    more: list[str],
+    slim: bool = False,
+    each: int = 1,
+    begin: bool = False,
 ) -> int:
     """Run the cells of these stages that end in time, one a GPU, or `each` if none of them is timed; returns how many
-    are left. more: flags for each cell."""
+    are left. more: flags for each cell. begin: those that do not end in time too, if there is time to warm up."""
     known = study.out / "walls.json"
     walls: dict[str, float] = read_json(known) if known.exists() else {}
     cells = {stage: getattr(study, stage)() for stage in stages}
@@ -254,7 +268,7 @@ def run_wave(
         fits = [
             (stage, config, before)
             for stage, config, before in waiting
-            if now < ends and (study.tiny or now + estimated(config, stage, walls, before) <= ends)
+            if now < ends and (study.tiny or now + needed(config, stage, walls, before, begin) <= ends)
         ]
         while free and fits:
             (stage, config, before), place = fits.pop(0), free.pop(0)
@@ -338,6 +352,7 @@ def run(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--each", type=int, default=1, help="cells that share a GPU, of stages that go by steps")
     parser.add_argument("--only", default=",".join(ENTRIES), help="contestants whose cells are run; all others wait")
+    parser.add_argument("--begin", action="store_true", help="start cells too that will be stopped, to go on next time")
     parser.add_argument("--slim", action="store_true", help="keep no shipped models, only what is said of them")
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU, to see that everything runs")
     parser.add_argument("--cell", help="one cell, in this process: the name of its folder")
@@ -361,7 +376,7 @@ def run(arguments: list[str] | None = None) -> int:
         make_folder(study.out)
         describe(data)  # unpacked once, before the cells need it
         for wave in waves(stages):
-            if left := run_wave(study, wave, ends, console, more, given.slim, given.each):
+            if left := run_wave(study, wave, ends, console, more, given.slim, given.each, given.begin):
                 break
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

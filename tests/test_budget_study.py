@@ -125,6 +125,16 @@ def test_cells_run_side_by_side_each_on_a_gpu_of_its_own(study, small_text, tmp_
     assert cells.trained(later) == 40 and cells.trained(own[1]) == 0
     assert study.estimated(later, "main", {}, 40.0) == study.STEPPED - 40 + study.OTHERS
     assert study.estimated(later, "main", {}, 4000.0) == study.OTHERS
+    # One that may begin needs no more than to get on, or what is left of it.
+    ask = [
+        study.needed(own[0], "main", walls, 0.0, begin)
+        for begin in (False, True)
+        for walls in ({}, {"main flat-ternary": 5.0})
+    ]
+    assert ask[:2] == [study.estimated(own[0], "main", {}), study.STEPPED + 5.5] and ask[2:] == [
+        study.WARM,
+        study.STEPPED + 5.5,
+    ]
     # What one contestant took says nothing of another.
     seen = {"main flat-ternary": 10.0}
     assert [round(study.estimated(c, "main", seen) - study.STEPPED) for c in own] == [11, round(study.OTHERS)]

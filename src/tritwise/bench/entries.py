@@ -4,12 +4,13 @@ flat-float          the challenge's baseline recipe: one pass, Muon, int8 rows a
 recurrent-float     prelude, core, coda; the core repeats more often by and by; Muon with decay and clipping; the last
                     weights or the mean of the last part, whichever score better, ship as int8, int7 or int6 rows and
                     zstd, whichever fits first
-flat-ternary        one pass, registers; what is trained is what ships
+flat-ternary        one pass, registers, the parts of a block that were worth their time; what is trained is what ships
 flat-ternary-half   the same, made for half of the bytes: narrower, so that more steps fit into the time
 recurrent-ternary   registers, and the core repeats more often by and by
 recurrent-ternary-constant   the same at full depth from the first step
 recurrent-ternary-half       the one that grows, made for half of the bytes
-recurrent-ternary-lean       the one that grows, without the parts that cost time and were worth nothing when taken away
+recurrent-ternary-lean, recurrent-float-lean   the ones that grow, without the parts that cost time and were worth
+                    little when taken away
 flat-ternary-ngrams, recurrent-ternary-ngrams, recurrent-float-ngrams   made for a part of the bytes, whose rest are
                     hashed tables of 2-, 3- and 4-grams: they cost next to no time, ternary ones a fifth of the bytes
 
@@ -58,7 +59,8 @@ _RECURRENT = {
     "softcap": 30.0,
     **PARTS,
 }
-_SPARED = {"loop_embedding": False, "value_tables": 0, "repeat_skip": False, "input_mix": False}
+_SPARED = dict.fromkeys(("loop_embedding", "repeat_skip", "input_mix", "gains"), False) | {"value_tables": 0}
+_WORTH = {part: PARTS[part] for part in ("exclusive", "leak")}
 _AVERAGED = {"average_every": 50, "average_from": 0.8}
 ENTRIES: dict[str, dict[str, Any]] = {
     "flat-float": {**_FLOAT, "depth": 8, "rate": 0.02, "ship_as": "int8+zlib"},
@@ -70,15 +72,16 @@ ENTRIES: dict[str, dict[str, Any]] = {
         "weight_decay": 0.04,
         "clip": 0.3,
         "ship_as": "auto",
+        "ship_small": 16_384,  # else matrices of narrow models would ship in 16 bits
         "ship_average": True,
     },
-    "flat-ternary": {**_TERNARY, "depth": 8},
+    "flat-ternary": {**_TERNARY, **_WORTH, "depth": 8},
     "recurrent-ternary": {**_TERNARY, **_RECURRENT, **_AVERAGED},
     "recurrent-ternary-constant": {**_TERNARY, **_RECURRENT, **_AVERAGED, "depth_plan": ""},
-    "flat-ternary-half": {**_TERNARY, "depth": 8},
+    "flat-ternary-half": {**_TERNARY, **_WORTH, "depth": 8},
     "recurrent-ternary-half": {**_TERNARY, **_RECURRENT, **_AVERAGED},
-    "recurrent-ternary-lean": {**_TERNARY, **_RECURRENT, **_AVERAGED, **_SPARED},
 }
+ENTRIES |= {f"{name}-lean": {**ENTRIES[name], **_SPARED} for name in ("recurrent-ternary", "recurrent-float")}
 ENTRIES |= {
     f"{name}-ngrams": {**ENTRIES[name], "ngrams": 4, "ngram_rows": 0}
     for name in ("flat-ternary", "recurrent-ternary", "recurrent-float")
