@@ -26,6 +26,7 @@ ELEMENTS = 2048  # of a program of the update kernels
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what kernels read as float32, and write from it
 SMALL = 1 << 21  # numbers of a matrix that the threads of a GPU decode at once, each eight: 132 times 2048 threads
 LINES = 256  # of a table that a program fills
+SIDES = 3  # streams beside the one that records
 ALIGNED = 16  # numbers of a table in a shelf: where others begin
 
 
@@ -137,6 +138,53 @@ def recorded(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) 
     finally:
         if collects:
             gc.enable()
+
+
+@functools.cache
+def _side_streams(main: torch.cuda.Stream) -> list[torch.cuda.Stream]:
+    found: list[torch.cuda.Stream] = []
+    while len(found) < SIDES:  # torch hands out a few streams in turn, and at last the same again
+        side = torch.cuda.Stream(main.device)
+        if side not in (main, *found):
+            found.append(side)
+    return found
+
+
+class Branches:
+    """Lets a recording run what does not depend on each other side by side: many small kernels then take as long as the
+    longest chain of them, not as all.
+
+    As a context manager, with `branch()` within it around each part; all parts have ended behind it. Outside of
+    recordings parts run one after the other, as ever: there the host asks for small kernels more slowly than they run.
+    Parts share nothing but what they read, and that outlives the whole; what they leave is for what follows the whole.
+    Parts at once hold their memory at once. No branches within branches: memory that a stream lets go of is its own
+    again at once, and others may still read there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._main = None
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._main = torch.cuda.current_stream(device)
+        self._parts = 0
+
+    def __enter__(self) -> "Branches":
+        if self._main is not None:
+            self._fork = self._main.record_event()
+        return self
+
+    def branch(self) -> contextlib.AbstractContextManager[Any]:
+        """Around one part. The first, and every fourth, runs on the stream that records."""
+        place, self._parts = self._parts % (SIDES + 1), self._parts + 1
+        if self._main is None or place == 0:
+            return contextlib.nullcontext()
+        side = _side_streams(self._main)[place - 1]
+        side.wait_event(self._fork)
+        return torch.cuda.stream(side)
+
+    def __exit__(self, *_: object) -> None:
+        if self._main is not None:
+            for side in _side_streams(self._main)[: max(0, self._parts - 1)]:
+                self._main.wait_stream(side)
 
 
 def upload(lines: Sequence[Sequence[int]], device: torch.device) -> Tensor:

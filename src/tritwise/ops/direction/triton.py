@@ -48,18 +48,20 @@ def direction_many(
         rows, columns = momentum.shape
         groups.setdefault((rows // blocks[number] if split else rows, columns), []).append(number)
     out, levels = [torch.empty(m.shape, dtype=torch.float32, device=m.device) for m in momenta], list(row_levels)
-    for (rows, columns), members in groups.items():
-        counts = tuple(blocks[n] if split else 1 for n in members)
-        momentum_MOI = torch.cat([momenta[n].reshape(-1, rows, columns) for n in members])
-        if momentum_MOI.numel() == 0:
-            continue
-        turned_MOI = _turned(momentum_MOI, [row_exponents[n] for n in members], method, steps)
-        level_MO = torch.cat([levels[n].reshape(-1, rows) for n in members]) if levels else None
-        scale_MO, level_MO = _row_scales(turned_MOI, level_MO, memory, counts)
-        if level_MO is not None:
-            for n, level in zip(members, level_MO.split(list(counts)), strict=True):
-                levels[n] = level
-        _spread(turned_MOI, scale_MO, [out[n] for n in members], counts)
+    with gpu.Branches(momenta[0].device) as branches:
+        for (rows, columns), members in groups.items():
+            if rows * columns == 0:
+                continue
+            with branches.branch():
+                counts = tuple(blocks[n] if split else 1 for n in members)
+                momentum_MOI = torch.cat([momenta[n].reshape(-1, rows, columns) for n in members])
+                turned_MOI = _turned(momentum_MOI, [row_exponents[n] for n in members], method, steps)
+                level_MO = torch.cat([levels[n].reshape(-1, rows) for n in members]) if levels else None
+                scale_MO, level_MO = _row_scales(turned_MOI, level_MO, memory, counts)
+                if level_MO is not None:
+                    for n, level in zip(members, level_MO.split(list(counts)), strict=True):
+                        levels[n] = level
+                _spread(turned_MOI, scale_MO, [out[n] for n in members], counts)
     return out, levels
 
 
