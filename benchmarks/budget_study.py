@@ -106,7 +106,7 @@ class Study:
             changes = {"ship_small": 500, **changes}
         base = base_config(self.data, steps=steps, seconds=seconds, seed=seed, **shape)
         settings = {"eval_interval": 2000, "eval_bytes": 262_144, "save_interval": 0, "keep": 1, "softcap": 30.0}
-        if "loops" in ENTRIES[name] and torch.cuda.is_available():
+        if {"loops", "experts"} & {*ENTRIES[name]} and torch.cuda.is_available():
             settings["compile"] = "blocks"  # three depths as one code each took 105 s of a GPU before the clock
         if "-ternary" in name and torch.cuda.is_available():
             settings["interval"] = 2  # what no three seeds could tell from 1 (docs/RULE.md), and a tenth of a step

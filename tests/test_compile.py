@@ -84,7 +84,7 @@ def test_messages_and_combinations(backend):
 
 @pytest.mark.parametrize("changes", [{"graph": True, "experts": 3, "max_moe_iters": 2}, {"mixer": "lstm"}])
 def test_further_layers_compile_without_a_break(changes):
-    """Experts that are compiled read every position: the same sums in another order."""
+    """Experts that are compiled are one product: the same sums in another order."""
     torch.manual_seed(0)
     model = ByteLM(ModelConfig(width=32, depth=1, ctx=8, **changes))
     (x, y), *_ = batches(1)

@@ -44,12 +44,26 @@ def test_gradients_are_those_of_the_formula():
 
 
 @pytest.mark.parametrize("iters", [1, 3])
-def test_experts_that_read_everything_say_the_same(iters, monkeypatch):
-    """What is compiled, where the number of positions of an expert cannot be known."""
-    layer, x = make(max_iters=iters), rms_norm(normal(21, 16))
-    sparse = layer(x)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    torch.testing.assert_close(layer(x), sparse, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("linear", [TritLinear, FloatLinear])
+def test_products_of_all_experts_at_once_say_the_same(linear, columns, iters, monkeypatch):
+    """What is compiled or runs on a GPU, where the number of positions of an expert stays unknown; experts without one
+    get gradients of zero."""
+    layer, x = make(max_iters=iters, linear=linear, experts=7, leak=0.5), rms_norm(normal(21, 16)).requires_grad_()
+    for module in layer.modules() if columns and linear is TritLinear else ():
+        if isinstance(module, TritLinear):
+            module.add_column_scales()
+            count = len(module.column_exponent)
+            module.column_exponent.copy_(torch.arange(count) % 9 - 4)
+    ports = [m.port if linear is TritLinear else m.weight for m in layer.experts.modules() if isinstance(m, linear)]
+    found = []
+    for together in (False, True):
+        monkeypatch.setattr("tritwise.nn.moe.in_runs", lambda rows, together=together: together)
+        y = layer(x)
+        found.append([y, *torch.autograd.grad(y, [x, *ports], normal(21, 16, seed=3), allow_unused=True)])
+    assert found[1][1].count_nonzero() and all(grad.dtype == torch.float32 for grad in found[1])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, torch.zeros_like(other) if one is None else one, rtol=1e-4, atol=1e-5)
 
 
 def test_experts_without_a_position_are_left_alone():

@@ -12,7 +12,8 @@ recurrent-ternary-half       the one that grows, made for half of the bytes
 recurrent-ternary-lean, recurrent-float-lean   the ones that grow, without the parts that cost time and were worth
                     little when taken away
 flat-ternary-ngrams, recurrent-ternary-ngrams, recurrent-float-ngrams   made for a part of the bytes, whose rest are
-                    hashed tables of 2-, 3- and 4-grams: they cost next to no time, ternary ones a fifth of the bytes
+                    hashed tables of 2- to 6-grams: they cost next to no time, ternary ones a fifth of the bytes
+flat-ternary-experts   with eight experts of which a byte meets two: bytes that cost no time, as tables do
 
 Float rates of recurrent models are about a third of a flat one's, as shared weights get the sum of all gradients;
 directions of ternary ones have a fixed size. Those here are starting points: tune them with --set NAME:rate=….
@@ -83,9 +84,10 @@ ENTRIES: dict[str, dict[str, Any]] = {
 }
 ENTRIES |= {f"{name}-lean": {**ENTRIES[name], **_SPARED} for name in ("recurrent-ternary", "recurrent-float")}
 ENTRIES |= {
-    f"{name}-ngrams": {**ENTRIES[name], "ngrams": 4, "ngram_rows": 0}
+    f"{name}-ngrams": {**ENTRIES[name], "ngrams": 6, "ngram_rows": 0}
     for name in ("flat-ternary", "recurrent-ternary", "recurrent-float")
 }
+ENTRIES["flat-ternary-experts"] = {**ENTRIES["flat-ternary"], "experts": 8}
 
 SMALLER = {
     "flat-ternary-half": 0.5,
@@ -182,13 +184,10 @@ def shape_bytes(config: Config) -> int:
 def shapes_of(c: ModelConfig) -> tuple[list[tuple[int, int]], list[int]]:
     """(rows, columns) of every matrix and table of a ByteLM of this shape, and of its vectors how many numbers each
     layer of them has."""
-    inside = c.mlp_ratio * c.width
-    block = [
-        ((c.heads + 2 * c.kv_heads) * c.head_size, c.width),
-        (c.width, c.width),
-        (inside, c.width),
-        (c.width, inside),
-    ]
+    inside = c.hidden_of_expert if c.experts else c.mlp_ratio * c.width
+    block = [((c.heads + 2 * c.kv_heads) * c.head_size, c.width), (c.width, c.width)]
+    block += [(inside, c.width), (c.width, inside)] * max(1, c.experts)
+    block += [(c.experts, c.width)] * (c.experts > 0)  # the router
     tables = [(c.vocab, c.width)] * (2 + c.value_tables) + [(c.ngram_rows, c.width)] * (c.ngrams - 1)
     layers = len(c.layers())
     rows = [layers * c.loop_embedding, layers * c.value_tables, c.core * (c.loops - 1) * c.repeat_skip]

@@ -126,6 +126,13 @@ class ModelConfig:
         return self.width // self.heads
 
     @property
+    def hidden_of_expert(self) -> int:
+        """Hidden units of an expert: a byte meets as many weights as in an MLP, of which the router's are taken off; in
+        wide models a few less, as matrix units like multiples of 16."""
+        own = max(1, (2 * self.mlp_ratio * self.width - self.experts) // (2 * self.active_experts))
+        return own if own < 128 else own // 16 * 16
+
+    @property
     def core(self) -> int:
         """Blocks that repeat."""
         return self.depth - self.prelude - self.coda

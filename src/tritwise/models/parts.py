@@ -65,8 +65,7 @@ def feedforward_of(config: ModelConfig, linear: type[nn.Module]) -> nn.Module:
     """What follows the mixer in one block."""
     hidden = config.mlp_ratio * config.width
     if config.experts:
-        # A byte meets as many weights as in the MLP: the router's are taken off the experts'.
-        own = max(1, (2 * hidden - config.experts) // (2 * config.active_experts))
+        own = config.hidden_of_expert
         return TritMoE(
             config.width,
             own,

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ class TritLinear(TritModule):
     fp8_least: None, or while gradients are recorded x and dL/dy are rounded to float8 for products that large
     (`ops.linear_fp8`), which fast matrix units then take; see `use_fp8`. unit_inputs: whether x has about unit RMS,
     which is easier to round (`give_unit_inputs`). operand: W as `decoded` has made it, which is then read in the
-    place of the registers while gradients are recorded; else empty.
+    place of the registers while gradients are recorded; else empty. decodes_ahead: whether `decoded` is for it.
     Arguments as `TritModule`. Training needs an optimizer that consumes the port: `tritwise.TritOptimizer`.
     """
 
@@ -29,6 +29,7 @@ class TritLinear(TritModule):
         super().__init__(out_features, in_features, role=role, fan_in=in_features, group=group, blocks=blocks)
         self.fp8_least: int | None = None
         self.unit_inputs = False
+        self.decodes_ahead = True
         # Not None: torch.compile, asked why it has to compile a block anew, looks into what it has seen decoded.
         self.operand = ops.Operand()
 
@@ -67,6 +68,24 @@ def give_unit_inputs(*layers: nn.Module) -> None:
             layer.unit_inputs = True
 
 
+def stacked(layers: Sequence[nn.Module], dtype: torch.dtype) -> Tensor | None:
+    """What inputs of several layers of one shape are multiplied by, scales of columns included, as `dtype` [layers,
+    out_features, in_features], with the gradient of each; None for layers of which it is not known."""
+    if all(type(layer) is FloatLinear for layer in layers):
+        return torch.stack([layer.weight for layer in layers]).to(dtype)  # type: ignore[misc]
+    ternary = [layer for layer in layers if isinstance(layer, TritLinear)]
+    if len(ternary) < len(layers):
+        return None
+    scales = [layer.column_scales(torch.float32) for layer in ternary]
+    columns = [scale for scale in scales if scale is not None]
+    if columns and len(columns) < len(ternary):
+        return None
+    tensors = [layer.register for layer in ternary], [layer.exponent for layer in ternary]
+    return ops.stacked_weights(
+        *tensors, [layer.group for layer in ternary], dtype, [layer.port for layer in ternary], columns
+    )
+
+
 @contextlib.contextmanager
 def decoded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Within it, W of every ternary linear of `model` lies decoded for activations of `dtype`, and whatever records
@@ -75,7 +94,7 @@ def decoded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
     On a GPU it is one launch, where each product would take two. Activations of another type decode as ever.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, TritLinear)]
+    layers = [layer for layer in model.modules() if isinstance(layer, TritLinear) and layer.decodes_ahead]
     tensors = [layer.register for layer in layers], [layer.exponent for layer in layers]
     made = ops.decode_many(*tensors, [layer.group for layer in layers], dtype, [layer.rounds for layer in layers])
     for layer, operand in zip(layers, made, strict=True):

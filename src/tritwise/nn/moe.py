@@ -3,16 +3,16 @@
 Shape suffixes: N positions, C width, E experts, K active experts of a position, S = N * K rows that experts make.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tritwise import ops
-from tritwise.nn.linear import TritLinear
+from tritwise.nn.linear import TritLinear, stacked
 from tritwise.nn.mlp import MLP
-from tritwise.nn.norm import rms_norm
+from tritwise.nn.norm import relu_squared_norm, rms_norm
 
 MOST_ITERS = 4
 HALTED = 0.05
@@ -23,7 +23,9 @@ class TritMoE(nn.Module):
     """y = sum over the K best experts e of gate_e(x) * MLP_e(x); x of unit RMS [..., width] -> [..., width].
 
     experts: E. active: K. hidden: of each expert, so a position meets K * hidden hidden units whatever E is.
-    `linear` makes all matrices: TritLinear, or FloatLinear for the float twin. leak: of the experts, as in `MLP`.
+    `linear` makes all matrices: TritLinear, or FloatLinear for the float twin. leak: of the experts, as in `MLP`. On a
+    GPU, and compiled, all experts are one product, of which a position takes its share: float8 is not used there, and
+    widths that are no multiple of 8 cost a product for each expert.
 
     balance: what keeps the load even. The gradient of the router's logits is turned against experts that get more than
         their share of the batch (the gradient of Fedus et al. 2021's loss, measured against the task's own), so nothing
@@ -54,8 +56,12 @@ class TritMoE(nn.Module):
         if not 1 <= max_iters <= MOST_ITERS:
             raise ValueError(f"max_iters is {max_iters}; choose 1 to {MOST_ITERS}")
         self.active, self.max_iters, self.balance, self.ponder = active, max_iters, balance, ponder
+        self.leak = leak
         self.router = linear(width, experts, group=group)
         self.experts = nn.ModuleList(MLP(width, hidden, linear=linear, group=group, leak=leak) for _ in range(experts))
+        for layer in self.experts.modules():
+            if isinstance(layer, TritLinear):
+                layer.decodes_ahead = False  # it is decoded with those of the other experts
         self.halt = linear(width, 1, group=group) if max_iters > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,20 +96,25 @@ class TritMoE(nn.Module):
     def _mix(self, x_NC: Tensor) -> Tensor:
         """One pass: [N, C] -> [N, C]."""
         chosen_NK, gate_NK = self.route(x_NC)
-        count = len(x_NC)
-        if torch.compiler.is_compiling():
-            # How many positions an expert gets is known when it runs: here every expert reads them all.
-            made_SC = torch.cat([expert(x_NC) for expert in self.experts])
-            return ops.combine(made_SC, chosen_NK * count + torch.arange(count, device=x_NC.device)[:, None], gate_NK)
         order_S = torch.argsort(chosen_NK.flatten(), stable=True)
-        counts = torch.bincount(chosen_NK.flatten(), minlength=len(self.experts)).tolist()
-        # An embedding's gradient has the same bits every time on a GPU; that of plain indexing has not.
-        rows_SC = nn.functional.embedding(order_S // self.active, x_NC)
-        parts = zip(self.experts, rows_SC.split(counts), strict=True)
-        made_SC = torch.cat([expert(part) for expert, part in parts if len(part)])
-        slot_S = torch.empty_like(order_S)
-        slot_S[order_S] = torch.arange(len(order_S), device=x_NC.device)
-        return ops.combine(made_SC, slot_S.view(count, self.active), gate_NK)
+        slot_NK = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=x_NC.device))
+        slot_NK = slot_NK.view(chosen_NK.shape)
+        rows_SC = _Dispatched.apply(x_NC, order_S // self.active, slot_NK)
+        load_E = (chosen_NK.flatten()[:, None] == torch.arange(len(self.experts), device=x_NC.device)).sum(dim=0)
+        return ops.combine(self._made(rows_SC, load_E), slot_NK, gate_NK)
+
+    def _made(self, rows_SC: Tensor, load_E: Tensor) -> Tensor:
+        """What experts make of rows that lie in their order, load_E, int64, of each."""
+        if in_runs(rows_SC):  # how many rows an expert has stays on the device
+            experts = cast("list[MLP]", list(self.experts))
+            up_EHC = stacked([expert.up for expert in experts], rows_SC.dtype)
+            down_ECH = stacked([expert.down for expert in experts], rows_SC.dtype)
+            if up_EHC is not None and down_ECH is not None:
+                ends_E = load_E.cumsum(0).to(torch.int32)
+                h_SH = ops.grouped_product(rows_SC, up_EHC, ends_E)
+                return ops.grouped_product(relu_squared_norm(h_SH, self.leak), down_ECH, ends_E)
+        parts = zip(self.experts, rows_SC.split(load_E.tolist()), strict=True)
+        return torch.cat([expert(part) for expert, part in parts if len(part)])
 
     def _repeat(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
         """Passes until every position has halted: what they add to x [N, C], and how many each took, int64 [N]."""
@@ -128,6 +139,26 @@ class TritMoE(nn.Module):
             if not torch.compiler.is_compiling() and not bool((left_N1 > 0).any()):
                 break
         return y_NC, taken_N
+
+
+def in_runs(rows_SC: Tensor) -> bool:
+    """Whether products of all experts are one operation: where the host would wait to know which have rows."""
+    return rows_SC.is_cuda or torch.compiler.is_compiling()
+
+
+class _Dispatched(torch.autograd.Function):
+    # Rows of x by their numbers. Each position's gradients are added up in the order of its experts: the same bits
+    # every time, which the gradient of indexing has not on a GPU.
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, source_S: Tensor, slot_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(slot_NK)
+        return x_NC.index_select(0, source_S)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SC: Tensor) -> tuple[Tensor, None, None]:
+        (slot_NK,) = ctx.saved_tensors
+        return grad_SC[slot_NK].sum(dim=1), None, None
 
 
 class _Nudge(torch.autograd.Function):

@@ -5,7 +5,8 @@ torch.compile sees one opaque node, and which backend runs is decided when it ru
 
     linear      y = x W^T, its input gradient, weight gradient and gradients of scales; W = trit * scale. linear_fp8:
                 the same with x and dL/dy rounded to float8 for large products. linear_decoded: either, with what
-                decode_many has made of many matrices before
+                decode_many has made of many matrices before. grouped_product: rows in runs, each with a matrix of its
+                own, which stacked_weights decodes
     embedding   rows of W, and the weight gradient
     update      momentum (int8, stochastic rounding) and the move of registers
     scales      the move of scale exponents, with their directions
@@ -38,6 +39,7 @@ from tritwise.ops.linear import (
 from tritwise.ops.linear.decoded import decode_many, linear_decoded
 from tritwise.ops.linear.fp8 import LEAST as FP8_LEAST
 from tritwise.ops.linear.fp8 import linear_fp8, refuses_fp8, rounds_fp8
+from tritwise.ops.linear.grouped import grouped_product, stacked_weights
 from tritwise.ops.linear.operands import Operand
 from tritwise.ops.nibble import (
     accumulate_nibble,
@@ -73,6 +75,7 @@ __all__ = [
     "edge_sum",
     "embedding",
     "gather_add",
+    "grouped_product",
     "linear",
     "linear_column_grad",
     "linear_column_grads",
@@ -91,6 +94,7 @@ __all__ = [
     "relu_squared_norm",
     "relu_squared_norm_grad",
     "rounds_fp8",
+    "stacked_weights",
     "turned_heads",
     "turned_heads_grad",
     "unit_factor",
