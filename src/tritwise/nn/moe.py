@@ -23,9 +23,9 @@ class TritMoE(nn.Module):
     """y = sum over the K best experts e of gate_e(x) * MLP_e(x); x of unit RMS [..., width] -> [..., width].
 
     experts: E. active: K. hidden: of each expert, so a position meets K * hidden hidden units whatever E is.
-    `linear` makes all matrices: TritLinear, or FloatLinear for the float twin. leak: of the experts, as in `MLP`. On a
-    GPU, and compiled, all experts are one product, of which a position takes its share: float8 is not used there, and
-    widths that are no multiple of 8 cost a product for each expert.
+    `linear` makes all matrices: TritLinear, or FloatLinear for the float twin. leak: of the experts, as in `MLP`. In
+    bfloat16 on a GPU, and compiled, all experts are one product of runs of rows: float8 is not used there, and widths
+    that are no multiple of 8, or float32 on a GPU, cost a product of all rows for each expert.
 
     balance: what keeps the load even. The gradient of the router's logits is turned against experts that get more than
         their share of the batch (the gradient of Fedus et al. 2021's loss, measured against the task's own), so nothing
@@ -142,8 +142,11 @@ class TritMoE(nn.Module):
 
 
 def in_runs(rows_SC: Tensor) -> bool:
-    """Whether products of all experts are one operation: where the host would wait to know which have rows."""
-    return rows_SC.is_cuda or torch.compiler.is_compiling()
+    """Whether products of all experts are one operation: where the host must not wait to know how many rows each has,
+    or, in bfloat16 on a GPU, need not."""
+    if torch.compiler.is_compiling():
+        return True
+    return rows_SC.is_cuda and (rows_SC.dtype is torch.bfloat16 or torch.cuda.is_current_stream_capturing())
 
 
 class _Dispatched(torch.autograd.Function):
