@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tritwise import ops
 from tritwise.ops.linear import reference
+from tritwise.registers import scale_values
 
 OPERATION = "linear"
 pytestmark = pytest.mark.usefixtures("each_backend")
@@ -59,13 +60,13 @@ def test_ternary_matrices_are_decoded_with_the_scales_of_their_columns(scaled, d
     generator = torch.Generator().manual_seed(0)
     registers = [torch.randint(-121, 122, (32, 80), generator=generator).to(torch.int8) for _ in range(3)]
     exponents = [torch.randint(-9, 9, (32, 2), generator=generator).to(torch.int8) for _ in range(3)]
-    columns = [torch.exp2(normal(80, seed=n).round()) for n in range(3)] if scaled else []
+    columns = [torch.arange(80, dtype=torch.int8) % (9 + n) - 4 for n in range(3)] if scaled else []
     ports = [torch.zeros(1, device=device).as_strided((32, 80), (0, 0)).requires_grad_() for _ in range(3)]
     placed = [[t.to(device) for t in tensors] for tensors in (registers, exponents, columns)]
     frozen = [ports[0], None, ports[2]]
     found = ops.stacked_weights(*placed[:2], [64] * 3, dtype, frozen, placed[2])
     plain = torch.stack([reference.decode(r, e, 64, dtype) for r, e in zip(registers, exponents, strict=True)])
-    factor = torch.stack(columns)[:, None] if scaled else torch.ones(())
+    factor = scale_values(torch.stack(columns))[:, None] if scaled else torch.ones(())
     assert found.dtype == dtype and torch.equal(found.detach().cpu(), plain * factor.to(dtype))
     upstream = normal(3, 32, 80).to(dtype)
     first, last = torch.autograd.grad(found, [ports[0], ports[2]], upstream.to(device))
@@ -80,9 +81,9 @@ def test_opcheck():
     torch.library.opcheck(OPS.grouped_weight_grad.default, (normal(9, 5), x.detach(), ends))
     registers = [torch.tensor([[121, -80], [3, 50]], dtype=torch.int8)] * 2
     exponents = [torch.tensor([[8], [-8]], dtype=torch.int8)] * 2
-    given = registers, exponents, [256, 256], [torch.ones(2)] * 2, registers, torch.float32
+    given = registers, exponents, [256, 256], [torch.ones(2, dtype=torch.int8)] * 2, registers, torch.float32
     torch.library.opcheck(OPS.stacked_weights.default, given)
-    torch.library.opcheck(OPS.stacked_weights_grad.default, (normal(2, 2, 2), [torch.ones(2)] * 2))
+    torch.library.opcheck(OPS.stacked_weights_grad.default, (normal(2, 2, 2), [torch.ones(2, dtype=torch.int8)] * 2))
 
 
 @pytest.mark.gpu

@@ -76,8 +76,7 @@ def stacked(layers: Sequence[nn.Module], dtype: torch.dtype) -> Tensor | None:
     ternary = [layer for layer in layers if isinstance(layer, TritLinear)]
     if len(ternary) < len(layers):
         return None
-    scales = [layer.column_scales(torch.float32) for layer in ternary]
-    columns = [scale for scale in scales if scale is not None]
+    columns = [layer.column_exponent for layer in ternary if layer.column_exponent is not None]
     if columns and len(columns) < len(ternary):
         return None
     tensors = [layer.register for layer in ternary], [layer.exponent for layer in ternary]

@@ -17,6 +17,7 @@ from torch import Tensor
 from tritwise.ops.library import LIBRARY, define
 from tritwise.ops.linear import reference
 from tritwise.ops.linear.decoded import decode_many
+from tritwise.registers import scale_values
 
 _grouped_mm = torch.ops.aten._grouped_mm.default
 ALIGNED = 8  # numbers of bfloat16 in the 16 bytes that rows of matrices must be multiples of
@@ -105,14 +106,19 @@ def _stacked(
         for made, register, exponent, group in zip(operands, registers, exponents, groups, strict=True)
     ]
     stack_EOI = torch.stack(weights)
-    return stack_EOI.mul_(torch.stack(columns)[:, None].to(dtype)) if columns else stack_EOI
+    return stack_EOI.mul_(_scales(columns).to(dtype)) if columns else stack_EOI
+
+
+def _scales(columns: list[Tensor]) -> Tensor:
+    """Of columns of several matrices by their exponents: float32 [E, 1, I]."""
+    return scale_values(torch.stack(columns))[:, None]
 
 
 def _stacked_grad(grad_EOI: Tensor, columns: list[Tensor]) -> list[Tensor]:
     # Of W, where the product was with W times the scales of its columns.
     wide_EOI = grad_EOI.float()
     if columns:
-        wide_EOI = wide_EOI * torch.stack(columns)[:, None].float()
+        wide_EOI = wide_EOI * _scales(columns)
     return [part.clone() for part in wide_EOI.unbind()]
 
 
@@ -159,9 +165,9 @@ def stacked_weights(
 ) -> Tensor:
     """Ternary matrices of one shape, decoded as `dtype` [E, O, I], for `grouped_product`.
 
-    registers: int8 [O, I] each; exponents: int8 [O, ceil(I/group)]; groups: of each; columns: scales of columns, float
-    [I] each, which then need not go to the inputs, or none at all. ports: what receives dL/dW of each in backward, as
-    float32 [O, I], or None.
+    registers: int8 [O, I] each; exponents: int8 [O, ceil(I/group)]; groups: of each; columns: exponents of the scales
+    of columns, int8 [I] each, which then need not go to the inputs, or none at all. ports: what receives dL/dW of each
+    in backward, as float32 [O, I], or None.
     """
     # A register gets no gradient: it stands for no port.
     open_ports = [register if port is None else port for register, port in zip(registers, ports, strict=True)]
