@@ -273,6 +273,20 @@ def test_one_pass_for_all_heads_is_what_several_are(heads, kv_heads, exclusive, 
     assert calls
 
 
+def test_one_pass_multiplies_by_the_scales_of_the_next_matrix(monkeypatch):
+    torch.manual_seed(0)
+    layer, rotary = Attention(48, 3, 3, linear=TritLinear), Rotary(16, 9)
+    layer.out.add_column_scales()
+    layer.out.column_exponent.copy_(torch.arange(48) % 9 - 4)
+    x, found = normal(2, 9, 48).requires_grad_(), []
+    for fused in (False, True):
+        monkeypatch.setattr("tritwise.nn.attention.fuses", lambda parts, fused=fused: fused)
+        y = layer(x, rotary, exclusive=True)
+        found.append([y, *torch.autograd.grad(y, [x, layer.qkv.port, layer.out.port], normal(2, 9, 48, seed=1))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_one_pass_reads_on_with_a_cache(monkeypatch):
     layer, rotary, x = Attention(32, 2, 1, linear=FloatLinear), Rotary(16, 9), normal(2, 9, 32)
     whole = layer(x, rotary)

@@ -64,6 +64,59 @@ def test_value_and_gradient_against_autograd(batch, time, heads, keys, size, hea
     assert torch.equal(grad[:, :, heads + keys :], grads[2])
 
 
+def left_formula(y: Tensor, v: Tensor, scale: Tensor | None) -> Tensor:
+    """What lies across one's own value, by the projection on it as a matrix."""
+    n = y / (y.square().mean(dim=(2, 3), keepdim=True) + EPS).sqrt()
+    own = torch.stack([v[:, :, head * v.shape[2] // y.shape[2]] for head in range(y.shape[2])], dim=2)
+    onto = own[..., :, None] * own[..., None, :] / own.square().sum(-1).clamp_min(EPS)[..., None, None]
+    left = (n - (onto @ n[..., None])[..., 0]).flatten(2)
+    return left if scale is None else left * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("batch", "time", "heads", "keys", "size"), CASES)
+def test_own_values_against_autograd(batch, time, heads, keys, size, scaled, dtype, poisoned):
+    """As attention gives them: heads before positions, and values that are a part of what the projection gave."""
+    y = (3 * normal(batch, heads, time, size)).to(dtype).transpose(1, 2)
+    v = normal(batch, time, heads + 2 * keys, size, seed=1).to(dtype)[:, :, heads + keys :]
+    v[0, 0, 0] = 1e-5  # so short that it is taken for longer
+    scale = normal(heads * size, seed=2).abs().to(dtype) if scaled else None
+    upstream, kept = normal(batch, time, heads * size, seed=3).to(dtype), (y.clone(), v.clone())
+    left = ops.without_own(y, v, scale)
+    grads = ops.without_own_grad(upstream, y, v, scale)
+    assert torch.equal(y, kept[0]) and torch.equal(v, kept[1])
+    exact = [t.double().requires_grad_() for t in (y, v)]
+    expected = left_formula(*exact, None if scale is None else scale.double())
+    expected_grads = torch.autograd.grad(expected, exact, upstream.double())
+    # Differences: their errors go with their terms. Short values have steep gradients.
+    g = upstream.double() if scale is None else upstream.double() * scale.double()
+    n = exact[0] / (exact[0].square().mean(dim=(2, 3), keepdim=True) + EPS).sqrt()
+    g, inverse = g.view(y.shape), (n / exact[0]).nan_to_num()
+    shortest = exact[1].square().sum(-1).clamp_min(EPS).sqrt().amin()
+    tolerance = 3e-6 if dtype is torch.float32 else 2**-7
+    assert left.dtype == dtype and left.is_contiguous() and left.shape == (batch, time, heads * size)
+    factor = n.flatten(2) if scale is None else n.flatten(2) * scale.double()
+    assert (left.double() - expected).norm() <= tolerance * factor.norm()
+    assert (grads[0].double() - expected_grads[0]).norm() <= 2 * tolerance * (g * inverse).norm()
+    assert (grads[1].double() - expected_grads[1]).norm() <= 4 * tolerance * (g.norm() * n.norm() / shortest)
+    for grad, given in zip(grads, (y, v), strict=True):
+        assert grad.dtype == dtype and grad.is_contiguous() and grad.shape == given.shape
+
+
+def test_of_nothing_nothing_is_left_and_no_value_takes_nothing():
+    y, v = normal(2, 3, 2, 8), normal(2, 3, 2, 8, seed=1)
+    y[0], v[1] = 0, 0
+    left = ops.without_own(y, v)
+    assert left[0].count_nonzero() == 0 and left[1].square().mean(-1).allclose(torch.ones(3), atol=1e-4)
+    for grad in ops.without_own_grad(torch.ones_like(left), y, v):
+        assert grad.isfinite().all()
+    assert (
+        ops.without_own(y[:0], v[:0]).shape == (0, 3, 16)
+        and ops.without_own(y.double(), v.double()).dtype == torch.float64
+    )
+
+
 def test_what_a_kernel_is_not_made_for():
     """Doubles, no positions, very many heads, and gradients whose last dimension does not lie together."""
     (cos, sin), parts = tables(3, 8), normal(2, 3, 6, 8)
@@ -86,3 +139,6 @@ def test_opcheck():
     torch.library.opcheck(OPS.turned_heads.default, (parts, cos, sin, 2))
     grads = [normal(2, 3, 2, 8, seed=n) for n in range(3)]
     torch.library.opcheck(OPS.turned_heads_grad.default, (*grads, parts, cos, sin))
+    for scale in (None, torch.ones(16)):
+        torch.library.opcheck(OPS.without_own.default, (grads[0], grads[1], scale))
+        torch.library.opcheck(OPS.without_own_grad.default, (normal(2, 3, 16), grads[0], grads[1], scale))

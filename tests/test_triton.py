@@ -491,6 +491,29 @@ def test_turned_heads(device, heads, keys, size, dtype, poisoned):
     assert torch.equal(found[:, :, heads + keys :], grads[2].transpose(1, 2))
 
 
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("heads", "size"), [(1, 2), (3, 64), (7, 40), (15, 64)])
+def test_own_values(device, heads, size, scaled, dtype, poisoned):
+    y, every = normal(2, heads, 5, size).to(dtype), normal(2, 5, 3 * heads, size, seed=1).to(dtype)
+    scale = normal(heads * size, seed=3).abs().to(dtype) if scaled else None
+    upstream, sides = normal(2, 5, heads * size, seed=4).to(dtype), (("triton", device), ("reference", "cpu"))
+
+    def left(y: Tensor, every: Tensor, scale: Tensor | None) -> Tensor:
+        return ops.without_own(y.transpose(1, 2), every[:, :, 2 * heads :], scale)
+
+    def gradients(upstream: Tensor, y: Tensor, every: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        return ops.without_own_grad(upstream, y.transpose(1, 2), every[:, :, 2 * heads :], scale)
+
+    tolerance = 1e-5 if dtype is torch.float32 else 2**-7
+    found, expected = (results(name, on, left, y, every, scale)[0] for name, on in sides)
+    assert_close(found, expected, tolerance)
+    both = (results(name, on, gradients, upstream, y, every, scale)[:2] for name, on in sides)
+    for found, expected in zip(*both, strict=True):
+        assert_close(found, expected, tolerance)
+
+
 # ---- what kernels are not made for
 
 
@@ -594,7 +617,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
     ones = dict.fromkeys(("time", "heads", "kv_heads", "half"), 1)  # as a launch makes them constants
     pointers |= {"low": "*fp8e4nv", "factor": "fp32"}
     pointers |= {"h": "*bf16", "inverses": "*fp32", "leak": "fp32"} | dict.fromkeys(("cos", "sin"), "*fp32")
-    pointers |= dict.fromkeys(("q", "k", "qkv", "q_grad", "k_grad", "v_grad"), "*bf16")
+    pointers |= dict.fromkeys(("q", "k", "qkv", "q_grad", "k_grad", "v_grad", "y", "v", "y_grad"), "*bf16")
     for name, constants in (
         ("edge_sum", {"BLOCK": 256}),
         ("gather_add", {"BLOCK": 256}),
@@ -633,6 +656,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         *((name, {"BLOCK": 4096}) for name in ("relu_squared_norm", "relu_squared_norm_grad")),
         ("turned_heads", {"ROWS": 32, "HALF": 32}),
         ("turned_heads_grad", {"ROWS": 32, "VALUES": 16, "HALF": 32}),
+        *((name, {"ROWS": 16, "SIZE": 64}) for name in ("without_own", "without_own_grad")),
+        *((name, {"ROWS": 1, "SIZE": 64, "heads": 1, "scale": None}) for name in ("without_own", "without_own_grad")),
         ("turned_heads", {"ROWS": 2, "HALF": 1} | ones),
         ("turned_heads_grad", {"ROWS": 2, "VALUES": 1, "HALF": 1, "q_time": 1, "k_head": 1} | ones),
         *((name, {"BLOCK": 1, "columns": 1}) for name in ("relu_squared_norm", "relu_squared_norm_grad")),

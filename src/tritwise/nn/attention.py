@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tritwise import ops
 from tritwise.nn.ledger import KVLedger
-from tritwise.nn.linear import give_unit_inputs
+from tritwise.nn.linear import TritLinear, give_unit_inputs
 from tritwise.nn.norm import EPS, fuses, rms_norm
 
 
@@ -86,6 +86,20 @@ class _TurnedHeads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor) -> tuple[Tensor, None, None, None]:
         return ops.turned_heads_grad(q_grad, k_grad, v_grad, *ctx.saved_tensors), None, None, None
+
+
+class _WithoutOwn(torch.autograd.Function):
+    # On a GPU: the norm and what follows it, one pass each way, for which nothing new is kept.
+    @staticmethod
+    def forward(ctx: Any, y_BTHD: Tensor, v_BTKD: Tensor, scale: Tensor | None) -> Tensor:
+        ctx.save_for_backward(y_BTHD, v_BTKD, scale)
+        return ops.without_own(y_BTHD, v_BTKD, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        y_grad, v_grad = ops.without_own_grad(grad, *ctx.saved_tensors)
+        return y_grad, v_grad, None
 
 
 class KVCache:
@@ -162,6 +176,11 @@ class Attention(nn.Module):
             is_causal=self.causal and mask is None and time > 1,
             enable_gqa=self.heads != self.kv_heads,
         )
+        if exclusive and fuses(y_BHTD):
+            given = y_BHTD.transpose(1, 2), own_BKTD.transpose(1, 2)
+            if not isinstance(self.out, TritLinear):
+                return self.out(_WithoutOwn.apply(*given, None))
+            return self.out(_WithoutOwn.apply(*given, self.out.column_scales(y_BHTD.dtype)), scaled=True)
         y_BTC = rms_norm(y_BHTD.transpose(1, 2).reshape(batch, time, width))
         if exclusive:
             # After the norm: the first position finds its own value alone, and of nothing a norm would make noise.

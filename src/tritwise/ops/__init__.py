@@ -14,7 +14,8 @@ torch.compile sees one opaque node, and which backend runs is decided when it ru
     direction   momentum -> a step of unit RMS: Newton-Schulz, row/column, sign, rms
     graph       rows that travel along edges and are added up where they arrive
     combine     what the experts of a mixture made, weighed and added up
-    heads       queries and keys of attention, normalised and turned by their positions, and the gradient
+    heads       queries and keys of attention, normalised and turned by their positions; what attention found, without
+                what lies along a position's own value; and the gradients
     activation  relu squared, normalised, columns scaled: what stands between the matrices of an MLP, and its gradient
 
 update, scales, nibble and direction have `_many` forms for a list of tensors, and so have gradients of scales: a whole
@@ -28,7 +29,7 @@ from tritwise.ops.direction import LEVEL_FLOOR, direction, direction_many
 from tritwise.ops.embedding import embedding
 from tritwise.ops.float8 import unit_factor
 from tritwise.ops.graph import edge_sum, gather_add
-from tritwise.ops.heads import turned_heads, turned_heads_grad
+from tritwise.ops.heads import turned_heads, turned_heads_grad, without_own, without_own_grad
 from tritwise.ops.linear import (
     linear,
     linear_column_grad,
@@ -98,4 +99,6 @@ __all__ = [
     "turned_heads",
     "turned_heads_grad",
     "unit_factor",
+    "without_own",
+    "without_own_grad",
 ]

@@ -1,4 +1,4 @@
-"""Queries and kv_heads on a GPU. Imported on first use, as `tritwise.ops.triton_kernels` is."""
+"""Queries, keys and what attention found, on a GPU. Imported on first use, as `tritwise.ops.triton_kernels` is."""
 
 import triton
 import triton.language as tl
@@ -87,3 +87,84 @@ def turned_heads_grad(
     to = out + here + (heads + kv_heads + value) * size + column
     tl.store(to, tl.load(from_v, mask=inside, other=0.0).to(out.dtype.element_ty), mask=inside)
     tl.store(to + half, tl.load(from_v + half, mask=inside, other=0.0).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def without_own(
+    y,
+    v,
+    scale,
+    out,
+    time,
+    heads,
+    numbers,
+    y_batch,
+    y_time,
+    y_head,
+    v_batch,
+    v_time,
+    v_head,
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Of one position: y normalised over all heads, less its part along v in each head, times scale, in float32. Three
+    strides for y and v, whose last is 1."""
+    position = tl.program_id(0).to(tl.int64)
+    batch, step = position // time, position % time
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, SIZE)[None, :]
+    inside, here = (row < heads) & (column < numbers), row * numbers + column
+    of_y = y + batch * y_batch + step * y_time + row * y_head + column
+    of_v = v + batch * v_batch + step * v_time + row * v_head + column
+    x = tl.load(of_y, mask=inside, other=0.0).to(tl.float32)
+    own = tl.load(of_v, mask=inside, other=0.0).to(tl.float32)
+    n = x / tl.sqrt_rn(tl.sum(x * x) / (heads * numbers) + EPS)
+    along = tl.sum(n * own, axis=1) / tl.maximum(tl.sum(own * own, axis=1), EPS)
+    left = n - along[:, None] * own
+    if scale is not None:
+        left *= tl.load(scale + here, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + position * heads * numbers + here, left.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def without_own_grad(
+    grad,
+    y,
+    v,
+    scale,
+    y_grad,
+    v_grad,
+    time,
+    heads,
+    numbers,
+    y_batch,
+    y_time,
+    y_head,
+    v_batch,
+    v_time,
+    v_head,
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """The gradients of y and v of one position, each [position, heads, numbers], for that of what `without_own` gave."""
+    position = tl.program_id(0).to(tl.int64)
+    batch, step = position // time, position % time
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, SIZE)[None, :]
+    inside, here = (row < heads) & (column < numbers), row * numbers + column
+    at = position * heads * numbers + here
+    of_y = y + batch * y_batch + step * y_time + row * y_head + column
+    of_v = v + batch * v_batch + step * v_time + row * v_head + column
+    x = tl.load(of_y, mask=inside, other=0.0).to(tl.float32)
+    own = tl.load(of_v, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    if scale is not None:
+        g *= tl.load(scale + here, mask=inside, other=0.0).to(tl.float32)
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(x * x) / (heads * numbers) + EPS)
+    n, square = x * inverse, tl.sum(own * own, axis=1)
+    length = tl.maximum(square, EPS)
+    along, of_g = tl.sum(n * own, axis=1) / length, tl.sum(g * own, axis=1) / length
+    bend = tl.where(square > EPS, 2.0 * along * of_g, 0.0)
+    found = bend[:, None] * own - along[:, None] * g - of_g[:, None] * n
+    tl.store(v_grad + at, found.to(v_grad.dtype.element_ty), mask=inside)
+    left = g - of_g[:, None] * own
+    mean = tl.sum(left * n) / (heads * numbers)
+    tl.store(y_grad + at, ((left - n * mean) * inverse).to(y_grad.dtype.element_ty), mask=inside)

@@ -56,6 +56,43 @@ def backward(q_grad: Tensor, k_grad: Tensor, v_grad: Tensor, parts: Tensor, cos:
     return out
 
 
+def _takes_own(y: Tensor, v: Tensor, scale: Tensor | None) -> bool:
+    # Heads that share a value would add up their gradients.
+    known = y.dtype in gpu.FLOATS and v.dtype in gpu.FLOATS and y.shape == v.shape and y.numel() > 0
+    tile = gpu.power_of_two_above(y.shape[2]) * gpu.power_of_two_above(y.shape[3])
+    return known and tile <= MOST and (scale is None or scale.dtype in gpu.FLOATS)
+
+
+def without_own(y: Tensor, v: Tensor, scale: Tensor | None) -> Tensor:
+    """See `tritwise.ops.heads.without_own`."""
+    if not _takes_own(y, v, scale):
+        return reference.without_own(y, v, scale)
+    out = y.new_empty(*y.shape[:2], y.shape[2] * y.shape[3])
+    _launch_own(_kernels().without_own, (), y, v, scale, out)
+    return out
+
+
+def without_own_grad(grad: Tensor, y: Tensor, v: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """dL/dy and dL/dv, contiguous."""
+    if not _takes_own(y, v, scale) or grad.dtype not in gpu.FLOATS:
+        return reference.without_own_grad(grad, y, v, scale)
+    y_grad, v_grad = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (y, v))
+    _launch_own(_kernels().without_own_grad, (grad.contiguous(),), y, v, scale, y_grad, v_grad)
+    return y_grad, v_grad
+
+
+def _launch_own(
+    kernel: object, grads: tuple[Tensor, ...], y: Tensor, v: Tensor, scale: Tensor | None, *out: Tensor
+) -> None:
+    y, v = (t if t.stride(3) == 1 else t.contiguous() for t in (y, v))
+    batch, time, heads, size = y.shape
+    rows, columns = gpu.power_of_two_above(heads), gpu.power_of_two_above(size)
+    given = *grads, y, v, None if scale is None else scale.contiguous(), *out
+    numbers = time, heads, size, *y.stride()[:3], *v.stride()[:3]
+    constants = {"ROWS": rows, "SIZE": columns, "num_warps": gpu.warps_for(rows * columns)}
+    gpu.launch(kernel, batch * time, y.device, *given, *numbers, **constants)
+
+
 def _launch(
     kernel: object, heads: int, parts: Tensor, *tensors: Tensor, strides: Iterable[int] = (), **constants: int
 ) -> None:
