@@ -145,7 +145,7 @@ def without_own_grad(
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """The gradients of y and v of one position, each [position, heads, numbers], for that of what `without_own` gave."""
+    """The gradients of y and v of one position, each [position, heads, numbers], for that of `without_own`."""
     position = tl.program_id(0).to(tl.int64)
     batch, step = position // time, position % time
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, SIZE)[None, :]
