@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tritwise import ops
+from tritwise.ops.float8 import filled
 from tritwise.ops.linear import reference
 from tritwise.registers import leading_trit, scale_values
 
@@ -61,12 +62,13 @@ def matrices(device: str = "cpu") -> tuple[list[Tensor], list[Tensor], list[int]
 
 def check_bits(device: str, dtype: torch.dtype) -> None:
     registers, exponents, groups, rounds = matrices(device)
-    found = ops.decode_many(registers, exponents, groups, dtype, rounds)
+    units = [number % 2 == 0 for number in range(len(MATRICES))]
+    found = ops.decode_many(registers, exponents, groups, dtype, rounds, units)
     if ops.backend_table()["linear"] == "tilelang":  # which decodes within its products
         assert found == [ops.Operand()] * len(MATRICES)
         return
-    parts = zip(found, registers, exponents, groups, rounds, strict=True)
-    for made, register, exponent, group, (rounds_x, rounds_grad) in parts:
+    parts = zip(found, registers, exponents, groups, rounds, units, strict=True)
+    for made, register, exponent, group, (rounds_x, rounds_grad), unit in parts:
         r, e = register.cpu(), exponent.cpu()
         either = rounds_x or rounds_grad
         assert same(made.weight, None if rounds_x and rounds_grad else reference.decode(r, e, group, dtype))
@@ -75,7 +77,12 @@ def check_bits(device: str, dtype: torch.dtype) -> None:
         assert same(made.scale_O, scale_values(e)[:, 0] if either else None)
         assert all(part is None or part.is_contiguous() for part in made) and made.serves(dtype)
         assert made.serves(torch.int8) is (rounds_x and rounds_grad)
-    places = [part.data_ptr() for made in found for part in made if part is not None]
+        # Vectors of one number are shared by all.
+        assert made.ones is (filled(register.device, 1.0) if rounds_grad else None)
+        worth = 1 / ops.unit_factor(r.shape[1])
+        assert made.unit_x is (filled(register.device, worth) if rounds_x and unit else None)
+        assert made.unit_x is None or (made.unit_x == worth).all()
+    places = [part.data_ptr() for made in found for part in made[:4] if part is not None]
     assert len(set(places)) == len(places) == 8 + 3 + 3 + 4
 
 

@@ -95,7 +95,8 @@ def decoded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """
     layers = [layer for layer in model.modules() if isinstance(layer, TritLinear) and layer.decodes_ahead]
     tensors = [layer.register for layer in layers], [layer.exponent for layer in layers]
-    made = ops.decode_many(*tensors, [layer.group for layer in layers], dtype, [layer.rounds for layer in layers])
+    how = [layer.rounds for layer in layers], [layer.unit_inputs for layer in layers]
+    made = ops.decode_many(*tensors, [layer.group for layer in layers], dtype, *how)
     for layer, operand in zip(layers, made, strict=True):
         layer.operand = operand
     try:

@@ -1,11 +1,13 @@
 """How numbers are rounded to float8 (e4m3) for fast matrix units: row by row, or by one factor for rows of unit RMS."""
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
+LONG = 1 << 18  # numbers of a vector that is `filled` once
 LARGEST = 448.0  # of e4m3
 
 
@@ -13,6 +15,13 @@ def rounded(x_NI: Tensor) -> tuple[Tensor, Tensor]:
     """x as float8 [N, I] and the float32 scales [N, 1] that give x back to within 1/16 of each number's size."""
     scale_N1 = x_NI.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
     return (x_NI.float() / scale_N1).to(FLOAT8), scale_N1
+
+
+@functools.cache
+def filled(device: torch.device, value: float) -> Tensor:
+    """float32 [LONG] of one number, made once: of it are the scales of rows and columns that all have the same one. A
+    product wants them as a vector, and a kernel for each product would fill it anew."""
+    return torch.full((LONG,), value, dtype=torch.float32, device=device)
 
 
 def unit_factor(columns: int) -> float:

@@ -19,12 +19,16 @@ class Operand(NamedTuple):
     trits8   leading trits as float8 e4m3 [O, I], if x is rounded to float8; else None
     turned8  the same [I, O], if dL/dy is; else None
     scale_O  the scale of each row, float32 [O], if either is; else None
+    ones     float32 [LONG] of ones, if dL/dy is rounded: scales of columns that have none; else None
+    unit_x   the same of what a number of x is worth that was rounded by one factor for all rows; else None
     """
 
     weight: Tensor | None = None
     trits8: Tensor | None = None
     turned8: Tensor | None = None
     scale_O: Tensor | None = None
+    ones: Tensor | None = None
+    unit_x: Tensor | None = None
 
     def serves(self, dtype: torch.dtype) -> bool:
         """Whether it can be multiplied by activations of `dtype`."""
