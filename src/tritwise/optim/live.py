@@ -18,14 +18,16 @@ class Live:
 
     def __init__(self, device: torch.device, groups: int) -> None:
         self.device = device
-        self.step = torch.zeros((), dtype=torch.int64, device=device)
-        self.rates = torch.zeros(groups, 2, dtype=torch.float64, device=device)
+        self._all = torch.zeros(1 + 2 * groups, dtype=torch.int64, device=device)  # written by one copy
+        self.step, rates = self._all[0], self._all[1:]
+        self.rates = rates.view(torch.float64).view(groups, 2)
 
     def write(self, step: int, rates: Sequence[tuple[float, float]]) -> None:
         """Set the step and the rates for the next replay; the host does not wait."""
-        pin = self.device.type == "cuda"
-        self.step.copy_(torch.tensor(step, pin_memory=pin), non_blocking=True)
-        self.rates.copy_(torch.tensor(rates, dtype=torch.float64, pin_memory=pin), non_blocking=True)
+        told = torch.empty(self._all.shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        told[0] = step
+        told[1:].view(torch.float64)[:] = torch.tensor(rates, dtype=torch.float64).view(-1)
+        self._all.copy_(told, non_blocking=True)
 
     def keys(self, places: Sequence[Place]) -> Tensor:
         """Keys at the step that is written here, whatever step the places name: int64 [places, 2]."""
