@@ -90,6 +90,13 @@ def turned_heads_grad(
 
 
 @triton.jit
+def heads_at(x, position, time, x_batch, x_time, x_head, row, column, inside):
+    """The heads of one position as float32, by three strides, the last dimension's being 1."""
+    at = x + position // time * x_batch + position % time * x_time + row * x_head + column
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def without_own(
     y,
     v,
@@ -110,13 +117,10 @@ def without_own(
     """Of one position: y normalised over all heads, less its part along v in each head, times scale, in float32. Three
     strides for y and v, whose last is 1."""
     position = tl.program_id(0).to(tl.int64)
-    batch, step = position // time, position % time
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, SIZE)[None, :]
     inside, here = (row < heads) & (column < numbers), row * numbers + column
-    of_y = y + batch * y_batch + step * y_time + row * y_head + column
-    of_v = v + batch * v_batch + step * v_time + row * v_head + column
-    x = tl.load(of_y, mask=inside, other=0.0).to(tl.float32)
-    own = tl.load(of_v, mask=inside, other=0.0).to(tl.float32)
+    x = heads_at(y, position, time, y_batch, y_time, y_head, row, column, inside)
+    own = heads_at(v, position, time, v_batch, v_time, v_head, row, column, inside)
     n = x / tl.sqrt_rn(tl.sum(x * x) / (heads * numbers) + EPS)
     along = tl.sum(n * own, axis=1) / tl.maximum(tl.sum(own * own, axis=1), EPS)
     left = n - along[:, None] * own
@@ -147,14 +151,11 @@ def without_own_grad(
 ):
     """The gradients of y and v of one position, each [position, heads, numbers], for that of `without_own`."""
     position = tl.program_id(0).to(tl.int64)
-    batch, step = position // time, position % time
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, SIZE)[None, :]
     inside, here = (row < heads) & (column < numbers), row * numbers + column
     at = position * heads * numbers + here
-    of_y = y + batch * y_batch + step * y_time + row * y_head + column
-    of_v = v + batch * v_batch + step * v_time + row * v_head + column
-    x = tl.load(of_y, mask=inside, other=0.0).to(tl.float32)
-    own = tl.load(of_v, mask=inside, other=0.0).to(tl.float32)
+    x = heads_at(y, position, time, y_batch, y_time, y_head, row, column, inside)
+    own = heads_at(v, position, time, v_batch, v_time, v_head, row, column, inside)
     g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     if scale is not None:
         g *= tl.load(scale + here, mask=inside, other=0.0).to(tl.float32)
