@@ -211,7 +211,8 @@ def decode_many(
             new(rows, dtype=torch.float32) if rounds_x or rounds_grad else None,
         )
         out.append(made)
-        places = [0 if part is None else part.data_ptr() for part in made]
+        written = made.weight, made.trits8, made.turned8, made.scale_O
+        places = [0 if part is None else part.data_ptr() for part in written]
         lines.append([programs, r.data_ptr(), e.data_ptr(), *places, rows, columns, min(group, columns)])
         programs += -(-rows // TILE) * -(-columns // TILE)
     if lines:
