@@ -63,17 +63,18 @@ CASES = [  # rows, columns, group, shape of ids: fewer ids than rows, and as man
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "columns", "group", "shape"), CASES)
-def test_rows_and_gradient_against_dense_autograd(rows, columns, group, shape, poisoned):
+def test_rows_and_gradient_against_dense_autograd(rows, columns, group, shape, dtype, poisoned):
     register, exponent = table(rows, columns, group)
     ids, port = draw_ids(rows, *shape), open_port(rows, columns)
-    y = ops.embedding(ids, register, exponent, group, port)
-    upstream = torch.randn(*shape, columns, generator=torch.Generator().manual_seed(3))
+    y = ops.embedding(ids, register, exponent, group, port, dtype)
+    upstream = torch.randn(*shape, columns, generator=torch.Generator().manual_seed(3)).to(dtype)
     y.backward(upstream)
     weight = dense(register, exponent, group).requires_grad_()
     y64 = weight[ids]
     y64.backward(upstream.double())
-    assert y.dtype == torch.float32 and y.shape == (*shape, columns)
+    assert y.dtype == dtype and y.shape == (*shape, columns)
     assert torch.equal(y.detach().double(), y64.detach())  # a gather of exact numbers is exact
     assert grad_of(port).shape == (rows, columns) and grad_of(port).dtype == torch.float32
     assert (grad_of(port).double() - grad_of(weight)).norm() <= 1e-6 * grad_of(weight).norm()
@@ -157,5 +158,5 @@ def test_opcheck(rows, columns, group, shape, ported):
     register, exponent = table(rows, columns, group)
     port = open_port(rows, columns) if ported else None
     ids = draw_ids(rows, *shape)
-    torch.library.opcheck(OPS.embedding.default, (ids, register, exponent, group, port))
+    torch.library.opcheck(OPS.embedding.default, (ids, register, exponent, group, port, torch.float32))
     torch.library.opcheck(OPS.embedding_weight_grad.default, (torch.randn(*shape, columns), ids, rows))

@@ -172,9 +172,9 @@ class GainEmbedding(_Gains):
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, fan_in=1, group=group)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         gain = nn.functional.embedding(ids, self.gain)
-        return self.table[ids] * spread(gain, self.group, self.table.shape[1])
+        return (self.table[ids] * spread(gain, self.group, self.table.shape[1])).to(dtype)
 
 
 def int8_per_token(x: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ class ByteLM(nn.Module):
 
     def values_of(self, ids: Tensor) -> list[Tensor]:
         """What each table of values has for ids [B, T], of the activations' dtype [B, T, C]."""
-        return [table(ids).to(self.dtype) for table in self.value_tables]
+        return [table(ids, self.dtype) for table in self.value_tables]
 
     def embedded(self, ids: Tensor, state: DecodeState | None = None) -> Tensor:
         """Normalised embeddings [B, T, C]; a state takes note of the last ids."""
@@ -204,10 +204,9 @@ class ByteLM(nn.Module):
             read = torch.cat((state.history_BP, ids), dim=1)
             state.history_BP = read[:, -self.history :]
         shown = ids if self.graph is None else read  # a graph reaches back to bytes of earlier calls
-        x_BSC = self.embed(shown)
+        x_BSC = self.embed(shown, self.dtype)
         if self.ngrams is not None:
-            x_BSC = x_BSC + self.ngrams(read, shown.shape[1])
-        x_BSC = x_BSC.to(self.dtype)
+            x_BSC = x_BSC + self.ngrams(read, shown.shape[1], self.dtype)
         return rms_norm(x_BSC if self.graph is None else self.graph(x_BSC, read)[:, -time:])
 
     def logits(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from tritwise.nn.trit import TritModule
 class TritEmbedding(TritModule):
     """Rows of a ternary table W [num_embeddings, embedding_dim], of unit variance at the start.
 
-    ids: int64 [...] in 0 … num_embeddings-1 -> float32 [..., embedding_dim].
+    ids: int64 [...] in 0 … num_embeddings-1 -> `dtype` [..., embedding_dim], float32 if nothing is said.
     sparse: rows that a step did not use keep their momentum and do not move, which costs nothing in large tables.
     """
 
@@ -25,8 +25,8 @@ class TritEmbedding(TritModule):
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, role=role, fan_in=1, group=group, sparse=sparse)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.scale_columns(ops.embedding(ids, self.register, self.exponent, self.group, self.port))
+    def forward(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.scale_columns(ops.embedding(ids, self.register, self.exponent, self.group, self.port, dtype))
 
 
 class FloatEmbedding(nn.Module):
@@ -45,5 +45,5 @@ class FloatEmbedding(nn.Module):
         self.roles = {"weight": role}
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim).normal_())
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return nn.functional.embedding(ids, self.weight)
+    def forward(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return nn.functional.embedding(ids, self.weight).to(dtype)

@@ -4,6 +4,7 @@ A lookup costs no arithmetic, so on a small budget of time this is the cheapest 
 left to the layers above, as in hashed n-gram embeddings generally (Huang et al. 2025, "Over-tokenized transformer").
 """
 
+import torch
 from torch import Tensor, nn
 
 _FACTOR = 1000003
@@ -14,7 +15,7 @@ class NGramEmbedding(nn.Module):
     """Sum over n = 2 … longest of table_n[hash of the last n ids].
 
     rows: entries of each table. embedding: TritEmbedding or FloatEmbedding.
-    ids: int64 [B, P + T], the last T of which are embedded; earlier ones are context -> float32 [B, T, width].
+    ids: int64 [B, P + T], the last T of which are embedded; earlier ones are context -> `dtype` [B, T, width].
     Ids before the start count as a symbol of their own.
     """
 
@@ -23,14 +24,14 @@ class NGramEmbedding(nn.Module):
         self.rows = rows
         self.tables = nn.ModuleList(embedding(rows, width, group=group, sparse=True) for _ in range(longest - 1))
 
-    def forward(self, ids: Tensor, time: int) -> Tensor:
+    def forward(self, ids: Tensor, time: int, dtype: torch.dtype = torch.float32) -> Tensor:
         # int64 products wrap modulo 2**64 on every device; the lowest bits mix worst and are dropped.
         shifted, code, total = ids + 1, ids + 1, None
         for table in self.tables:
             shifted = nn.functional.pad(shifted[:, :-1], (1, 0))
             code = code * _FACTOR + shifted
             slot = ((code * _SPREAD) >> 20) % self.rows
-            rows = table(slot[:, -time:])
+            rows = table(slot[:, -time:], dtype)
             total = rows if total is None else total + rows
         assert total is not None, "an n-gram embedding needs longest >= 2"
         return total

@@ -15,8 +15,10 @@ implement("embedding", "cpu", cpu, priority=10, devices=("cpu",), refuses=native
 implement("embedding", "triton", triton, priority=20, devices=("cuda",), refuses=gpu.refuses)
 
 
-def _forward(ids: Tensor, register: Tensor, exponent: Tensor, group: int, port: Tensor | None) -> Tensor:
-    return choose("embedding", ids.device).forward(ids, register, exponent, group)
+def _forward(
+    ids: Tensor, register: Tensor, exponent: Tensor, group: int, port: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return choose("embedding", ids.device).forward(ids, register, exponent, group, dtype)
 
 
 def _weight_grad(grad: Tensor, ids: Tensor, rows: int) -> Tensor:
@@ -24,9 +26,9 @@ def _weight_grad(grad: Tensor, ids: Tensor, rows: int) -> Tensor:
 
 
 _embedding = define(
-    "embedding(Tensor ids, Tensor register, Tensor exponent, int group, Tensor? port) -> Tensor",
+    "embedding(Tensor ids, Tensor register, Tensor exponent, int group, Tensor? port, ScalarType dtype) -> Tensor",
     _forward,
-    lambda ids, register, exponent, group, port: register.new_empty(*ids.shape, register.shape[1], dtype=torch.float32),
+    lambda ids, register, exponent, group, port, dtype: register.new_empty(*ids.shape, register.shape[1], dtype=dtype),
 )
 _embedding_weight_grad = define(
     "embedding_weight_grad(Tensor grad, Tensor ids, int rows) -> Tensor",
@@ -36,7 +38,7 @@ _embedding_weight_grad = define(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ids, register, _exponent, _group, _port = inputs
+    ids, register, *_ = inputs
     ctx.rows = register.shape[0]
     ctx.save_for_backward(ids)
 
@@ -44,12 +46,20 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (ids,) = ctx.saved_tensors
     port_grad = _embedding_weight_grad(grad, ids, ctx.rows) if ctx.needs_input_grad[4] else None
-    return None, None, None, None, port_grad
+    return None, None, None, None, port_grad, None
 
 
 torch.library.register_autograd("tritwise::embedding", _backward, setup_context=_setup, lib=LIBRARY)
 
 
-def embedding(ids: Tensor, register: Tensor, exponent: Tensor, group: int = 256, port: Tensor | None = None) -> Tensor:
-    """Rows of W. ids: int64 [...]; register: int8 [V, D]; exponent: int8 [V, ceil(D/group)] -> float32 [..., D]."""
-    return _embedding(ids, register, exponent, group, port)
+def embedding(
+    ids: Tensor,
+    register: Tensor,
+    exponent: Tensor,
+    group: int = 256,
+    port: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Rows of W, exact in float32 and bfloat16. ids: int64 [...]; register: int8 [V, D]; exponent: int8 [V,
+    ceil(D/group)] -> `dtype` [..., D]. port: receives dL/dW as float32 [V, D] in backward, or None."""
+    return _embedding(ids, register, exponent, group, port, dtype)

@@ -9,16 +9,16 @@ from tritwise.ops.native import kernels
 from tritwise.registers import scale_table
 
 
-def forward(ids: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
-    """W[ids] as float32 [..., D]."""
+def forward(ids: Tensor, register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """W[ids] as `dtype` [..., D]."""
     if ids.dtype is torch.int64 and ids.is_cpu and is_served(register, exponent, group):
         i, r, e, scales = ids.contiguous(), register.contiguous(), exponent.contiguous(), scale_table(CPU)
         rows, columns = r.shape
         out = torch.empty(*ids.shape, columns, dtype=torch.float32, device=CPU)
         pointers = (i.data_ptr(), r.data_ptr(), e.data_ptr(), scales.data_ptr(), out.data_ptr())
         if kernels().gather(*pointers, i.numel(), rows, columns, group):
-            return out
-    return reference.forward(ids, register, exponent, group)  # also to say which id is out of range
+            return out.to(dtype)
+    return reference.forward(ids, register, exponent, group, dtype)  # also to say which id is out of range
 
 
 weight_grad = reference.weight_grad

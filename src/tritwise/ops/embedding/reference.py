@@ -6,13 +6,13 @@ from torch import Tensor
 from tritwise.ops.linear.reference import decode
 
 
-def forward(ids: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
-    """W[ids] as float32 [..., D]."""
+def forward(ids: Tensor, register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """W[ids] as `dtype` [..., D]."""
     flat = ids.reshape(-1)
     if flat.numel() >= register.shape[0]:  # a small table: decode it once, then gather
-        rows = torch.nn.functional.embedding(flat, decode(register, exponent, group, torch.float32))
+        rows = torch.nn.functional.embedding(flat, decode(register, exponent, group, dtype))
     else:
-        rows = decode(register.index_select(0, flat), exponent.index_select(0, flat), group, torch.float32)
+        rows = decode(register.index_select(0, flat), exponent.index_select(0, flat), group, dtype)
     return rows.view(*ids.shape, register.shape[1])
 
 

@@ -24,16 +24,16 @@ def _kernels() -> ModuleType:
     return importlib.import_module("tritwise.ops.embedding.kernels")
 
 
-def forward(ids: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
-    """W[ids] as float32 [..., D]. On a GPU an id outside the table gives a row of NaN: to look would be to wait."""
-    served = ids.dtype is torch.int64 and ids.numel() > 0 and ids.device == register.device
+def forward(ids: Tensor, register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """W[ids] as `dtype` [..., D]. On a GPU an id outside the table gives a row of NaN: to look would be to wait."""
+    served = ids.dtype is torch.int64 and ids.numel() > 0 and ids.device == register.device and dtype in gpu.FLOATS
     if not served or not gpu.is_served(register, exponent, group):
-        return reference.forward(ids, register, exponent, group)
+        return reference.forward(ids, register, exponent, group, dtype)
     rows = register.shape[0]
     if ids.is_cpu and not bool(((ids >= 0) & (ids < rows)).all()):
-        return reference.forward(ids, register, exponent, group)  # says which id it is
+        return reference.forward(ids, register, exponent, group, dtype)  # says which id it is
     flat = ids.reshape(-1).contiguous()
-    return gpu.decode(register, exponent, group, torch.float32, flat).view(*ids.shape, register.shape[1])
+    return gpu.decode(register, exponent, group, dtype, flat).view(*ids.shape, register.shape[1])
 
 
 def weight_grad(grad: Tensor, ids: Tensor, rows: int) -> Tensor:
