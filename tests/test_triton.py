@@ -336,6 +336,9 @@ def test_embedding_gradients_are_the_same_every_time(device, count, rows):
         (1100, 512, 130, torch.bfloat16),
         (600, 33, 20, torch.float16),
         (65, 256, 64, torch.float64),  # is not multiplied
+        (900, 513, 300, torch.bfloat16),
+        (40, 40_000, 3, torch.float32),  # more rows than 16 bits can name
+        (0, 600, 5, torch.float32),
     ],
 )
 def test_embedding_gradients_of_any_shape(device, count, rows, columns, dtype, poisoned):
@@ -616,6 +619,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
     scales, linear, operands = scales_triton._kernels(), triton._kernels(), triton._operand_kernels()
     pointers |= {"square_T": "*i64", "still": "*i1", "octaves": "*fp64"}
     ones = dict.fromkeys(("time", "heads", "kv_heads", "half"), 1)  # as a launch makes them constants
+    pointers |= dict.fromkeys(("order", "starts"), "*i64")
     pointers |= {"low": "*fp8e4nv", "factor": "fp32"}
     pointers |= {"h": "*bf16", "inverses": "*fp32", "leak": "fp32"} | dict.fromkeys(("cos", "sin"), "*fp32")
     pointers |= dict.fromkeys(("q", "k", "qkv", "q_grad", "k_grad", "v_grad", "y", "v", "y_grad"), "*bf16")
@@ -644,6 +648,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         ("row_sums", products | {"PARTS": 3}),
         ("row_sums", products | {"PARTS": 1}),
         ("split_sums", {"SPAN": 16, "BLOCK": 1024}),
+        ("run_sums", {"BLOCK_N": 16, "BLOCK_C": 256}),
+        ("run_sums", {"BLOCK_N": 16, "BLOCK_C": 1, "columns": 1}),
         ("row_factors", {"SPAN": 600, "STRIP": 16, "BLOCK": 256}),
         ("row_factors", {"SPAN": 600, "STRIP": 16, "BLOCK": 256, "column_factor": None, "rows": 1, "columns": 1}),
         ("column_factors", {"STRIPS": 2, "BLOCK": 64}),

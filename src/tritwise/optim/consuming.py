@@ -115,7 +115,11 @@ class Consuming(Book):
     def _used(self, register: Tensor, grad: Tensor, decay: float) -> list[tuple[Tensor, float]]:
         """The rows that have a gradient, bool [V], in parts with what their momentum decays by: a row decays when a
         step first touches it."""
-        used_V = (grad.amax(dim=1) != 0) | (grad.amin(dim=1) != 0)  # of a NaN as well: such a row is refused
+        # A row with a NaN is used as well, and refused. On a CPU a norm takes ten times as long.
+        if grad.is_cuda:
+            used_V = torch.linalg.vector_norm(grad, float("inf"), dim=1) != 0
+        else:
+            used_V = (grad.amax(dim=1) != 0) | (grad.amin(dim=1) != 0)
         known_V = self._touched.get(register)
         parts = [(used_V, decay)] if known_V is None else [(used_V & ~known_V, decay), (used_V & known_V, 1.0)]
         place = self._masks.setdefault(register, torch.empty_like(used_V))

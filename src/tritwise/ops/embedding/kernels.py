@@ -1,8 +1,8 @@
-"""Triton kernels of the gradient of a small embedding table: a product with a one-hot matrix, in the same order always.
+"""Triton kernels of the gradient of an embedding table, in the same order always.
 
-No ids are sorted: which row a token uses is compared with all rows, and the matrix units add. They multiply bfloat16,
-of which a float32 is the sum of three, cut out of its bits. A number that is not finite spoils its column in all rows,
-because 0 times it is not 0.
+Of a small one it is a product with a one-hot matrix: no ids are sorted, which row a token uses is compared with all
+rows, and the matrix units add. They multiply bfloat16, of which a float32 is the sum of three, cut out of its bits. A
+number that is not finite spoils its column in all rows, because 0 times it is not 0. Of a large one ids are sorted.
 """
 
 import triton
@@ -74,6 +74,26 @@ def row_sums(
         total += few
     to = out + (split * rows + row[:, None]) * columns + column[None, :]
     tl.store(to, total, mask=(row < rows)[:, None] & (column < columns)[None, :])
+
+
+@triton.jit
+def run_sums(grad, order, starts, out, columns, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """out [rows, columns]: the sum of grad [tokens, columns] over the tokens of each row, in their order. order: tokens
+    sorted by their rows; starts [rows + 1]: where the tokens of each row begin in it."""
+    across = tl.cdiv(columns, BLOCK_C)
+    program = tl.program_id(0)
+    row = (program // across).to(tl.int64)
+    column = program % across * BLOCK_C + tl.arange(0, BLOCK_C)
+    at, last = tl.load(starts + row), tl.load(starts + row + 1)
+    total = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    while at < last:
+        place = at + tl.arange(0, BLOCK_N)
+        token = tl.load(order + place, mask=place < last, other=0)
+        mask = (place < last)[:, None] & (column < columns)[None, :]
+        x = tl.load(grad + token[:, None] * columns + column[None, :], mask=mask, other=0.0)
+        total += tl.sum(x.to(tl.float32), axis=0)
+        at += BLOCK_N
+    tl.store(out + row * columns + column, total, mask=column < columns)
 
 
 @triton.jit

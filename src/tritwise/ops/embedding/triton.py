@@ -15,6 +15,7 @@ PARTS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1}  # bfloat16s tha
 OLDEST = (8, 0)  # compute capability with matrix units for bfloat16
 # It takes 246 registers, where all is aligned.
 TILE = {"BLOCK_V": 256, "BLOCK_C": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+RUN = {"BLOCK_N": 16, "BLOCK_C": 256}  # tokens and columns that a program adds at a time
 PROGRAMS = 128  # that fill a GPU: one on each of its 132 processors
 SUMMED = 1024  # numbers that one program adds up over the splits
 
@@ -40,13 +41,29 @@ def weight_grad(grad: Tensor, ids: Tensor, rows: int) -> Tensor:
     """dL/dW [V, D] float32: each row is the sum of the gradients of its uses, in the same order every time.
 
     The reference's index_add_ adds by atomics on a GPU, in any order. Of a small table the gradient is a product, in
-    two launches; for a large one torch's gradient of its own embedding sorts the ids and sums runs of equal ones, in
-    twenty. An id outside the table adds nothing to it.
+    two launches; for a large one the ids are sorted, and a program adds up the tokens of each row. An id outside the
+    table adds nothing to it.
     """
     grad_ND, ids_N = grad.reshape(-1, grad.shape[-1]), ids.reshape(-1)
     if _multiplies(grad_ND, ids_N, rows):
         return _product(grad_ND.contiguous(), ids_N.contiguous(), rows)
-    return torch.ops.aten.embedding_dense_backward(grad_ND.float(), ids_N, rows, -1, False)
+    if grad_ND.numel() == 0 or rows == 0:
+        return grad.new_zeros(rows, grad.shape[-1], dtype=torch.float32)
+    return _of_sorted((grad_ND if grad_ND.dtype in PARTS else grad_ND.float()).contiguous(), ids_N, rows)
+
+
+def _of_sorted(grad_ND: Tensor, ids_N: Tensor, rows: int) -> Tensor:
+    """Sums over runs of equal ids, in the order of the tokens."""
+    columns, device = grad_ND.shape[1], grad_ND.device
+    short = torch.int16 if rows < torch.iinfo(torch.int16).max else torch.int32  # each byte of them is sorted by
+    sorted_N, order_N = torch.sort(ids_N.clamp(-1, rows).to(short), stable=True)
+    starts_V1 = torch.searchsorted(sorted_N, torch.arange(rows + 1, dtype=short, device=device))
+    out_VD = torch.empty(rows, columns, dtype=torch.float32, device=device)
+    block = min(gpu.power_of_two_above(columns), RUN["BLOCK_C"])
+    programs = rows * -(-columns // block)
+    given = grad_ND, order_N, starts_V1, out_VD, columns
+    gpu.launch(_kernels().run_sums, programs, device, *given, **RUN | {"BLOCK_C": block})
+    return out_VD
 
 
 def _multiplies(grad_ND: Tensor, ids_N: Tensor, rows: int) -> bool:
