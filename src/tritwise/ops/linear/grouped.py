@@ -20,13 +20,12 @@ from tritwise.ops.linear.decoded import decode_many
 from tritwise.registers import scale_values
 
 _grouped_mm = torch.ops.aten._grouped_mm.default
-ALIGNED = 8  # numbers of bfloat16 in the 16 bytes that rows of matrices must be multiples of
+ALIGNED = 8  # numbers of bfloat16 in 16 bytes, of which rows and columns of matrices must be multiples
 
 
-def _is_grouped(*matrices: Tensor) -> bool:
-    """Whether torch's grouped product can take these, whose last two sizes are those of matrices."""
-    fit = all(m.dtype is torch.bfloat16 and m.shape[-1] % ALIGNED == m.shape[-2] % ALIGNED == 0 for m in matrices[1:])
-    return matrices[0].is_cuda and matrices[0].dtype is torch.bfloat16 and matrices[0].shape[-1] % ALIGNED == 0 and fit
+def _is_grouped(x: Tensor, *sizes: int) -> bool:
+    """Whether torch's grouped product can take x and matrices of the same type of these sizes."""
+    return x.is_cuda and x.dtype is torch.bfloat16 and not any(size % ALIGNED for size in sizes)
 
 
 def _runs(ends_E: Tensor, rows: int) -> Tensor:
@@ -37,7 +36,7 @@ def _runs(ends_E: Tensor, rows: int) -> Tensor:
 
 
 def _product(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    if _is_grouped(x_SI, weight_EOI):
+    if _is_grouped(x_SI, *weight_EOI.shape[1:]):
         return _grouped_mm(x_SI, weight_EOI.mT, ends_E)
     if x_SI.is_cuda:
         runs = zip(_runs(ends_E, len(x_SI)), weight_EOI, strict=True)
@@ -47,7 +46,7 @@ def _product(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _weight_grad(grad_SO: Tensor, x_SI: Tensor, ends_E: Tensor) -> Tensor:
-    if x_SI.is_cuda and _is_grouped(grad_SO, x_SI[None, :ALIGNED]):
+    if _is_grouped(x_SI, grad_SO.shape[1], x_SI.shape[1]):
         made_EOI = _grouped_mm(grad_SO.mT, x_SI, ends_E)
         counts_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
         return made_EOI.masked_fill_((counts_E == 0)[:, None, None], 0)  # else whatever lay there
