@@ -21,6 +21,7 @@ from torch import Tensor
 from tritwise.registers import Key
 
 OLDEST = (7, 0)  # compute capability that Triton still compiles for
+BFLOAT16 = (8, 0)  # compute capability with matrix units for bfloat16
 INTERPRET = "TRITON_INTERPRET"
 ELEMENTS = 2048  # of a program of the update kernels
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what kernels read as float32, and write from it

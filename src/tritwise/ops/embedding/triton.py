@@ -12,7 +12,6 @@ from tritwise.ops.embedding import reference
 
 ROWS = 512  # up to which a table is small: the product grows with them, the sort that is its alternative does not
 PARTS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1}  # bfloat16s that hold a number
-OLDEST = (8, 0)  # compute capability with matrix units for bfloat16
 # It takes 246 registers, where all is aligned.
 TILE = {"BLOCK_V": 256, "BLOCK_C": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
 RUN = {"BLOCK_N": 16, "BLOCK_C": 256}  # tokens and columns that a program adds at a time
@@ -71,7 +70,7 @@ def _multiplies(grad_ND: Tensor, ids_N: Tensor, rows: int) -> bool:
     served = grad_ND.dtype in PARTS and ids_N.dtype is torch.int64 and grad_ND.device == ids_N.device
     if not served or not 0 < rows <= ROWS or grad_ND.numel() == 0:
         return False
-    return not grad_ND.is_cuda or torch.cuda.get_device_capability(grad_ND.device) >= OLDEST
+    return not grad_ND.is_cuda or torch.cuda.get_device_capability(grad_ND.device) >= gpu.BFLOAT16
 
 
 def _product(grad_ND: Tensor, ids_N: Tensor, rows: int) -> Tensor:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritwise.ops import gpu
+from tritwise.ops.backends import choose
 from tritwise.ops.library import LIBRARY, define
-from tritwise.ops.linear import reference
 from tritwise.ops.linear.decoded import decode_many
 from tritwise.registers import scale_values
 
@@ -25,7 +26,9 @@ ALIGNED = 8  # numbers of bfloat16 in 16 bytes, of which rows and columns of mat
 
 def _is_grouped(x: Tensor, *sizes: int) -> bool:
     """Whether torch's grouped product can take x and matrices of the same type of these sizes."""
-    return x.is_cuda and x.dtype is torch.bfloat16 and not any(size % ALIGNED for size in sizes)
+    if not x.is_cuda or x.dtype is not torch.bfloat16 or any(size % ALIGNED for size in sizes):
+        return False
+    return torch.cuda.get_device_capability(x.device) >= gpu.BFLOAT16
 
 
 def _runs(ends_E: Tensor, rows: int) -> Tensor:
@@ -99,9 +102,10 @@ def _stacked(
 ) -> Tensor:
     never = [(False, False)] * len(registers)
     operands = decode_many(registers, exponents, groups, dtype, never)
+    decode = choose("linear", registers[0].device).decode
     weights = [
-        # A backend that decodes within its products has nothing to give.
-        reference.decode(register, exponent, group, dtype) if made.weight is None else made.weight
+        # Of a backend that decodes within its products there are none.
+        decode(register, exponent, group, dtype) if made.weight is None else made.weight
         for made, register, exponent, group in zip(operands, registers, exponents, groups, strict=True)
     ]
     stack_EOI = torch.stack(weights)

@@ -21,7 +21,6 @@ from tritwise.ops.linear import triton
 from tritwise.ops.linear.operands import Operand
 from tritwise.registers import scale_table
 
-OLDEST = (8, 0)  # compute capability with bfloat16 in its matrix units
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}  # as TileLang calls them
 SPAN = 64  # columns of a tile of W, which has one scale a row: DEPTH of the kernels
 
@@ -42,8 +41,10 @@ def refuses(device: torch.device) -> str | None:
         return "it runs on CUDA devices only"
     if importlib.util.find_spec("tilelang") is None:
         return "tilelang is not installed; pip install 'tritwise[tilelang]'"
-    if torch.cuda.get_device_capability(device) < OLDEST:
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability {OLDEST[0]}.{OLDEST[1]}"
+    if torch.cuda.get_device_capability(device) < gpu.BFLOAT16:
+        return (
+            f"{torch.cuda.get_device_name(device)} is older than compute capability {gpu.BFLOAT16[0]}.{gpu.BFLOAT16[1]}"
+        )
     if reason := gpu.refuses(device):
         return f"what it leaves to triton cannot run: {reason}"
     try:
