@@ -447,9 +447,9 @@ class Recorder(nn.Module):
         super().__init__()
         self.seen = torch.empty(0)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         self.seen = ids
-        return ids[..., None].float()
+        return ids[..., None].to(dtype)
 
 
 def slots(text: list[int], longest: int, rows: int = 1 << 20) -> list[list[int]]:
