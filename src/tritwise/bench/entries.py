@@ -14,6 +14,7 @@ recurrent-ternary-lean, recurrent-float-lean   the ones that grow, without the p
 flat-ternary-ngrams, recurrent-ternary-ngrams, recurrent-float-ngrams   made for a part of the bytes, whose rest are
                     hashed tables of 2- to 6-grams: they cost next to no time, ternary ones a fifth of the bytes
 flat-ternary-experts   with eight experts of which a byte meets two: bytes that cost no time, as tables do
+flat-ternary-experts-ngrams   with both
 
 Float rates of recurrent models are about a third of a flat one's, as shared weights get the sum of all gradients;
 directions of ternary ones have a fixed size. Those here are starting points: tune them with --set NAME:rate=….
@@ -83,16 +84,17 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "recurrent-ternary-half": {**_TERNARY, **_RECURRENT, **_AVERAGED},
 }
 ENTRIES |= {f"{name}-lean": {**ENTRIES[name], **_SPARED} for name in ("recurrent-ternary", "recurrent-float")}
+ENTRIES["flat-ternary-experts"] = {**ENTRIES["flat-ternary"], "experts": 8}
 ENTRIES |= {
     f"{name}-ngrams": {**ENTRIES[name], "ngrams": 6, "ngram_rows": 0}
-    for name in ("flat-ternary", "recurrent-ternary", "recurrent-float")
+    for name in ("flat-ternary", "flat-ternary-experts", "recurrent-ternary", "recurrent-float")
 }
-ENTRIES["flat-ternary-experts"] = {**ENTRIES["flat-ternary"], "experts": 8}
 
 SMALLER = {
     "flat-ternary-half": 0.5,
     "recurrent-ternary-half": 0.5,
     "flat-ternary-ngrams": 0.5,
+    "flat-ternary-experts-ngrams": 0.75,
     "recurrent-ternary-ngrams": 0.5,
     "recurrent-float-ngrams": 0.75,
 }
