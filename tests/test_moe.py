@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import FloatLinear, TritLinear, TritMoE, rms_norm, tensor_roles, trit_modules
 from tritwise.nn.moe import HALTED
 from tritwise.optim import TritOptimizer
+from tritwise.train.stepper import Stepper
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -155,3 +157,31 @@ def test_the_pressure_changes_no_answer():
     with torch.no_grad():
         quiet = layer(x)
     assert torch.equal(layer(x.requires_grad_()).detach(), quiet) and isinstance(layer, nn.Module)
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_all_experts_at_once():
+    """In bfloat16 as one product, close to a CPU's; in float32 one by one."""
+    torch.manual_seed(0)
+    layer, x = TritMoE(64, 48, experts=5, active=2), rms_norm(normal(200, 64))
+    expected = layer(x)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        y = layer.cuda()(x.cuda().to(dtype))
+        same = layer.route(x.cuda().to(dtype))[0].cpu() == layer.cpu().route(x)[0]  # rounding may change who is asked
+        alike = same.all(dim=1)
+        assert alike.float().mean() > 0.9
+        assert (y.cpu().float() - expected)[alike].norm() < tolerance * expected[alike].norm()
+
+
+@pytest.mark.gpu
+def test_experts_are_recorded():
+    ids = torch.randint(0, 256, (6, 4, 33), generator=torch.Generator().manual_seed(0)).cuda()
+    found = []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        model = ByteLM(ModelConfig(width=128, depth=2, ctx=32, experts=4, column_scales=True), torch.bfloat16).cuda()
+        optimizer = TritOptimizer(model, 0.02)
+        stepper = Stepper(model, [optimizer], graph=graph)
+        losses = [float(stepper.step(batch[:, :-1], batch[:, 1:])) for batch in ids]
+        found.append((losses, [layer.register.clone() for _, layer in trit_modules(model)]))
+    assert found[0][0] == found[1][0] and all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
