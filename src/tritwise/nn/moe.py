@@ -86,10 +86,7 @@ class TritMoE(nn.Module):
     def _pressure(self, logits_NE: Tensor, chosen_NK: Tensor) -> Tensor:
         """Towards which logits must fall for the load to be even; 0 where it is."""
         experts = logits_NE.shape[1]
-        load_E = torch.zeros(experts, device=logits_NE.device).index_add_(
-            0, chosen_NK.flatten(), torch.ones(chosen_NK.numel(), device=logits_NE.device)
-        )
-        excess_E = load_E * (experts / chosen_NK.numel()) - 1.0
+        excess_E = _load(chosen_NK, experts).float() * (experts / chosen_NK.numel()) - 1.0
         p_NE = torch.softmax(logits_NE, dim=1)
         return self.balance * experts * p_NE * (excess_E - (p_NE * excess_E).sum(dim=1, keepdim=True))
 
@@ -100,8 +97,7 @@ class TritMoE(nn.Module):
         slot_NK = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=x_NC.device))
         slot_NK = slot_NK.view(chosen_NK.shape)
         rows_SC = _Dispatched.apply(x_NC, order_S // self.active, slot_NK)
-        load_E = (chosen_NK.flatten()[:, None] == torch.arange(len(self.experts), device=x_NC.device)).sum(dim=0)
-        return ops.combine(self._made(rows_SC, load_E), slot_NK, gate_NK)
+        return ops.combine(self._made(rows_SC, _load(chosen_NK, len(self.experts))), slot_NK, gate_NK)
 
     def _made(self, rows_SC: Tensor, load_E: Tensor) -> Tensor:
         """What experts make of rows that lie in their order, load_E, int64, of each."""
@@ -139,6 +135,11 @@ class TritMoE(nn.Module):
             if not torch.compiler.is_compiling() and not bool((left_N1 > 0).any()):
                 break
         return y_NC, taken_N
+
+
+def _load(chosen_NK: Tensor, experts: int) -> Tensor:
+    """How many rows each expert gets, int64 [E]; the host does not wait."""
+    return (chosen_NK.flatten()[:, None] == torch.arange(experts, device=chosen_NK.device)).sum(dim=0)
 
 
 def in_runs(rows_SC: Tensor) -> bool:

@@ -122,8 +122,9 @@ class Consuming(Book):
             used_V = (grad.amax(dim=1) != 0) | (grad.amin(dim=1) != 0)
         known_V = self._touched.get(register)
         parts = [(used_V, decay)] if known_V is None else [(used_V & ~known_V, decay), (used_V & known_V, 1.0)]
-        place = self._masks.setdefault(register, torch.empty_like(used_V))
-        self._touched[register] = place.copy_(used_V if known_V is None else used_V | known_V)
+        if register not in self._masks:
+            self._masks[register] = torch.empty_like(used_V)
+        self._touched[register] = self._masks[register].copy_(used_V if known_V is None else used_V | known_V)
         return parts
 
     def refuse(self) -> None:

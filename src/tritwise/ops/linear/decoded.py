@@ -77,8 +77,7 @@ class _LinearDecoded(torch.autograd.Function):
         if trits8 is None or scale_O is None:
             assert weight is not None
             return torch.nn.functional.linear(x, weight)
-        x_NI = x.reshape(-1, x.shape[-1])
-        y_NO = forward_fp8(x_NI, trits8, scale_O, unit, None if x8 is None else x8.view(x_NI.shape), unit_x)
+        y_NO = forward_fp8(x.reshape(-1, x.shape[-1]), trits8, scale_O, unit, x8, unit_x)
         return y_NO.view(*x.shape[:-1], -1)
 
     @staticmethod

@@ -87,16 +87,20 @@ def _product(a: Tensor, turned_b: Tensor, scale_a: Tensor, scale_b: Tensor, dtyp
     return _scaled_mm(a, turned_b.t(), scale_a, scale_b, out_dtype=torch.bfloat16).to(dtype)
 
 
-def rounded_unit(x_NI: Tensor, x8_NI: Tensor | None = None, unit_x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _same(value: float, count: int, made: Tensor | None, like: Tensor) -> Tensor:
+    """float32 [count] of one number: the beginning of `made`, a longer vector of it, where there is one."""
+    if made is not None and count <= made.shape[0]:
+        return made[:count]
+    return torch.full((count,), value, dtype=torch.float32, device=like.device)
+
+
+def rounded_unit(x_NI: Tensor, x8: Tensor | None = None, unit_x: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The same as `rounded` for rows of about unit RMS, with one scale for all of them, a power of two: numbers beyond
     what such a row can hold, sqrt(I), may end at the largest of float8; those below 7e-5 * sqrt(I) lose digits. x8: x
-    times `unit_factor(I)` as float8, where it is there already; unit_x: a vector of the scale, likewise."""
-    factor, count = unit_factor(x_NI.shape[1]), x_NI.shape[0]
-    if unit_x is not None and count <= unit_x.shape[0]:
-        scale_N1 = unit_x[:count].view(-1, 1)
-    else:
-        scale_N1 = torch.full((count, 1), 1 / factor, dtype=torch.float32, device=x_NI.device)
-    return times_as_float8(x_NI, factor) if x8_NI is None else x8_NI, scale_N1
+    times `unit_factor(I)` as float8 [..., I], where it is there already; unit_x: a vector of the scale, likewise."""
+    factor = unit_factor(x_NI.shape[1])
+    x8_NI = times_as_float8(x_NI, factor) if x8 is None else x8.view(x_NI.shape)
+    return x8_NI, _same(1 / factor, x_NI.shape[0], unit_x, x_NI).view(-1, 1)
 
 
 def forward_fp8(
@@ -104,12 +108,12 @@ def forward_fp8(
     trits8: Tensor,
     scale_O: Tensor,
     unit: bool,
-    x8_NI: Tensor | None = None,
+    x8: Tensor | None = None,
     unit_x: Tensor | None = None,
 ) -> Tensor:
     """y [N, O] of x's dtype, x being rounded. trits8: float8 [O, I]; scale_O: float32; unit: x has about unit RMS; x8,
     unit_x: as of `rounded_unit`."""
-    x8_NI, scale_N1 = rounded_unit(x_NI, x8_NI, unit_x) if unit else rounded(x_NI)
+    x8_NI, scale_N1 = rounded_unit(x_NI, x8, unit_x) if unit else rounded(x_NI)
     return _product(x8_NI, trits8, scale_N1, scale_O.view(1, -1), x_NI.dtype)
 
 
@@ -117,11 +121,7 @@ def input_grad_fp8(grad_NO: Tensor, turned8: Tensor, scale_O: Tensor, ones: Tens
     """dL/dx [N, I] of dL/dy's dtype, dL/dy being rounded. turned8: float8 trits [I, O]; scale_O: float32; ones: a
     vector of them, where it is there already."""
     grad8_NO, scale_N1 = rounded(grad_NO * scale_O.to(grad_NO.dtype).view(1, -1))
-    count = turned8.shape[0]
-    if ones is not None and count <= ones.shape[0]:
-        ones_1I = ones[:count].view(1, -1)
-    else:
-        ones_1I = torch.ones(1, count, dtype=torch.float32, device=grad_NO.device)
+    ones_1I = _same(1.0, turned8.shape[0], ones, grad_NO).view(1, -1)
     return _product(grad8_NO, turned8, scale_N1, ones_1I, grad_NO.dtype)
 
 
@@ -142,8 +142,7 @@ class _LinearFp8(torch.autograd.Function):
         x_NI = x.reshape(-1, x.shape[-1])
         rounds_x, ctx.rounds_grad = rounds_fp8(register, least, unit)
         if rounds_x:
-            x8_NI = None if x8 is None else x8.view(x_NI.shape)
-            y_NO = forward_fp8(x_NI, _trits_op(register, False), scale_O, unit, x8_NI)
+            y_NO = forward_fp8(x_NI, _trits_op(register, False), scale_O, unit, x8)
         else:
             y_NO = linear(x_NI, register, exponent, group)
         ctx.group = group
