@@ -9,7 +9,6 @@ from tritwise.ops.linear import reference
 from tritwise.registers import scale_values
 
 OPERATION = "linear"
-pytestmark = pytest.mark.usefixtures("each_backend")
 OPS = torch.ops.tritwise
 
 RUNS = [(3, 0, 5, 1), (0, 0, 9, 0), (4, 5, 0, 0), (1, 1, 1, 1), (0, 0, 0, 0), (64, 8, 0, 56)]
@@ -53,10 +52,22 @@ def test_values_and_gradients(outputs, inputs, runs, dtype, device):
     assert found[2][empty].count_nonzero() == 0
 
 
-@on_each_device
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_ternary_matrices_are_decoded_with_the_scales_of_their_columns(scaled, dtype, device):
+def test_ternary_matrices_are_decoded_with_the_scales_of_their_columns(scaled, dtype):
+    check_decoding(scaled, dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_ternary_matrices_are_decoded_on_a_gpu(scaled, dtype):
+    check_decoding(scaled, dtype, "cuda")
+
+
+def check_decoding(scaled: bool, dtype: torch.dtype, device: str) -> None:
+    """Values and gradients of matrices of which one is frozen, each against the reference."""
     generator = torch.Generator().manual_seed(0)
     registers = [torch.randint(-121, 122, (32, 80), generator=generator).to(torch.int8) for _ in range(3)]
     exponents = [torch.randint(-9, 9, (32, 2), generator=generator).to(torch.int8) for _ in range(3)]
@@ -75,6 +86,7 @@ def test_ternary_matrices_are_decoded_with_the_scales_of_their_columns(scaled, d
         assert torch.equal(grad.cpu(), (upstream.float() * factor)[number])
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_opcheck():
     x, weight, ends = normal(9, 8).requires_grad_(), normal(4, 5, 8, seed=1).requires_grad_(), ends_of((3, 0, 5, 1))
     torch.library.opcheck(OPS.grouped_product.default, (x, weight, ends))
