@@ -20,10 +20,11 @@ def int8(low: int, high: int, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def some(shapes: list[tuple[int, int]] = SHAPES) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Exponents, evidences and momenta; the fourth momentum is all zeros."""
+    """Exponents, evidences and momenta; the third is that of a table used at few rows, the fourth all zeros."""
     flat = [(1, rows * columns) for rows, columns in shapes]
     momenta = [int8(-127, 126, shape, 20 + n) for n, shape in enumerate(flat)]
     if len(momenta) > 3:
+        momenta[2][:, 3:] //= 64
         momenta[3].zero_()
     exponents = [int8(-126, 126, shape, n) for n, shape in enumerate(shapes)]
     return exponents, [int8(-128, 127, shape, 10 + n) for n, shape in enumerate(flat)], momenta
@@ -41,7 +42,7 @@ def by_hand(octaves: list[float], stays: Tensor | None = None) -> Tensor:
     parts = []
     for e, v, m, rate, key in zip(exponents, evidences, momenta, octaves, KEYS, strict=True):
         x = m.view(-1).double()
-        u = x / x.square().mean().sqrt() if x.any() else x
+        u = (x / x.square().mean().sqrt()).clamp(-8, 8) if x.any() else x
         moved = (-u.float().double() * rate * 2048).clamp(-65024, 65024)
         steps = torch.floor(moved + (random_bits16(m.numel(), key).double() + 32768) / 65536)
         parts.append((e.view(-1).double() * 256 + v.view(-1), steps))
@@ -78,6 +79,16 @@ def test_octaves_and_keys_may_lie_anywhere_on_the_device():
     ops.move_scales_many(*expected, [0.3] * len(SHAPES), KEYS)
     for one, other in zip(found, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_no_scale_of_a_large_table_runs_away():
+    """One row of 40,000 that has all of the gradient: u of unit RMS would be 200."""
+    momentum = torch.zeros(1, 40_000, dtype=torch.int8)
+    momentum[0, 7] = -127
+    exponent, evidence = torch.zeros(40_000, 1, dtype=torch.int8), torch.zeros_like(momentum)
+    ops.move_scales_many([exponent], [evidence], [momentum], [0.125], [make_key(0, 0, 0)])
+    assert int(exponent[7, 0]) == 8 and int(evidence[0, 7]) == 0  # an octave
+    assert exponent.count_nonzero() == 1 and not evidence.any()
 
 
 @pytest.mark.parametrize("octaves", [0.005, 0.3, 40.0])

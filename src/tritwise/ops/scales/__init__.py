@@ -51,7 +51,7 @@ def move_scales_many(
     go: Tensor | None = None,
 ) -> None:
     """exponent <- exponent - 8 * octaves * u for each of several sets (at least one), in place, stochastically rounded
-    to 1/256; u is the set's momentum over its RMS, and zero where that is.
+    to 1/256; u is the set's momentum over its RMS, at most 8 in size, and zero where that is.
 
     exponents: int8, any shape, of N scales; evidences, momenta: int8 of as many (that all of a set's momentum is under
     one exponent makes no difference to u); all on one device. octaves: of a direction of 1, one number for each set.

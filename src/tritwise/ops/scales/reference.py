@@ -8,6 +8,10 @@ from torch import Tensor
 from tritwise.ops.direction.reference import TINY
 from tritwise.registers import Key, move_exponents, random_bits16_many
 
+FAR = 8.0
+"""The most that u is. Of the thousands of rows of a large table few are used at most places: u of theirs would be up to
+the root of the number of scales, and a scale that moves by an octave a step runs away (docs/LOG.md, 2026-11-29)."""
+
 
 def move_scales_many(
     exponents: Sequence[Tensor],
@@ -39,8 +43,9 @@ def move_scales_many(
 
 
 def _unit_rms(momentum_N: Tensor) -> Tensor:
-    """int8 [N] over the root of its mean square, float32. The sum is one of integers, so every backend has its bits."""
+    """int8 [N] over the root of its mean square, float32, at most FAR. The sum is one of integers, so every backend has
+    its bits."""
     total = momentum_N.to(torch.int64).square().sum().to(torch.float32)
     # The divisor is a tensor: CUDA multiplies by the reciprocal of a plain number, which is not the same float.
     mean = total / torch.full_like(total, momentum_N.numel())
-    return momentum_N.to(torch.float32) / (mean.sqrt() + TINY)
+    return (momentum_N.to(torch.float32) / (mean.sqrt() + TINY)).clamp_(-FAR, FAR)
