@@ -1,12 +1,12 @@
 """The runs behind the table of models under a budget of bytes: rates tuned, contestants compared, parts taken away.
 
     python benchmarks/budget_study.py STAGE[,STAGE…] --data ENWIK8 --out FOLDER [--minutes M] [--seconds S] [--tuning T]
-        [--known FILE] [--only NAME[,NAME…]] [--begin]
+        [--known FILE] [--only NAME[,NAME…]] [--rate R] [--begin]
 
 Stages, each a list of cells in order of importance:
 
     tune     every contestant at each of its rates for T seconds, 16,000,000 bytes, scored on 1 MB of val
-    main     every contestant for S seconds at the best rate that `tune` found (else its own), 16,000,000 bytes
+    main     every contestant for S seconds at the best rate that `tune` found (else its own, or R), 16,000,000 bytes
     main4    the same for 4,000,000 bytes
     seeds    two more seeds of the best float and the best ternary contestant of `main`
     ablate   recurrent ternary, 4,000,000 bytes, 800 steps at full depth: as it is and without each part, two seeds,
@@ -78,7 +78,8 @@ WARM = 90.0  # seconds in which a cell gets somewhere: it builds and compiles fo
 
 class Study:
     """Cells of one text in one folder: `seconds` of training each, `tuning` in the stage tune. `tiny` shrinks all.
-    known: a result file; what it has of tune and ablate is not run again. only: those whose cells are run."""
+    known: a result file; what it has of tune and ablate is not run again. only: those whose cells are run. rate: of
+    cells that are not about rates, in place of the best known."""
 
     def __init__(
         self,
@@ -89,9 +90,10 @@ class Study:
         tuning: float = 100.0,
         known: Path | None = None,
         only: Collection[str] = ENTRIES,
+        rate: float | None = None,
     ) -> None:
         self.data, self.out, self.tiny, self.seconds, self.tuning = data, out, tiny, seconds, tuning
-        self.only = only
+        self.only, self.rate = only, rate
         records = unpacked(read_json(known)) if known else []
         self.known = {
             _told(one["recipe"], one["config"]): one for one in records if one.get("stage") in ("tune", "ablate")
@@ -166,7 +168,9 @@ class Study:
         return entry(name, override(base, {"eval_interval": 0, "save_interval": 0}), 1_000_000, changes)
 
     def best_rate(self, name: str) -> float:
-        """The rate at which `tune` scored best; the contestant's own while nothing was tuned."""
+        """The rate at which `tune` scored best; the contestant's own while nothing was tuned; the one that was given."""
+        if self.rate is not None:
+            return self.rate
         tuned = next(own for own in RATES if name.startswith(own))
         done = [record for config in self.tune() if (record := self.record(config)) is not None]
         scores = [(r["scores"]["val_sliding"]["bpb"], r["rate"]) for r in done if r["recipe"] == tuned]
@@ -352,6 +356,7 @@ def run(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--each", type=int, default=1, help="cells that share a GPU, of stages that go by steps")
     parser.add_argument("--only", default=",".join(ENTRIES), help="contestants whose cells are run; all others wait")
+    parser.add_argument("--rate", type=float, help="of all cells but those of tune, in place of its best")
     parser.add_argument("--begin", action="store_true", help="start cells too that will be stopped, to go on next time")
     parser.add_argument("--slim", action="store_true", help="keep no shipped models, only what is said of them")
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU, to see that everything runs")
@@ -361,10 +366,11 @@ def run(arguments: list[str] | None = None) -> int:
     data = str(locate(given.data).resolve()) if Path(given.data).exists() else given.data
     left = 0
     more = ["--data", data, "--seconds", str(given.seconds), "--tuning", str(given.tuning)]
+    more += ["--rate", str(given.rate)] if given.rate is not None else []
     more += [*(["--tiny"] if given.tiny else []), *(["--known", str(given.known)] if given.known else [])]
     try:
         only = given.only.split(",")
-        study = Study(data, given.out, given.tiny, given.seconds, given.tuning, given.known, only)
+        study = Study(data, given.out, given.tiny, given.seconds, given.tuning, given.known, only, given.rate)
         stages = given.stages.split(",")
         for stage in stages:
             if stage not in STAGES:

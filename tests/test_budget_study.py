@@ -73,6 +73,9 @@ def test_the_best_rate_is_taken(study, small_text, tmp_path, capsys):
     assert cells.best_rate("flat-ternary") == 0.02 and cells.best_rate("recurrent-ternary-constant") == 0.03
     assert cells.best_rate("flat-float") == 0.01
     assert {config.train.rate for config in cells.main() if config.recipe == "flat-float"} == {0.01}
+    given = study.Study(str(small_text), tmp_path, tiny=True, rate=0.5)
+    assert {config.train.rate for config in [*given.main(), *given.main4()]} == {0.5}
+    assert [study.folder_name(c) for c in given.tune()] == [study.folder_name(c) for c in cells.tune()]
     assert study.run(["everything", *words]) == 2
     assert study.run(["tune", *words, "--known", str(tmp_path / "missing.json")]) == 2
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -272,6 +273,7 @@ def flat(config: Config) -> dict[str, Any]:
     return {key: value for name in _PARTS for key, value in dataclasses.asdict(getattr(config, name)).items()}
 
 
+@functools.cache
 def _types() -> dict[str, tuple[str, type]]:
     """Every key -> (part of the config, its type). Keys are unique across the parts."""
     found: dict[str, tuple[str, type]] = {}
