@@ -603,7 +603,7 @@ def test_a_lucky_single_run_does_not_stand_for_a_rule():
 def step_file(size: str, weights: int, ours: float, rival: float | None, **changes) -> dict:
     """A result file of `tritwise bench step`."""
     row = {"size": size, "weights": weights, "bytes_a_step": 1024, "state_bytes": 2 * weights, "peak_bytes": 10**9}
-    own = row | {"contender": "ours", "rule": "ours", "settings": {}}
+    own = row | {"contender": "ours", "rule": "ours", "settings": {}, "step_ms_rounds": [ours] * 5}
     rows = [own | {"step_ms": ours, "update_share": 0.125, "ratio": (rival or 0) / ours} | changes]
     rows += [row | {"contender": "adamw-bf16", "rule": "adamw-bf16", "step_ms": rival, "ratio": 1.0}] if rival else []
     return {"bench": "step", "device": "a GPU", "torch": "2.11.0", "rows": rows}
@@ -621,13 +621,14 @@ def test_steps_of_every_size_stand_beside_adamw():
         "20.0",
         "15.0",
         "0.75",
+        "5",
         "12 %",
         "40.0 MB",
         "40.0 MB",
         "1.00 GB",
         "1.00 GB",
     ]
-    assert large[:7] == ["3B", "default", "1,024", "700", "", "", "12 %"] and large[8] == large[10] == ""
+    assert large[:8] == ["3B", "default", "1,024", "700", "", "", "5", "12 %"] and large[9] == large[11] == ""
     failed = step_file("small", 20 * 10**6, 20.0, 15.0, error="out of memory")
     assert engine_markdown([failed]) == engine_markdown([]) == "Nothing has been measured yet."
 

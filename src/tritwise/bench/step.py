@@ -27,6 +27,7 @@ from tritwise.train.audit import audit, peak_bytes
 from tritwise.train.run import surroundings
 
 WARM_UP = 2  # steps of a fresh model before its first turn
+BRIEF = 3.0  # seconds for a turn of everybody, up to which turns are taken even when the time is up
 LEFT_OUT = "left out: the time was up"
 RIVAL = "adamw-bf16"  # whom ratios are over, where it runs
 
@@ -57,7 +58,9 @@ class StepBench:
     save: Callable[[], None] = lambda: None  # what is known so far, should the run be cut off
 
     def side_by_side(self, rounds: int, until: float) -> None:
-        """Build all models, then let them take turns; `rounds` turns each, fewer once `until` has passed."""
+        """Build all models, then let them take turns; `rounds` turns each, fewer once `until` has passed, if
+        turns take long: to build small models takes most of the time."""
+        took = 0.0
         runners: dict[str, Runner] = {}
         for name, figures in self.figures.items():
             if runners and time.monotonic() > until:
@@ -65,11 +68,13 @@ class StepBench:
             elif (runner := self._guarded(name, lambda name=name: self._built(name))) is not None:
                 runners[name] = runner
         for number in range(rounds):
+            began = time.monotonic()
             for name in list(runners):
-                if number and time.monotonic() > until:
+                if number and took > BRIEF and time.monotonic() > until:
                     break
                 if self._guarded(name, lambda name=name: self._timed(name, runners[name])) is None:
                     del runners[name]
+            took = time.monotonic() - began
         for name, runner in runners.items():
             self._guarded(name, lambda name=name, runner=runner: self._finish(name, runner))
 

@@ -15,6 +15,7 @@ HEAD = (
     "ours, ms",
     "AdamW, ms",
     "speed over AdamW",
+    "turns",
     "update's share",
     "state, ours",
     "AdamW",
@@ -32,7 +33,7 @@ def engine_markdown(files: Sequence[Mapping[str, Any]]) -> str:
     devices = sorted({str(file["device"]) for file in files if file.get("device")})
     torches = sorted({str(file["torch"]) for file in files if file.get("torch")})
     where = f"One {' or '.join(devices)}, torch {' and '.join(torches)}"
-    told = f"{where}, bfloat16 activations; medians, in turns in one run."
+    told = f"{where}, bfloat16 activations; medians of so many turns in one run."
     return f"{told}\n\n{markdown(HEAD, [cells for *_, cells in found])}"
 
 
@@ -73,8 +74,9 @@ def _cells(weights: float, ours: Mapping[str, Any], rival: Mapping[str, Any]) ->
     ratio = cell(ours, "ratio", "{:.2f}".format) if rival else ""
     sizes = [cell(row, key, human_bytes) for key in ("state_bytes", "peak_bytes") for row in (ours, rival)]
     share = cell(ours, "update_share", lambda value: percent(value, 2) if value else "")
-    read = cell(ours, "bytes_a_step", "{:,.0f}".format)
-    return [_size(weights), _settings(mapping(ours.get("settings"))), read, *times, ratio, share, *sizes]
+    read, rounds = cell(ours, "bytes_a_step", "{:,.0f}".format), ours.get("step_ms_rounds")
+    turns = str(len(rounds)) if isinstance(rounds, list) else ""
+    return [_size(weights), _settings(mapping(ours.get("settings"))), read, *times, ratio, turns, share, *sizes]
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
