@@ -168,7 +168,7 @@ class Study:
         return entry(name, override(base, {"eval_interval": 0, "save_interval": 0}), 1_000_000, changes)
 
     def best_rate(self, name: str) -> float:
-        """The rate that was given, or the one at which `tune` scored best; the contestant's own while nothing was tuned."""
+        """The rate that was given, else the one at which `tune` scored best, else the contestant's own."""
         if self.rate is not None:
             return self.rate
         tuned = next(own for own in RATES if name.startswith(own))
