@@ -78,8 +78,8 @@ WARM = 90.0  # seconds in which a cell gets somewhere: it builds and compiles fo
 
 class Study:
     """Cells of one text in one folder: `seconds` of training each, `tuning` in the stage tune. `tiny` shrinks all.
-    known: a result file; what it has of tune and ablate is not run again. only: those whose cells are run. rate: of
-    cells that are not about rates, in place of the best known."""
+    known: a result file; what it has of tune and ablate is not run again, and its main says which rates are best. only:
+    those whose cells are run. rate: of cells that are not about rates, in place of the best known."""
 
     def __init__(
         self,
@@ -98,6 +98,7 @@ class Study:
         self.known = {
             _told(one["recipe"], one["config"]): one for one in records if one.get("stage") in ("tune", "ablate")
         }
+        self.whole = [one for one in records if one.get("stage") == "main"]
 
     def cell(self, name: str, budget: int, seconds: float, steps: int = 10**9, seed: int = 0, **changes: Any) -> Config:
         """One contestant. seconds 0: by steps."""
@@ -168,11 +169,16 @@ class Study:
         return entry(name, override(base, {"eval_interval": 0, "save_interval": 0}), 1_000_000, changes)
 
     def best_rate(self, name: str) -> float:
-        """The rate that was given, else the one at which `tune` scored best, else the contestant's own."""
+        """The rate that was given, else the one at which `tune` scored best, else the contestant's own. Where a known
+        file has several rates for the whole time these decide: what is best for a tenth of it may be too high."""
         if self.rate is not None:
             return self.rate
         tuned = next(own for own in RATES if name.startswith(own))
-        done = [record for config in self.tune() if (record := self.record(config)) is not None]
+        done = [
+            one for one in self.whole if one["recipe"] == tuned and one["config"]["train"]["seconds"] == self.seconds
+        ]
+        if len({one["rate"] for one in done}) < 2:
+            done = [record for config in self.tune() if (record := self.record(config)) is not None]
         scores = [(r["scores"]["val_sliding"]["bpb"], r["rate"]) for r in done if r["recipe"] == tuned]
         return min(scores)[1] if scores else float(ENTRIES[name]["rate"])
 
