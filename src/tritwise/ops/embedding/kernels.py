@@ -86,13 +86,16 @@ def run_sums(grad, order, starts, out, columns, BLOCK_N: tl.constexpr, BLOCK_C: 
     column = program % across * BLOCK_C + tl.arange(0, BLOCK_C)
     at, last = tl.load(starts + row), tl.load(starts + row + 1)
     total = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    place = at + tl.arange(0, BLOCK_N)
+    token = tl.load(order + place, mask=place < last, other=0)
     while at < last:
-        place = at + tl.arange(0, BLOCK_N)
-        token = tl.load(order + place, mask=place < last, other=0)
+        # Which tokens come next is asked for before these are waited for: a frequent row is one long chain of loads.
+        after = place + BLOCK_N
+        then = tl.load(order + after, mask=after < last, other=0)
         mask = (place < last)[:, None] & (column < columns)[None, :]
         x = tl.load(grad + token[:, None] * columns + column[None, :], mask=mask, other=0.0)
         total += tl.sum(x.to(tl.float32), axis=0)
-        at += BLOCK_N
+        at, place, token = at + BLOCK_N, after, then
     tl.store(out + row * columns + column, total, mask=column < columns)
 
 
