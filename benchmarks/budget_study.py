@@ -6,7 +6,8 @@
 Stages, each a list of cells in order of importance:
 
     tune     every contestant at each of its rates for T seconds, 16,000,000 bytes, scored on 1 MB of val
-    main     every contestant for S seconds at the best rate that `tune` found (else its own, or R), 16,000,000 bytes
+    main     every contestant for S seconds, 16,000,000 bytes, at rate R, else at the best that `tune` found or, if the
+             known FILE has several of S seconds, that these show, else at its own
     main4    the same for 4,000,000 bytes
     seeds    two more seeds of the best float and the best ternary contestant of `main`
     ablate   recurrent ternary, 4,000,000 bytes, 800 steps at full depth: as it is and without each part, two seeds,
@@ -98,7 +99,8 @@ class Study:
         self.known = {
             _told(one["recipe"], one["config"]): one for one in records if one.get("stage") in ("tune", "ablate")
         }
-        self.whole = [one for one in records if one.get("stage") == "main"]
+        main = [one for one in records if one.get("stage") == "main"]
+        self.whole = [one for one in main if one["config"]["train"]["seconds"] == seconds]
 
     def cell(self, name: str, budget: int, seconds: float, steps: int = 10**9, seed: int = 0, **changes: Any) -> Config:
         """One contestant. seconds 0: by steps."""
@@ -174,9 +176,7 @@ class Study:
         if self.rate is not None:
             return self.rate
         tuned = next(own for own in RATES if name.startswith(own))
-        done = [
-            one for one in self.whole if one["recipe"] == tuned and one["config"]["train"]["seconds"] == self.seconds
-        ]
+        done = [one for one in self.whole if one["recipe"] == tuned]
         if len({one["rate"] for one in done}) < 2:
             done = [record for config in self.tune() if (record := self.record(config)) is not None]
         scores = [(r["scores"]["val_sliding"]["bpb"], r["rate"]) for r in done if r["recipe"] == tuned]
@@ -358,11 +358,11 @@ def run(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=400.0, help="training of a cell of main, main4 and seeds")
     parser.add_argument("--tuning", type=float, default=100.0, help="training of a cell of tune")
     parser.add_argument(
-        "--known", type=Path, help="a result file whose runs of tune and ablate count, if S and T are the same"
+        "--known", type=Path, help="a result file whose runs of tune and ablate, and rates of main, count if S and T do"
     )
     parser.add_argument("--each", type=int, default=1, help="cells that share a GPU, of stages that go by steps")
     parser.add_argument("--only", default=",".join(ENTRIES), help="contestants whose cells are run; all others wait")
-    parser.add_argument("--rate", type=float, help="of all cells but those of tune, in place of its best")
+    parser.add_argument("--rate", type=float, help="of cells of main, main4, seeds and ablate, in place of the best")
     parser.add_argument("--begin", action="store_true", help="start cells too that will be stopped, to go on next time")
     parser.add_argument("--slim", action="store_true", help="keep no shipped models, only what is said of them")
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU, to see that everything runs")

@@ -89,7 +89,7 @@ def test_what_a_result_file_has_of_tune_is_not_run_again(study, small_text, tmp_
     assert [study.folder_name(c) for c in again.tune() if again.open(c)] == [study.folder_name(cells.tune()[-1])]
     assert again.best_rate("flat-ternary") == 0.02 and all(again.open(c) for c in again.main())
     # One run for the whole time says nothing of rates, two do.
-    whole = [c | {"stage": "main"} for c in made_at(again, {0.03: 1.5, 0.045: 1.4})]
+    whole = made_at(again, {0.03: 1.5, 0.045: 1.4})
     for count, best in ((1, 0.02), (2, 0.045)):
         write_json(tmp_path / "known.json", {"kind": "budget", "records": [*records[:-1], *whole[:count]]})
         again = study.Study(str(small_text), tmp_path / "new", tiny=True, known=tmp_path / "known.json")
@@ -100,11 +100,8 @@ def test_what_a_result_file_has_of_tune_is_not_run_again(study, small_text, tmp_
 
 def made_at(cells, scores: dict[float, float]) -> list[dict]:
     """What is known of flat ternary runs for the whole time, by their rates."""
-    train = {"seconds": cells.seconds}
-    return [
-        {"recipe": "flat-ternary", "rate": rate, "config": {"train": train}, "scores": {"val_sliding": {"bpb": bpb}}}
-        for rate, bpb in scores.items()
-    ]
+    alike = {"stage": "main", "recipe": "flat-ternary", "config": {"train": {"seconds": cells.seconds}}}
+    return [alike | {"rate": rate, "scores": {"val_sliding": {"bpb": bpb}}} for rate, bpb in scores.items()]
 
 
 def test_cells_run_side_by_side_each_on_a_gpu_of_its_own(study, small_text, tmp_path, monkeypatch):

@@ -176,7 +176,7 @@ def measure_steps(
 
     rounds, steps  turns of each contender, and timed steps of a turn
     together       all models in memory at once (True), one at a time (False), or as there is room (None)
-    seconds        nobody's further turn begins after so many
+    seconds        nobody's further turn begins after so many, but for brief ones of models side by side
     short          the hardware is measured in little time, for a test
 
     A row says: step_ms, tokens_per_s (a token is a byte), ratio (its speed over that of adamw-bf16), tflops, mfu (the

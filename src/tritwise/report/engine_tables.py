@@ -33,7 +33,7 @@ def engine_markdown(files: Sequence[Mapping[str, Any]]) -> str:
     devices = sorted({str(file["device"]) for file in files if file.get("device")})
     torches = sorted({str(file["torch"]) for file in files if file.get("torch")})
     where = f"One {' or '.join(devices)}, torch {' and '.join(torches)}"
-    told = f"{where}, bfloat16 activations; medians of so many turns in one run."
+    told = f"{where}, bfloat16 activations; medians of as many turns as are told, in one run."
     return f"{told}\n\n{markdown(HEAD, [cells for *_, cells in found])}"
 
 

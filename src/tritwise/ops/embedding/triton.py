@@ -14,7 +14,7 @@ ROWS = 512  # up to which a table is small: the product grows with them, the sor
 PARTS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1}  # bfloat16s that hold a number
 # It takes 246 registers, where all is aligned.
 TILE = {"BLOCK_V": 256, "BLOCK_C": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
-# Tokens and columns that a program adds at a time: a row in 50 tokens of a step has 600 of them, most have none.
+# Tokens and columns that a program adds at a time: of 32,768 tokens a frequent row has hundreds, most have few or none.
 RUN = {"BLOCK_N": 32, "BLOCK_C": 256}
 PROGRAMS = 128  # that fill a GPU: one on each of its 132 processors
 SUMMED = 1024  # numbers that one program adds up over the splits

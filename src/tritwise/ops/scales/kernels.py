@@ -12,7 +12,7 @@ OCTAVES, SCALES, BEFORE = tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
 UNITS = tl.constexpr(2048.0)  # 1/256 steps of an exponent in an octave
 MOST = tl.constexpr(65024.0)  # of them, in either direction, at a step
 LIMIT = tl.constexpr(32512)  # 127 exponents
-LARGEST = tl.constexpr(reference.FAR)
+FAR = tl.constexpr(reference.FAR)
 TINY = tl.constexpr(1e-30)  # keeps a zero momentum at zero
 WHOLE = tl.constexpr(6755399441055744.0)  # 1.5 * 2**52: added to a float64 below 2**51 it leaves no room for a fraction
 
@@ -43,7 +43,7 @@ def move_scales(table, square_T, still, go, octaves, keys, tensors, TENSORS: tl.
         mean = tl.div_rn(tl.load(square_T + which).to(tl.float32), count.to(tl.float32))
         rms = tl.sqrt_rn(mean) + TINY
         m = tl.load(address(line + SLOPE, tl.int8, False) + at, mask=mask, other=0).to(tl.float32)
-        u = tl.minimum(tl.maximum(tl.div_rn(m, rms), -LARGEST), LARGEST)
+        u = tl.minimum(tl.maximum(tl.div_rn(m, rms), -FAR), FAR)
         if still is not None:
             stays = tl.load(still + tl.load(line + BEFORE) + at, mask=mask, other=0)
             u = tl.where(stays != 0, 0.0, u)

@@ -9,8 +9,8 @@ from tritwise.ops.direction.reference import TINY
 from tritwise.registers import Key, move_exponents, random_bits16_many
 
 FAR = 8.0
-"""The most that u is. Of the thousands of rows of a large table few are used at most places: u of theirs would be up to
-the root of the number of scales, and a scale that moves by an octave a step runs away (docs/LOG.md, 2026-11-29)."""
+"""The most that u is. Few rows of a large table have most of its gradient, and u of theirs would be up to the root of
+the number of scales; a scale that moves by an octave a step runs away (docs/LOG.md, 2026-11-29)."""
 
 
 def move_scales_many(
