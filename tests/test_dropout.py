@@ -135,7 +135,71 @@ def test_a_recorded_step_drops_anew_each_time():
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.0])
-def test_a_share_that_leaves_nothing_is_refused(share):
-    with pytest.raises(UserError, match="dropout"):
-        ModelConfig(dropout=share)
+@pytest.mark.parametrize("name", ["dropout", "ngram_dropout"])
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_share_that_leaves_nothing_is_refused(share, name):
+    with pytest.raises(UserError, match=f"^{name} is"):
+        ModelConfig(**{name: share})
+
+
+def test_rows_are_dropped_whole():
+    y = dropout(torch.ones(50, 80, 3), 0.25, torch.tensor(noise_of(0, 7, 0)), 3, rows=True)
+    assert torch.equal(y, y[..., :1].expand_as(y))
+    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert (y[..., 0] == 0).float().mean().item() == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 4000) ** 0.5)
+
+
+TABLES = {"dropout": 0.0, "ngrams": 4, "ngram_rows": 512}
+
+
+def test_lookups_are_dropped_in_training_and_nothing_else_is():
+    model, plain = model_of(**TABLES, ngram_dropout=0.5), model_of(**TABLES)
+    ids, targets = draw(2, 16), draw(2, 16, seed=1)
+    assert torch.equal(model(ids), plain(ids))
+    losses = []
+    for step in (0, 1, 0):
+        model.noise.fill_(noise_of(0, step, 0))  # type: ignore[union-attr]
+        losses.append(model.loss(ids, targets).item())
+    assert losses[0] == losses[2] != losses[1] and losses[0] != plain.loss(ids, targets).item()
+    # What all lookups but one in 65536 are dropped from reads bytes alone, as does a model without tables.
+    alone, bare = model_of(**TABLES, ngram_dropout=65535 / 65536), model_of(**TABLES)
+    bare.ngrams = None
+    alone.noise.fill_(noise_of(0, 0, 0))  # type: ignore[union-attr]
+    assert alone.loss(ids, targets).item() == bare.loss(ids, targets).item()
+
+
+def test_a_lookup_that_was_dropped_teaches_its_row_nothing():
+    model = model_of(**TABLES, ngram_dropout=0.5, weights="float")
+    ids = draw(1, 16)
+    model.noise.fill_(noise_of(0, 3, 0))  # type: ignore[union-attr]
+    model.loss(ids, draw(1, 16, seed=1)).backward()
+    tables = model.ngrams.tables  # type: ignore[union-attr]
+    met = [int((table.weight.grad != 0).any(1).sum()) for table in tables]
+    assert len(set(met)) > 1 and all(2 <= rows <= 14 for rows in met)  # each table draws its own, of 16 lookups
+
+
+def test_computed_again_and_compiled_the_same_lookups_are_dropped():
+    ids, targets = draw(2, 16), draw(2, 16, seed=1)
+    grads = []
+    for how in ("plain", "again", "compiled"):
+        model = model_of(**TABLES, ngram_dropout=0.4, weights="float")
+        model.checkpoint = how == "again"
+        model.noise.fill_(noise_of(0, 3, 0))  # type: ignore[union-attr]
+        if how == "compiled":
+            embedded = torch.compile(model.embedded, dynamic=False, backend="aot_eager")
+            model.compiled = model._parts._replace(embedded=embedded)
+        model.loss(ids, targets).backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_drops_other_lookups_each_time():
+    ends = []
+    for graph in (False, True):
+        model = model_of(**TABLES, ngram_dropout=0.4).cuda()
+        stepper = Stepper(model, [TritOptimizer(model, 0.1)], graph=graph)
+        for step in range(6):
+            stepper.step_over([(draw(2, 16, seed=step).cuda(), draw(2, 16, seed=step + 50).cuda())])
+        ends.append(registers(model))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

@@ -11,8 +11,9 @@ recurrent-ternary-constant   the same at full depth from the first step
 recurrent-ternary-half       the one that grows, made for half of the bytes
 recurrent-ternary-lean, recurrent-float-lean   the ones that grow, without the parts that cost time and were worth
                     little when taken away
-flat-ternary-ngrams, recurrent-ternary-ngrams, recurrent-float-ngrams   made for a part of the bytes, whose rest are
-                    hashed tables of 2- to 6-grams: they cost next to no time, ternary ones a fifth of the bytes
+flat-ternary-ngrams, recurrent-ternary-ngrams, recurrent-ternary-lean-ngrams, recurrent-float-ngrams   made for a part
+                    of the bytes, whose rest are hashed tables of 2- to 6-grams: they cost next to no time, ternary
+                    ones a fifth of the bytes
 flat-ternary-experts   with eight experts of which a byte meets two: bytes that cost no time, as tables do
 flat-ternary-experts-ngrams   with both
 
@@ -87,7 +88,10 @@ ENTRIES |= {f"{name}-lean": {**ENTRIES[name], **_SPARED} for name in ("recurrent
 ENTRIES["flat-ternary-experts"] = {**ENTRIES["flat-ternary"], "experts": 8}
 ENTRIES |= {
     f"{name}-ngrams": {**ENTRIES[name], "ngrams": 6, "ngram_rows": 0}
-    for name in ("flat-ternary", "flat-ternary-experts", "recurrent-ternary", "recurrent-float")
+    for name in (
+        *("flat-ternary", "flat-ternary-experts"),
+        *("recurrent-ternary", "recurrent-ternary-lean", "recurrent-float"),
+    )
 }
 
 SMALLER = {
@@ -96,6 +100,7 @@ SMALLER = {
     "flat-ternary-ngrams": 0.5,
     "flat-ternary-experts-ngrams": 0.75,
     "recurrent-ternary-ngrams": 0.5,
+    "recurrent-ternary-lean-ngrams": 0.5,
     "recurrent-float-ngrams": 0.75,
 }
 """Share of the budget that an entry is made for; with 0 rows of n-grams, the rest is for these."""

@@ -116,7 +116,7 @@ class Arb(nn.Module):
         bridge = self.vision if kind == "vision" else self.audio
         assert bridge is not None
         tokens_BPC = bridge.tokens(hidden_BFC)
-        x_BTC, tokens_BPC = self.trunk.embedded(ids, state), rms_norm(tokens_BPC)
+        x_BTC, tokens_BPC = self.trunk.embedded(ids, state, noise), rms_norm(tokens_BPC)
         x_BTC = torch.cat((x_BTC[:, :1], tokens_BPC, x_BTC[:, 1 + tokens_BPC.shape[1] :]), dim=1)
         return self.trunk.logits(self.trunk.read(x_BTC, ids, state, noise=noise))
 

@@ -88,8 +88,8 @@ class ByteLM(nn.Module):
     `linear` and `embedding` replace the layers that config.weights stands for; their constructors take the same
     arguments (baselines of the benchmarks).
 
-    config.dropout acts in `loss` alone, while gradients are recorded. `noise`, int64 0-d, says which elements: whoever
-    trains writes `nn.noise_of` there before each pass, as `train.stepper` does.
+    config.dropout and ngram_dropout act in `loss` alone, while gradients are recorded. `noise`, int64 0-d, says which
+    elements and lookups: whoever trains writes `nn.noise_of` there before each pass, as `train.stepper` does.
 
     Two ways to train in less memory, which change no result but for rounding:
     checkpoint: of every block only the input is kept for backward, and the block is computed again there, bit for bit
@@ -117,7 +117,12 @@ class ByteLM(nn.Module):
         full = config.layers()
         self.embed = embedding(config.vocab, config.width, group=config.group)
         self.ngrams = (
-            NGramEmbedding(config.ngram_rows, config.width, config.ngrams, embedding=embedding, group=config.group)
+            NGramEmbedding(
+                *(config.ngram_rows, config.width, config.ngrams),
+                embedding=embedding,
+                group=config.group,
+                share=config.ngram_dropout,
+            )
             if config.ngrams > 1
             else None
         )
@@ -141,7 +146,8 @@ class ByteLM(nn.Module):
         """The parts as they were compiled one by one. None but within a step of training."""
         self.noise: Tensor | None
         self.roles = {"noise": "table"}
-        self.register_buffer("noise", torch.zeros((), dtype=torch.int64) if config.dropout else None, persistent=False)
+        drops = config.dropout > 0 or config.ngram_dropout > 0
+        self.register_buffer("noise", torch.zeros((), dtype=torch.int64) if drops else None, persistent=False)
 
     def forward(self, ids: Tensor, state: DecodeState | None = None, loops: int = 0) -> Tensor:
         return self.logits(self._features(ids, state, loops))
@@ -150,7 +156,7 @@ class ByteLM(nn.Module):
         self, ids: Tensor, state: DecodeState | None = None, loops: int = 0, noise: Tensor | None = None
     ) -> Tensor:
         """What the head reads, of the activations' dtype [B, T, C]."""
-        return self.read(self._parts.embedded(ids, state), ids, state, loops, noise)
+        return self.read(self._parts.embedded(ids, state, noise), ids, state, loops, noise)
 
     @property
     def _parts(self) -> Compiled:
@@ -167,6 +173,8 @@ class ByteLM(nn.Module):
     ) -> Tensor:
         """Features that the head reads, [B, T, C], of normalised inputs such as `embedded` makes of ids [B, T]. noise:
         what dropout is drawn from; None: nothing is dropped."""
+        if not self.config.dropout:
+            noise = None
         if noise is not None:
             x_BTC = dropout(x_BTC, self.config.dropout, noise, 0)
         layers = self.config.layers(loops or (state.loops if state is not None else 0))
@@ -197,8 +205,8 @@ class ByteLM(nn.Module):
         """What each table of values has for ids [B, T], of the activations' dtype [B, T, C]."""
         return [table(ids, self.dtype) for table in self.value_tables]
 
-    def embedded(self, ids: Tensor, state: DecodeState | None = None) -> Tensor:
-        """Normalised embeddings [B, T, C]; a state takes note of the last ids."""
+    def embedded(self, ids: Tensor, state: DecodeState | None = None, noise: Tensor | None = None) -> Tensor:
+        """Normalised embeddings [B, T, C]; a state takes note of the last ids. noise: as of `read`."""
         time, read = ids.shape[1], ids
         if state is not None and self.history:
             read = torch.cat((state.history_BP, ids), dim=1)
@@ -206,7 +214,7 @@ class ByteLM(nn.Module):
         shown = ids if self.graph is None else read  # a graph reaches back to bytes of earlier calls
         x_BSC = self.embed(shown, self.dtype)
         if self.ngrams is not None:
-            x_BSC = x_BSC + self.ngrams(read, shown.shape[1], self.dtype)
+            x_BSC = x_BSC + self.ngrams(read, shown.shape[1], self.dtype, noise)
         return rms_norm(x_BSC if self.graph is None else self.graph(x_BSC, read)[:, -time:])
 
     def logits(self, x: Tensor) -> Tensor:

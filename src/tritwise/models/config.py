@@ -44,6 +44,7 @@ class ModelConfig:
     exclusive       layers at the end whose attention leaves out what lies along a position's own value
     leak            slope below zero of the MLP's relu, before it is squared
     dropout         share of the inputs, and of what attention and MLPs add, that is set to 0 in training
+    ngram_dropout   share of the lookups in each table of n-grams that find nothing in training
     Raises UserError for a shape that cannot be built.
     """
 
@@ -77,6 +78,7 @@ class ModelConfig:
     exclusive: int = 0
     leak: float = 0.0
     dropout: float = 0.0
+    ngram_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "ctx", "mlp_ratio", "vocab", "group", "ngrams", "ngram_rows", "loops"):
@@ -95,8 +97,9 @@ class ModelConfig:
             )
         if not 0 <= self.leak <= 1:
             raise UserError(f"leak is {self.leak}; it is a slope between 0 and 1")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}; it is a share, at least 0 and below 1")
+        for name in ("dropout", "ngram_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it is a share, at least 0 and below 1")
         if not 0 < self.softcap < float("inf"):
             raise UserError(f"softcap is {self.softcap}; it must be above 0 and finite")
         if not 1 <= self.max_moe_iters <= MOST_ITERS:

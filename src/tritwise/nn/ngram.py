@@ -7,6 +7,8 @@ left to the layers above, as in hashed n-gram embeddings generally (Huang et al.
 import torch
 from torch import Tensor, nn
 
+from tritwise.nn.dropout import dropout
+
 _FACTOR = 1000003
 _SPREAD = 0x9E3779B1
 
@@ -14,24 +16,32 @@ _SPREAD = 0x9E3779B1
 class NGramEmbedding(nn.Module):
     """Sum over n = 2 … longest of table_n[hash of the last n ids].
 
-    rows: entries of each table. embedding: TritEmbedding or FloatEmbedding.
+    rows: entries of each table. embedding: TritEmbedding or FloatEmbedding. share: of lookups in each table that find
+    nothing in training, so that the layers above learn to do without: tables learn by heart what they meet often.
     ids: int64 [B, P + T], the last T of which are embedded; earlier ones are context -> `dtype` [B, T, width].
-    Ids before the start count as a symbol of their own.
+    Ids before the start count as a symbol of their own. noise: what the lookups that find nothing are drawn from, of
+    `noise_of`; None: all find their rows.
     """
 
-    def __init__(self, rows: int, width: int, longest: int, *, embedding: type[nn.Module], group: int = 256) -> None:
+    def __init__(
+        self, rows: int, width: int, longest: int, *, embedding: type[nn.Module], group: int = 256, share: float = 0.0
+    ) -> None:
         super().__init__()
-        self.rows = rows
+        self.rows, self.share = rows, share
         self.tables = nn.ModuleList(embedding(rows, width, group=group, sparse=True) for _ in range(longest - 1))
 
-    def forward(self, ids: Tensor, time: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def forward(
+        self, ids: Tensor, time: int, dtype: torch.dtype = torch.float32, noise: Tensor | None = None
+    ) -> Tensor:
         # int64 products wrap modulo 2**64 on every device; the lowest bits mix worst and are dropped.
         shifted, code, total = ids + 1, ids + 1, None
-        for table in self.tables:
+        for number, table in enumerate(self.tables):
             shifted = nn.functional.pad(shifted[:, :-1], (1, 0))
             code = code * _FACTOR + shifted
             slot = ((code * _SPREAD) >> 20) % self.rows
             rows = table(slot[:, -time:], dtype)
+            if noise is not None and self.share:
+                rows = dropout(rows, self.share, noise, -1 - number, rows=True)  # layers have the places from 0 on
             total = rows if total is None else total + rows
         assert total is not None, "an n-gram embedding needs longest >= 2"
         return total
