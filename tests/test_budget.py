@@ -101,7 +101,11 @@ def test_float_files_that_lie_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shape", [{}, {"width": 64, "depth": 3, "ngrams": 3, "ngram_rows": 500}, {"group": 8, "column_scales": True}]
+    "shape",
+    [
+        *({}, {"width": 64, "depth": 3, "ngrams": 3, "ngram_rows": 500}, {"group": 8, "column_scales": True}),
+        {"width": 64, "depth": 3, "ngrams": 3, "ngram_rows": 500, "ngram_width": 16},
+    ],
 )
 def test_the_ternary_estimate_is_never_too_small_and_close(shape, tmp_path):
     model = model_of("trit", **shape)

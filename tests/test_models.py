@@ -206,7 +206,11 @@ def test_the_size_of_the_embedding_does_not_matter():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"ngrams": 4, "ngram_rows": 64}, {"window": 3}, {"mixer": "lstm"}, {"graph": True}]
+    "changes",
+    [
+        *({}, {"window": 3}, {"mixer": "lstm"}, {"graph": True}, {"ngrams": 4, "ngram_rows": 64}),
+        {"ngrams": 4, "ngram_rows": 64, "ngram_width": 8},
+    ],
 )
 def test_the_future_never_changes_the_past(changes):
     model, ids = tiny(**changes), draw(1, 16)
@@ -370,8 +374,11 @@ def test_every_byte_value_can_be_read():
 @pytest.mark.parametrize("weights", ["trit", "float"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"ngrams": 3, "ngram_rows": 64}, {"mixer": "lstm"}, {"graph": True}, {"experts": 2, "max_moe_iters": 2}],
-    ids=["plain", "ngrams", "lstm", "graph", "experts"],
+    [
+        *({}, {"mixer": "lstm"}, {"graph": True}, {"experts": 2, "max_moe_iters": 2}),
+        *({"ngrams": 3, "ngram_rows": 64}, {"ngrams": 3, "ngram_rows": 64, "ngram_width": 8, "ngram_dropout": 0.1}),
+    ],
+    ids=["plain", "lstm", "graph", "experts", "ngrams", "narrow ngrams"],
 )
 def test_a_few_steps_on_one_batch_lower_its_loss(weights, changes):
     model = tiny(weights=weights, **changes)

@@ -430,6 +430,19 @@ def test_ngram_embedding_is_a_sum_of_one_row_of_each_table(embedding):
     assert torch.equal(out, layer.tables[0](asked[0]) + layer.tables[1](asked[1]))
 
 
+@pytest.mark.parametrize(("embedding", "linear"), [(TritEmbedding, TritLinear), (FloatEmbedding, FloatLinear)])
+def test_narrow_rows_of_all_tables_go_through_one_matrix(embedding, linear):
+    torch.manual_seed(0)
+    layer = NGramEmbedding(64, 20, 3, embedding=embedding, linear=linear, inner=5)
+    asked: list[Tensor] = []
+    for table in layer.tables:
+        table.register_forward_hook(lambda _module, inputs, _output: asked.append(inputs[0]))
+    out = layer(torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(1)), 9)
+    assert out.shape == (2, 9, 20) and isinstance(layer.up, linear)
+    first, second = (table(ids) for table, ids in zip(layer.tables, tuple(asked), strict=True))
+    assert first.shape == (2, 9, 5) and torch.equal(out, layer.up(torch.cat((first, second), dim=-1)))
+
+
 @given(st.lists(st.integers(0, 255), min_size=1, max_size=12), st.integers(1, 5000), st.integers(2, 6))
 @settings(max_examples=60, deadline=None)
 def test_hashes_of_any_bytes_are_in_range(text, rows, longest):

@@ -319,6 +319,7 @@ def test_a_graph_gives_the_state_of_eager_steps(rule):
         {"group": 1 << 16},
         {"group": 64, "column_scales": False},
         {"group": 64, "ngrams": 3, "ngram_rows": 600},  # of which a step uses a part
+        {"group": 64, "ngrams": 3, "ngram_rows": 600, "ngram_width": 32, "ngram_dropout": 0.2},
     ],
 )
 def test_scales_that_learn_fast_have_the_bits_of_eager_steps(shape, own, how):

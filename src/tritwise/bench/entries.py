@@ -13,7 +13,7 @@ recurrent-ternary-lean, recurrent-float-lean   the ones that grow, without the p
                     little when taken away
 flat-ternary-ngrams, recurrent-ternary-ngrams, recurrent-ternary-lean-ngrams, recurrent-float-ngrams   made for a part
                     of the bytes, whose rest are hashed tables of 2- to 6-grams: they cost next to no time, ternary
-                    ones a fifth of the bytes
+                    ones a fifth of the bytes; in training a fifth of the lookups find nothing
 flat-ternary-experts   with eight experts of which a byte meets two: bytes that cost no time, as tables do
 flat-ternary-experts-ngrams   with both
 
@@ -22,6 +22,7 @@ directions of ternary ones have a fixed size. Those here are starting points: tu
 """
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
 ENTRIES |= {f"{name}-lean": {**ENTRIES[name], **_SPARED} for name in ("recurrent-ternary", "recurrent-float")}
 ENTRIES["flat-ternary-experts"] = {**ENTRIES["flat-ternary"], "experts": 8}
 ENTRIES |= {
-    f"{name}-ngrams": {**ENTRIES[name], "ngrams": 6, "ngram_rows": 0}
+    f"{name}-ngrams": {**ENTRIES[name], "ngrams": 6, "ngram_rows": 0, "ngram_width": 0, "ngram_dropout": 0.2}
     for name in (
         *("flat-ternary", "flat-ternary-experts"),
         *("recurrent-ternary", "recurrent-ternary-lean", "recurrent-float"),
@@ -115,7 +116,7 @@ def entry(name: str, base: Config, budget: int, changes: dict[str, Any]) -> Conf
     """`base` as the contestant `name`, as wide as fits into `budget` bytes (or its share of them), and then as deep, up
     to EXTRA more blocks. In small budgets, where a step of width is a large one, the next width with up to FEWER blocks
     less is taken if it fills the room better. Tables of n-grams that are not told how many rows they have get as many
-    as then fit.
+    as then fit, about a quarter as wide as the model unless told otherwise: a power of two, which suits kernels.
 
     A width given in `changes` stays, with the entry's own depth.
     changes: settings of models and training, over the entry's own. UserError for an unknown name, or if nothing fits.
@@ -131,6 +132,8 @@ def entry(name: str, base: Config, budget: int, changes: dict[str, Any]) -> Conf
         trunk = own | ({"ngrams": 1, "ngram_rows": 1} if fills else {})
         own |= _shape(base, trunk, int(budget * SMALLER.get(name, 1.0)))
     if fills:
+        if not own["ngram_width"]:
+            own["ngram_width"] = 2 ** round(math.log2(own["width"] / 4))
         own["ngram_rows"] = _rows(base, own, budget)
     made = override(base, own)
     return Config(name, made.model, made.train)
@@ -195,7 +198,10 @@ def shapes_of(c: ModelConfig) -> tuple[list[tuple[int, int]], list[int]]:
     block = [((c.heads + 2 * c.kv_heads) * c.head_size, c.width), (c.width, c.width)]
     block += [(inside, c.width), (c.width, inside)] * max(1, c.experts)
     block += [(c.experts, c.width)] * (c.experts > 0)  # the router
-    tables = [(c.vocab, c.width)] * (2 + c.value_tables) + [(c.ngram_rows, c.width)] * (c.ngrams - 1)
+    own = c.ngram_width or c.width
+    tables = [(c.vocab, c.width)] * (2 + c.value_tables) + [(c.ngram_rows, own)] * (c.ngrams - 1)
+    if c.ngrams > 1 and c.ngram_width:
+        tables.append((c.width, own * (c.ngrams - 1)))
     layers = len(c.layers())
     rows = [layers * c.loop_embedding, layers * c.value_tables, c.core * (c.loops - 1) * c.repeat_skip]
     rows += [2] * c.depth * (c.input_mix + c.gains)

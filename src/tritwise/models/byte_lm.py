@@ -120,6 +120,8 @@ class ByteLM(nn.Module):
             NGramEmbedding(
                 *(config.ngram_rows, config.width, config.ngrams),
                 embedding=embedding,
+                linear=linear,
+                inner=config.ngram_width,
                 group=config.group,
                 share=config.ngram_dropout,
             )

@@ -28,6 +28,7 @@ class ModelConfig:
     column_scales  inputs of every ternary matrix have scales of their own, which learn; float matrices need none
     ngrams     longest n-gram of bytes with a hashed embedding table of its own, 2 … ngrams; 1: none
     ngram_rows entries of each such table
+    ngram_width    numbers of an entry, of which a matrix makes what is added; 0: the width, added as they are
     mixer      what carries from position to position in a block: attention, or lstm, which has no heads and no window
     experts    experts of a mixture in the place of the MLP; 0: none
     active_experts  of them that a byte meets, which hold with the router as many weights as the MLP
@@ -61,6 +62,7 @@ class ModelConfig:
     column_scales: bool = False
     ngrams: int = 1
     ngram_rows: int = 4096
+    ngram_width: int = 0
     mixer: str = "attention"
     experts: int = 0
     active_experts: int = 2
@@ -84,7 +86,7 @@ class ModelConfig:
         for name in ("width", "depth", "ctx", "mlp_ratio", "vocab", "group", "ngrams", "ngram_rows", "loops"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("heads", "kv_heads", "window", "experts"):
+        for name in ("heads", "kv_heads", "window", "experts", "ngram_width"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 (0 derives it)")
         for name in ("prelude", "coda", "value_tables", "exclusive"):
