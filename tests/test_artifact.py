@@ -21,7 +21,7 @@ SHAPES = [
     {"width": 64, "depth": 2, "heads": 4, "kv_heads": 2},
     {"width": 96, "depth": 1, "window": 5, "group": 32},
     {"width": 32, "depth": 1, "ngrams": 3, "ngram_rows": 37},
-    {"width": 32, "depth": 1, "ngrams": 3, "ngram_rows": 37, "ngram_width": 6, "column_scales": True},
+    {"width": 32, "depth": 1, "ngrams": 3, "ngram_rows": 37, "ngram_width": 6, "word_tables": 1, "column_scales": True},
     {"width": 32, "depth": 2, "column_scales": True, "group": 8},
     {"width": 34, "depth": 1, "heads": 1, "mlp_ratio": 3, "group": 7},
 ]

@@ -43,10 +43,10 @@ def test_a_contestant_is_as_wide_as_fits_and_its_count_is_the_models(name, budge
     assert config.recipe == name and config.train.budget == budget
     room, whole = SPARE * budget * SMALLER.get(name, 1.0), config.model
     assert shape_bytes(config) <= SPARE * budget
-    if whole.ngrams > 1:  # tables fill what the rest of the model was not made for
+    if whole.hashed_tables:  # tables fill what the rest of the model was not made for
         more = replace(whole, ngram_rows=whole.ngram_rows + ROWS)
         assert shape_bytes(replace(config, model=more)) > SPARE * budget
-        config = replace(config, model=replace(whole, ngrams=1))
+        config = replace(config, model=replace(whole, ngrams=1, word_tables=0))
     assert shape_bytes(config) <= room
     step = 32 if config.model.width < 128 else 64
     least = ENTRIES[name]["depth"]

@@ -104,7 +104,7 @@ def test_float_files_that_lie_are_refused(tmp_path):
     "shape",
     [
         *({}, {"width": 64, "depth": 3, "ngrams": 3, "ngram_rows": 500}, {"group": 8, "column_scales": True}),
-        {"width": 64, "depth": 3, "ngrams": 3, "ngram_rows": 500, "ngram_width": 16},
+        {"width": 64, "depth": 3, "ngrams": 3, "ngram_rows": 500, "ngram_width": 16, "word_tables": 1},
     ],
 )
 def test_the_ternary_estimate_is_never_too_small_and_close(shape, tmp_path):

@@ -83,6 +83,8 @@ def test_what_is_given_is_not_derived():
         ({"group": 0}, "group is 0; it must be at least 1"),
         ({"ngrams": 0}, "ngrams is 0; it must be at least 1"),
         ({"ngram_rows": 0}, "ngram_rows is 0; it must be at least 1"),
+        ({"ngram_width": -1}, "ngram_width is -1; it must be at least 0 (0 derives it)"),
+        ({"word_tables": 3}, "word_tables is 3; choose 0 to 2"),
         ({"heads": -1}, "heads is -1; it must be at least 0 (0 derives it)"),
         ({"kv_heads": -2}, "kv_heads is -2; it must be at least 0 (0 derives it)"),
         ({"window": -1}, "window is -1; it must be at least 0 (0 derives it)"),
@@ -210,6 +212,7 @@ def test_the_size_of_the_embedding_does_not_matter():
     [
         *({}, {"window": 3}, {"mixer": "lstm"}, {"graph": True}, {"ngrams": 4, "ngram_rows": 64}),
         {"ngrams": 4, "ngram_rows": 64, "ngram_width": 8},
+        {"word_tables": 2, "ngram_rows": 64},
     ],
 )
 def test_the_future_never_changes_the_past(changes):

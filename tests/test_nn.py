@@ -23,6 +23,7 @@ from tritwise.nn import (
     tensor_roles,
     trit_modules,
 )
+from tritwise.nn.ngram import WORD_REACH, word_codes
 from tritwise.registers import scale_table, zero_fraction
 
 
@@ -500,6 +501,68 @@ def test_golden_hashes():
     ]
 
 
+def words_at(text: str | bytes, words: int) -> list[int]:
+    """The code of each byte's word."""
+    raw = text if isinstance(text, bytes) else text.encode()
+    return word_codes(torch.tensor([list(raw)]), words)[0].tolist()
+
+
+def word_slowly(text: bytes, place: int, words: int) -> bytes:
+    """What such a code stands for, told byte by byte; empty if it goes back to the start of the text."""
+    start, left = place, words
+    while place - start < WORD_REACH[words]:
+        if start == 0:
+            return b""
+        byte = text[start - 1]
+        left -= byte < 128 and not chr(byte).isalpha()
+        if left == 0:
+            break
+        start -= 1
+    return text[start : place + 1].lower()  # of bytes this is that of ASCII
+
+
+@given(st.text("aAbÄß, .1", min_size=1, max_size=60), st.sampled_from([1, 2]))
+@settings(max_examples=200, deadline=None)
+def test_codes_tell_words_apart_and_nothing_else(text, words):
+    raw = text.encode()
+    pairs = {(word_slowly(raw, place, words), code) for place, code in enumerate(words_at(raw, words))}
+    pairs = {(name, code) for name, code in pairs if name}
+    assert len({name for name, _ in pairs}) == len({code for _, code in pairs}) == len(pairs)
+
+
+def test_a_word_is_its_letters_in_any_case_up_to_what_is_none():
+    one = words_at("The cat, the hat (The cat) Café café", 1)
+    text = "The cat, the hat (The cat) Café café".encode()
+    ends = [place for place in range(len(text)) if text[place : place + 1] in b" ,()"]
+    assert one[2] == one[11] == one[20]  # The, the, The
+    assert one[6] == one[24] != one[15]  # cat, cat; hat
+    assert one[3] == one[12] and one[3] not in (one[2], one[7])  # "the " is a word with its end, told by which
+    assert one[31] == one[37] and one[31] != one[30]  # letters beyond ASCII
+    assert len({one[place] for place in ends}) > 3
+    two = words_at("the cat the dog the cat", 2)
+    assert two[6] == two[22] and two[6] != two[14] and two[2] != two[10]
+    assert words_at("a" * 40, 1)[15:] == [words_at("a" * 40, 1)[15]] * 25  # no further than it reaches
+
+
+def test_golden_words():
+    """A shipped model was trained with these rows: another hash is another model."""
+    first = [117, 11107, 6268, 3872, 6438, 27077, 59371, 20577, 62289, 33, 117, 11107, 6268, 3872]
+    second = [45366, 44443, 41715, 31933, 60805, 31721, 44598, 65291, 40002, 40966, 45399, 44476, 41748, 31966]
+    for words, told in ((1, first), (2, second)):
+        assert [code % 65521 for code in words_at("Tritwise, trit", words)] == told
+
+
+def test_tables_of_words_come_after_those_of_ngrams():
+    layer = NGramEmbedding(1 << 20, 1, 3, words=2, embedding=Recorder)
+    ids = torch.tensor([list(b"to be or not to be")])
+    layer(ids, ids.shape[1])
+    seen = [table.seen[0].tolist() for table in layer.tables if isinstance(table, Recorder)]
+    assert len(seen) == 4 and seen[:2] == slots(ids[0].tolist(), 3)
+    assert seen[2][1] == seen[2][14] and seen[3][17] == seen[3][4] and seen[3][1] != seen[3][14]
+    only = NGramEmbedding(64, 4, 1, words=1, embedding=TritEmbedding)
+    assert len(only.tables) == 1 and only(ids, 5).shape == (1, 5, 4)
+
+
 def test_all_pairs_of_bytes_spread_evenly():
     rows = 4096
     text = [b for first in range(256) for second in range(256) for b in (first, second)]
@@ -509,9 +572,12 @@ def test_all_pairs_of_bytes_spread_evenly():
 
 
 def test_ngram_context_stands_before_the_embedded_ids():
-    layer = NGramEmbedding(128, 4, 4, embedding=TritEmbedding)
-    ids = torch.randint(256, (2, 10), generator=torch.Generator().manual_seed(3))
-    assert torch.equal(layer(ids, 10)[:, -4:], layer(ids[:, -7:], 4))  # three ids of context are all that counts
+    ids = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(3))
+    for words, context in ((0, 3), (1, 15), (2, 23)):
+        layer = NGramEmbedding(128, 4, 4, words=words, embedding=TritEmbedding)
+        assert torch.equal(layer(ids, 40)[:, -4:], layer(ids[:, -4 - context :], 4))  # no more context counts
+    letters = torch.full((1, 40), ord("x"))
+    assert not torch.equal(layer(letters, 40)[:, -1:], layer(letters[:, -23:], 1))  # and no less
 
 
 def test_a_short_ngram_embedding_is_refused():

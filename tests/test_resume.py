@@ -53,7 +53,7 @@ VARIANTS = {
     "plain": {},
     "accumulated": {"accum": 2},
     "n-grams": {"ngrams": 3, "ngram_rows": 64},
-    "n-grams through a matrix, dropped": {"ngrams": 3, "ngram_rows": 64, "ngram_width": 8, "ngram_dropout": 0.3},
+    "words through a matrix, dropped": {"word_tables": 2, "ngram_rows": 64, "ngram_width": 8, "ngram_dropout": 0.3},
     "scales": {"scale_rate": 0.05},
     "turns": {"interval": 4},
     "float8 products": {"mlp_ratio": 32, "group": 65_536, "fp8": True},

@@ -247,7 +247,10 @@ def _picked(model: Predictor, text: torch.Tensor) -> torch.Tensor:
 # Sliding, streaming and the whole text in one window
 
 
-SHAPES = [{}, {"window": 3}, {"ngrams": 3, "ngram_rows": 32}, {"heads": 2, "kv_heads": 1}]
+SHAPES = [
+    *({}, {"window": 3}, {"ngrams": 3, "ngram_rows": 32}, {"heads": 2, "kv_heads": 1}),
+    {"word_tables": 1, "ngram_rows": 32, "ngram_width": 8},
+]
 
 
 def byte_model(ctx: int, **shape) -> ByteLM:

@@ -12,8 +12,8 @@ recurrent-ternary-half       the one that grows, made for half of the bytes
 recurrent-ternary-lean, recurrent-float-lean   the ones that grow, without the parts that cost time and were worth
                     little when taken away
 flat-ternary-ngrams, recurrent-ternary-ngrams, recurrent-ternary-lean-ngrams, recurrent-float-ngrams   made for a part
-                    of the bytes, whose rest are hashed tables of 2- to 6-grams: they cost next to no time, ternary
-                    ones a fifth of the bytes; in training a fifth of the lookups find nothing
+                    of the bytes, whose rest are hashed tables of 2- to 5-grams and of words: they cost next to no time,
+                    ternary ones a fifth of the bytes; in training a fifth of the lookups find nothing
 flat-ternary-experts   with eight experts of which a byte meets two: bytes that cost no time, as tables do
 flat-ternary-experts-ngrams   with both
 
@@ -65,6 +65,7 @@ _RECURRENT = {
 }
 _SPARED = dict.fromkeys(("loop_embedding", "repeat_skip", "input_mix", "gains"), False) | {"value_tables": 0}
 _WORTH = {part: PARTS[part] for part in ("exclusive", "leak")}
+_TABLES = {"ngrams": 5, "word_tables": 1, "ngram_rows": 0, "ngram_width": 0, "ngram_dropout": 0.2}
 _AVERAGED = {"average_every": 50, "average_from": 0.8}
 ENTRIES: dict[str, dict[str, Any]] = {
     "flat-float": {**_FLOAT, "depth": 8, "rate": 0.02, "ship_as": "int8+zlib"},
@@ -88,7 +89,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
 ENTRIES |= {f"{name}-lean": {**ENTRIES[name], **_SPARED} for name in ("recurrent-ternary", "recurrent-float")}
 ENTRIES["flat-ternary-experts"] = {**ENTRIES["flat-ternary"], "experts": 8}
 ENTRIES |= {
-    f"{name}-ngrams": {**ENTRIES[name], "ngrams": 6, "ngram_rows": 0, "ngram_width": 0, "ngram_dropout": 0.2}
+    f"{name}-ngrams": {**ENTRIES[name], **_TABLES}
     for name in (
         *("flat-ternary", "flat-ternary-experts"),
         *("recurrent-ternary", "recurrent-ternary-lean", "recurrent-float"),
@@ -129,7 +130,7 @@ def entry(name: str, base: Config, budget: int, changes: dict[str, Any]) -> Conf
     own = {**ENTRIES[name], **changes, "budget": budget}
     fills = own.get("ngram_rows") == 0
     if "width" not in changes:
-        trunk = own | ({"ngrams": 1, "ngram_rows": 1} if fills else {})
+        trunk = own | ({"ngrams": 1, "word_tables": 0, "ngram_rows": 1} if fills else {})
         own |= _shape(base, trunk, int(budget * SMALLER.get(name, 1.0)))
     if fills:
         if not own["ngram_width"]:
@@ -199,9 +200,9 @@ def shapes_of(c: ModelConfig) -> tuple[list[tuple[int, int]], list[int]]:
     block += [(inside, c.width), (c.width, inside)] * max(1, c.experts)
     block += [(c.experts, c.width)] * (c.experts > 0)  # the router
     own = c.ngram_width or c.width
-    tables = [(c.vocab, c.width)] * (2 + c.value_tables) + [(c.ngram_rows, own)] * (c.ngrams - 1)
-    if c.ngrams > 1 and c.ngram_width:
-        tables.append((c.width, own * (c.ngrams - 1)))
+    tables = [(c.vocab, c.width)] * (2 + c.value_tables) + [(c.ngram_rows, own)] * c.hashed_tables
+    if c.hashed_tables and c.ngram_width:
+        tables.append((c.width, own * c.hashed_tables))
     layers = len(c.layers())
     rows = [layers * c.loop_embedding, layers * c.value_tables, c.core * (c.loops - 1) * c.repeat_skip]
     rows += [2] * c.depth * (c.input_mix + c.gains)

@@ -121,15 +121,16 @@ class ByteLM(nn.Module):
                 *(config.ngram_rows, config.width, config.ngrams),
                 embedding=embedding,
                 linear=linear,
+                words=config.word_tables,
                 inner=config.ngram_width,
                 group=config.group,
                 share=config.ngram_dropout,
             )
-            if config.ngrams > 1
+            if config.hashed_tables
             else None
         )
         self.graph = graph_of(config, linear)
-        self.history = config.ctx if config.graph else config.ngrams - 1  # ids that a state keeps
+        self.history = config.ctx if config.graph else config.reach  # ids that a state keeps
         self.value_tables = nn.ModuleList(
             embedding(config.vocab, config.width, group=config.group) for _ in range(config.value_tables)
         )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from tritwise.errors import UserError
 from tritwise.nn.moe import MOST_ITERS
+from tritwise.nn.ngram import WORD_REACH
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class ModelConfig:
     group      inputs that share one scale exponent
     column_scales  inputs of every ternary matrix have scales of their own, which learn; float matrices need none
     ngrams     longest n-gram of bytes with a hashed embedding table of its own, 2 … ngrams; 1: none
+    word_tables  further such tables: 1: by the letters of the word so far; 2: and by the word before too; of bytes
     ngram_rows entries of each such table
     ngram_width    numbers of an entry, of which a matrix makes what is added; 0: the width, added as they are
     mixer      what carries from position to position in a block: attention, or lstm, which has no heads and no window
@@ -61,6 +63,7 @@ class ModelConfig:
     group: int = 256
     column_scales: bool = False
     ngrams: int = 1
+    word_tables: int = 0
     ngram_rows: int = 4096
     ngram_width: int = 0
     mixer: str = "attention"
@@ -97,6 +100,8 @@ class ModelConfig:
                 f"prelude {self.prelude} and coda {self.coda} leave none of {self.depth} blocks to repeat; "
                 "make depth larger than their sum"
             )
+        if not 0 <= self.word_tables < len(WORD_REACH):
+            raise UserError(f"word_tables is {self.word_tables}; choose 0 to {len(WORD_REACH) - 1}")
         if not 0 <= self.leak <= 1:
             raise UserError(f"leak is {self.leak}; it is a slope between 0 and 1")
         for name in ("dropout", "ngram_dropout"):
@@ -136,6 +141,16 @@ class ModelConfig:
         wide models a few less, as matrix units like multiples of 16."""
         own = max(1, (2 * self.mlp_ratio * self.width - self.experts) // (2 * self.active_experts))
         return own if own < 128 else own // 16 * 16
+
+    @property
+    def hashed_tables(self) -> int:
+        """Tables that are looked up by what was read last: those of n-grams, and of words."""
+        return self.ngrams - 1 + self.word_tables
+
+    @property
+    def reach(self) -> int:
+        """Bytes before a byte that its lookups depend on."""
+        return max(self.ngrams - 1, WORD_REACH[self.word_tables])
 
     @property
     def core(self) -> int:

@@ -189,8 +189,12 @@ class Config:
                 f"optimizer {self.train.optimizer} does not train {self.model.weights} weights; "
                 "use trit with weights=trit, adamw or muon with weights=float"
             )
-        if self.train.compact and (self.train.optimizer != "trit" or self.model.ngrams > 1):
-            raise UserError("compact is for ternary layers without n-gram tables; use optimizer=trit and ngrams=1")
+        if self.train.compact and (self.train.optimizer != "trit" or self.model.hashed_tables):
+            raise UserError(
+                "compact is for ternary layers without hashed tables; use optimizer=trit, ngrams=1 and word_tables=0"
+            )
+        if self.train.tokenizer and self.model.word_tables:
+            raise UserError("word_tables are for models of bytes; set word_tables=0, or leave the tokenizer out")
         if self.train.fp8 and self.train.optimizer != "trit":
             raise UserError(
                 "fp8 is for ternary layers, whose trits are exact in it; use optimizer=trit, or leave fp8 off"
