@@ -85,13 +85,14 @@ def word_codes(ids: Tensor, words: int) -> Tensor:
     from 128 on, of which other alphabets are made, are letters. At a byte that is no letter this is the word that it
     ends. words: 2: the word before that, and the one byte between them, count too."""
     capital = (ids >= ord("A")) & (ids <= ord("Z"))
-    shifted = torch.where(capital, ids + 32, ids)
-    letter = ((shifted >= ord("a")) & (shifted <= ord("z"))) | ((shifted >= 128) & (shifted < 256))
-    shifted, code, left = shifted + 1, shifted + 1, torch.full_like(ids, words)
-    for _ in range(WORD_REACH[words]):
-        shifted, letter = _later(shifted), _later(letter)
-        left = left - torch.where(letter, 0, 1)
-        code = torch.where(left > 0, code * _FACTOR + shifted, code)  # modulo 2**64 on every device
+    small, reach = torch.where(capital, ids + 32, ids), WORD_REACH[words]
+    letter = ((small >= ord("a")) & (small <= ord("z"))) | ((small >= 128) & (small < 256))
+    # Padded once, and looked at from further and further back: compiled, that is one kernel.
+    symbols, ends = nn.functional.pad(small + 1, (reach, 0)), nn.functional.pad(~letter, (reach, 0), value=True)
+    code, left = small + 1, torch.full_like(ids, words)
+    for start in range(reach - 1, -1, -1):
+        left = left - ends[:, start : start + ids.shape[1]].to(ids.dtype)
+        code = torch.where(left > 0, code * _FACTOR + symbols[:, start : start + ids.shape[1]], code)  # modulo 2**64
     return code
 
 
