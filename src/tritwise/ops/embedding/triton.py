@@ -16,6 +16,7 @@ PARTS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1}  # bfloat16s tha
 TILE = {"BLOCK_V": 256, "BLOCK_C": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
 # Tokens and columns that a program adds at a time: of 32,768 tokens a frequent row has hundreds, most have few or none.
 RUN = {"BLOCK_N": 32, "BLOCK_C": 256}
+NAMED = torch.iinfo(torch.int16).max  # rows that are sorted by two bytes of their numbers; more take four
 PROGRAMS = 128  # that fill a GPU: one on each of its 132 processors
 SUMMED = 1024  # numbers that one program adds up over the splits
 
@@ -55,7 +56,7 @@ def weight_grad(grad: Tensor, ids: Tensor, rows: int) -> Tensor:
 def _of_sorted(grad_ND: Tensor, ids_N: Tensor, rows: int) -> Tensor:
     """Sums over runs of equal ids, in the order of the tokens."""
     columns, device = grad_ND.shape[1], grad_ND.device
-    short = torch.int16 if rows < torch.iinfo(torch.int16).max else torch.int32  # each byte of them is sorted by
+    short = torch.int16 if rows < NAMED else torch.int32  # each byte of them is sorted by
     sorted_N, order_N = torch.sort(ids_N.clamp(-1, rows).to(short), stable=True)
     starts_V1 = torch.searchsorted(sorted_N, torch.arange(rows + 1, dtype=short, device=device))
     out_VD = torch.empty(rows, columns, dtype=torch.float32, device=device)
