@@ -340,3 +340,13 @@ def test_a_budget_has_room_for_vocabulary_and_tokenizer(model_file, raw):
         of_bytes.model.width,
         of_bytes.model.depth,
     )
+
+
+def test_contestants_of_tokens_have_a_table_more_of_ngrams_in_the_place_of_words(model_file):
+    base = base_config("shakespeare", "90/10", ctx=16, batch=2, steps=3, seconds=0.0, seed=0)
+    of_bytes = entry("flat-ternary-ngrams", base, 400_000, {}).model
+    of_tokens = entry("flat-ternary-ngrams", base, 400_000, {"tokenizer": str(model_file)}).model
+    assert of_bytes.word_tables > of_tokens.word_tables == 0
+    assert of_tokens.hashed_tables == of_bytes.hashed_tables
+    with pytest.raises(UserError, match=r"^word_tables are for models of bytes"):
+        entry("flat-ternary-ngrams", base, 400_000, {"tokenizer": str(model_file), "word_tables": 1})

@@ -128,6 +128,8 @@ def entry(name: str, base: Config, budget: int, changes: dict[str, Any]) -> Conf
     if changes.get("tokenizer"):
         base = tokenizer_of(override(base, {"tokenizer": changes["tokenizer"]}))[0]  # the vocabulary takes room too
     own = {**ENTRIES[name], **changes, "budget": budget}
+    if changes.get("tokenizer") and "word_tables" not in changes and own.get("word_tables"):
+        own |= {"word_tables": 0, "ngrams": own["ngrams"] + own["word_tables"]}  # words are told by bytes
     fills = own.get("ngram_rows") == 0
     if "width" not in changes:
         trunk = own | ({"ngrams": 1, "word_tables": 0, "ngram_rows": 1} if fills else {})

@@ -97,5 +97,5 @@ def word_codes(ids: Tensor, words: int) -> Tensor:
 
 
 def _later(ids: Tensor) -> Tensor:
-    """What lies one position back, [B, T]; 0 or False before the start."""
+    """What lies one position back, [B, T]; 0 before the start."""
     return nn.functional.pad(ids[:, :-1], (1, 0))
