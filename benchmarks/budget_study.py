@@ -1,7 +1,7 @@
 """The runs behind the table of models under a budget of bytes: rates tuned, contestants compared, parts taken away.
 
     python benchmarks/budget_study.py STAGE[,STAGE…] --data ENWIK8 --out FOLDER [--minutes M] [--seconds S] [--tuning T]
-        [--known FILE] [--only NAME[,NAME…]] [--rate R] [--begin]
+        [--known FILE] [--only NAME[,NAME…]] [--rate R] [--set KEY=VALUE …] [--begin]
 
 Stages, each a list of cells in order of importance:
 
@@ -35,7 +35,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from rich.console import Console
 
 from tritwise.bench.budget import folder_name, run_record
 from tritwise.bench.entries import ENTRIES, PARTS, base_config, entry
+from tritwise.cli.commands import settings_given
 from tritwise.data.source import describe, locate
 from tritwise.errors import UserError
 from tritwise.files import atomic_write, make_folder, read_json, write_json
@@ -80,7 +81,8 @@ WARM = 90.0  # seconds in which a cell gets somewhere: it builds and compiles fo
 class Study:
     """Cells of one text in one folder: `seconds` of training each, `tuning` in the stage tune. `tiny` shrinks all.
     known: a result file; what it has of tune and ablate is not run again, and its main says which rates are best. only:
-    those whose cells are run. rate: of cells that are not about rates, in place of the best known."""
+    those whose cells are run. rate: of cells that are not about rates, in place of the best known. changes: settings of
+    the contestants of main, main4 and seeds, over their own."""
 
     def __init__(
         self,
@@ -92,9 +94,10 @@ class Study:
         known: Path | None = None,
         only: Collection[str] = ENTRIES,
         rate: float | None = None,
+        changes: Mapping[str, Any] | None = None,
     ) -> None:
         self.data, self.out, self.tiny, self.seconds, self.tuning = data, out, tiny, seconds, tuning
-        self.only, self.rate = only, rate
+        self.only, self.rate, self.changes = only, rate, changes or {}
         records = unpacked(read_json(known)) if known else []
         self.known = {
             _told(one["recipe"], one["config"]): one for one in records if one.get("stage") in ("tune", "ablate")
@@ -130,7 +133,11 @@ class Study:
 
     def main(self, budget: int = 16_000_000) -> list[Config]:
         """Every contestant at its best rate."""
-        return [self.cell(name, budget, self.seconds, rate=self.best_rate(name)) for name in ENTRIES]
+        return [self.contestant(name, budget) for name in ENTRIES]
+
+    def contestant(self, name: str, budget: int, seed: int = 0) -> Config:
+        """One of them."""
+        return self.cell(name, budget, self.seconds, seed=seed, **{"rate": self.best_rate(name)} | self.changes)
 
     def main4(self) -> list[Config]:
         """The same with a quarter of the bytes."""
@@ -144,8 +151,7 @@ class Study:
             best.setdefault(record["config"]["model"]["weights"], record["recipe"])
         if len(best) < 2:
             raise UserError("seeds needs the records of main; run main first")
-        pairs = [(name, seed) for seed in (1, 2) for name in best.values()]
-        return [self.cell(name, 16_000_000, self.seconds, seed=seed, rate=self.best_rate(name)) for name, seed in pairs]
+        return [self.contestant(name, 16_000_000, seed) for seed in (1, 2) for name in best.values()]
 
     def ablate(self) -> list[Config]:
         """Each part taken away from the recurrent ternary model of one width, at full depth, for the same steps."""
@@ -363,6 +369,7 @@ def run(arguments: list[str] | None = None) -> int:
     parser.add_argument("--each", type=int, default=1, help="cells that share a GPU, of stages that go by steps")
     parser.add_argument("--only", default=",".join(ENTRIES), help="contestants whose cells are run; all others wait")
     parser.add_argument("--rate", type=float, help="of cells of main, main4, seeds and ablate, in place of the best")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE: settings of main, main4 and seeds")
     parser.add_argument("--begin", action="store_true", help="start cells too that will be stopped, to go on next time")
     parser.add_argument("--slim", action="store_true", help="keep no shipped models, only what is said of them")
     parser.add_argument("--tiny", action="store_true", help="seconds on a CPU, to see that everything runs")
@@ -373,10 +380,12 @@ def run(arguments: list[str] | None = None) -> int:
     left = 0
     more = ["--data", data, "--seconds", str(given.seconds), "--tuning", str(given.tuning)]
     more += ["--rate", str(given.rate)] if given.rate is not None else []
+    more += [word for pair in given.set for word in ("--set", pair)]
     more += [*(["--tiny"] if given.tiny else []), *(["--known", str(given.known)] if given.known else [])]
     try:
         only = given.only.split(",")
-        study = Study(data, given.out, given.tiny, given.seconds, given.tuning, given.known, only, given.rate)
+        times, changes = (given.seconds, given.tuning), settings_given(given.set)
+        study = Study(data, given.out, given.tiny, *times, given.known, only, given.rate, changes)
         stages = given.stages.split(",")
         for stage in stages:
             if stage not in STAGES:

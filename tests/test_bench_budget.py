@@ -57,7 +57,7 @@ def test_a_contestant_is_as_wide_as_fits_and_its_count_is_the_models(name, budge
     if config.model.depth < least:  # only where a narrower one of enough blocks would leave more than a quarter empty
         narrow = replace(config.model, width=config.model.width - 32, heads=0, kv_heads=0, depth=least + EXTRA)
         assert shape_bytes(replace(config, model=narrow)) < ENOUGH * room / SPARE
-    given = entry(name, base(), budget, {"ship_small": 500, "width": 64})
+    given = entry(name, base(), budget, {"ship_small": 500, "width": "64"})  # as it comes from a command line
     assert given.model.width == 64 and given.model.depth == least
     torch.manual_seed(0)
     config = replace(config, model=whole)
@@ -119,7 +119,7 @@ def test_records_come_from_the_files(tmp_path, cli, text):
 def test_seeds_make_a_mean_with_its_spread():
     record = {
         "recipe": "flat-ternary",
-        "config": {"model": {}, "train": {"seed": 0, "rate": 1}},
+        "config": {"model": {"width": 32, "depth": 2}, "train": {"seed": 0, "rate": 1}},
         "rate": 0.03,
         "weights": 10,
         "steps": 5,
@@ -130,12 +130,13 @@ def test_seeds_make_a_mean_with_its_spread():
         "ship_gap": 0.0,
         "scores": {"val_sliding": {"bpb": 2.0}, "val_chunked": {"bpb": 2.1}},
     }
-    other = record | {"config": {"model": {}, "train": {"seed": 1, "rate": 1}}}
+    other = record | {"config": {"model": {"width": 32, "depth": 2}, "train": {"seed": 1, "rate": 1}}}
     other |= {"scores": {"val_sliding": {"bpb": 2.2}, "val_chunked": {"bpb": 2.1}}}
-    third = record | {"config": {"model": {}, "train": {"seed": 0, "rate": 2}}, "recipe": "flat-float"}
+    third = record | {"config": {"model": {"width": 32, "depth": 2}, "train": {"seed": 0, "rate": 2}}, "recipe": "flat-float"}
     rows = table_of([record, other, third])
     assert [row[0] for row in rows] == ["flat-float", "flat-ternary"]
-    assert rows[1][8] == "2.1000" and rows[1][11:] == ["2", "0.1414"] and rows[0][11:] == ["1", ""]
+    assert rows[1][3] == "32 × 2" and rows[1][9] == "2.1000" and rows[1][12:] == ["2", "0.1414"]
+    assert rows[0][12:] == ["1", ""]
 
 
 def test_settings_for_nobody_are_refused(cli, tmp_path):

@@ -76,6 +76,9 @@ def test_the_best_rate_is_taken(study, small_text, tmp_path, capsys):
     given = study.Study(str(small_text), tmp_path, tiny=True, rate=0.5)
     assert {config.train.rate for config in [*given.main(), *given.main4()]} == {0.5}
     assert [study.folder_name(c) for c in given.tune()] == [study.folder_name(c) for c in cells.tune()]
+    changed = study.Study(str(small_text), tmp_path, tiny=True, changes={"width": "64", "rate": "0.25"})
+    assert {(c.model.width, c.train.rate) for c in [*changed.main(), *changed.main4()]} == {(64, 0.25)}
+    assert [study.folder_name(c) for c in changed.tune()] == [study.folder_name(c) for c in cells.tune()]
     assert study.run(["everything", *words]) == 2
     assert study.run(["tune", *words, "--known", str(tmp_path / "missing.json")]) == 2
 

@@ -32,7 +32,7 @@ from tritwise.registers import packed_bytes
 from tritwise.ship.budget import A_LAYER, HEADER
 from tritwise.ship.floats import METHODS, SEARCHED, code_bytes
 from tritwise.train import Config, TrainConfig, override
-from tritwise.train.config import tokenizer_of
+from tritwise.train.config import parsed, tokenizer_of
 
 _FLOAT = {
     "weights": "float",
@@ -125,6 +125,7 @@ def entry(name: str, base: Config, budget: int, changes: dict[str, Any]) -> Conf
     if name not in ENTRIES:
         near = difflib.get_close_matches(name, ENTRIES, n=1)
         raise UserError(f"there is no recipe {name!r}; {f'did you mean {near[0]}' if near else ', '.join(ENTRIES)}?")
+    changes = parsed(changes)
     if changes.get("tokenizer"):
         base = tokenizer_of(override(base, {"tokenizer": changes["tokenizer"]}))[0]  # the vocabulary takes room too
     own = {**ENTRIES[name], **changes, "budget": budget}

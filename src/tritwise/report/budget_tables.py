@@ -30,6 +30,7 @@ HEAD = (
     "recipe",
     "rate",
     "weights",
+    "shape",
     "steps",
     "seconds",
     "bytes",
@@ -56,7 +57,8 @@ def budget_table(name: str, records: Sequence[Record]) -> str:
 
 
 def table_of(records: Iterable[Record]) -> list[list[str]]:
-    """One row a recipe and setting, the best first: the columns of HEAD. Scores are means, bits per byte of val."""
+    """One row a recipe and setting, the best first: the columns of HEAD. A shape is width × blocks. Scores are means,
+    bits per byte of val."""
     rows = []
     for group in alike(records):
         sliding, first = [bpb_of(record) for record in group], group[0]
@@ -64,6 +66,7 @@ def table_of(records: Iterable[Record]) -> list[list[str]]:
             first["recipe"],
             f"{first['rate']:g}",
             f"{first['weights']:,}",
+            "{width} × {depth}".format(**first["config"]["model"]),
             f"{_mean(group, 'steps'):,.0f}",
             f"{_mean(group, 'seconds'):.1f}",
             f"{max(record['bytes'] for record in group):,}",

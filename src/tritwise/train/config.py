@@ -288,20 +288,25 @@ def _types() -> dict[str, tuple[str, type]]:
     return found
 
 
-def override(config: Config, changes: dict[str, Any]) -> Config:
-    """`config` with changed values. Values may be strings, as given on a command line.
+def parsed(changes: dict[str, Any]) -> dict[str, Any]:
+    """Settings of which values may be strings, as given on a command line, with values of their types.
 
     Raises UserError for an unknown key (naming the nearest) or a value of the wrong type.
     """
     types = _types()
-    parts: dict[str, dict[str, Any]] = {name: {} for name in _PARTS}
-    for key, value in changes.items():
+    for key in changes:
         if key not in types:
             near = difflib.get_close_matches(key, types, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(types))}"
             raise UserError(f"there is no setting {key!r}; {hint}")
-        part, kind = types[key]
-        parts[part][key] = parse_value(key, value, kind)
+    return {key: parse_value(key, value, types[key][1]) for key, value in changes.items()}
+
+
+def override(config: Config, changes: dict[str, Any]) -> Config:
+    """`config` with changed values. Raises as `parsed` does."""
+    parts: dict[str, dict[str, Any]] = {name: {} for name in _PARTS}
+    for key, value in parsed(changes).items():
+        parts[_types()[key][0]][key] = value
     # What was derived from a changed value is derived again, unless it was given too.
     if "width" in parts["model"]:
         parts["model"].setdefault("heads", 0)
