@@ -137,7 +137,8 @@ class Study:
 
     def contestant(self, name: str, budget: int, seed: int = 0) -> Config:
         """One of them."""
-        return self.cell(name, budget, self.seconds, seed=seed, **{"rate": self.best_rate(name)} | self.changes)
+        changes: dict[str, Any] = {"rate": self.best_rate(name), **self.changes}
+        return self.cell(name, budget, self.seconds, seed=seed, **changes)
 
     def main4(self) -> list[Config]:
         """The same with a quarter of the bytes."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tritwise.errors import UserError
 from tritwise.models import ByteLM, ModelConfig
-from tritwise.nn import trit_modules
+from tritwise.nn import TritLinear, trit_modules
 from tritwise.registers import EXPONENT_LIMIT, LEAD, REGISTER_LIMIT, leading_trit
 from tritwise.ship import ArtifactInfo, read_artifact, write_artifact
 from tritwise.ship.container import read_container, write_container
@@ -24,6 +24,8 @@ SHAPES = [
     {"width": 32, "depth": 1, "ngrams": 3, "ngram_rows": 37, "ngram_width": 6, "word_tables": 1, "column_scales": True},
     {"width": 32, "depth": 2, "column_scales": True, "group": 8},
     {"width": 34, "depth": 1, "heads": 1, "mlp_ratio": 3, "group": 7},
+    {"width": 32, "depth": 1, "weight_trits": 2, "ngrams": 2, "ngram_rows": 37, "ngram_width": 6},
+    {"width": 32, "depth": 1, "weight_trits": 3, "mixer": "lstm"},
 ]
 
 
@@ -56,7 +58,8 @@ def test_logits_are_identical(shape: dict, tmp_path: Path):
     assert header["about"] == {"note": "−1 é"} and header["weights"] == info.weights
     for (name, layer), (other_name, other) in zip(trit_modules(model), trit_modules(reread), strict=True):
         assert name == other_name
-        assert torch.equal(leading_trit(layer.register) * LEAD, other.register)
+        assert torch.equal(layer.trits() * layer.lead, other.register)  # only TritLinear has several trits
+        assert layer.lead == (3 ** (5 - model.config.weight_trits) if isinstance(layer, TritLinear) else LEAD)
         assert all(map(torch.equal, layer.exponents(), other.exponents()))
 
 
@@ -75,6 +78,7 @@ def test_five_weights_to_a_byte(shape: dict, tmp_path: Path):
     weights, scales = (
         sum(x.numel() for x in xs) for xs in zip(*[(r.register, r.exponent) for r in layers], strict=True)
     )
+    trits = sum(layer.weight_trits * layer.register.numel() for layer in layers)
     info = write_artifact(model, tmp_path / "model.tritwise")
     assert isinstance(info, ArtifactInfo) and info.path == tmp_path / "model.tritwise"
     assert info.bytes == info.path.stat().st_size
@@ -82,7 +86,7 @@ def test_five_weights_to_a_byte(shape: dict, tmp_path: Path):
     header = info.bytes - sum(info.streams.values())
     assert 0 < header < 600 + 150 * len(layers)
     # Trits that are as likely as each other hold log2(3) bits: no packing could go far below 5 to a byte.
-    assert 0.97 * weights * math.log2(3) / 8 < info.streams["trits"] <= math.ceil(weights / 5)
+    assert 0.97 * trits * math.log2(3) / 8 < info.streams["trits"] <= math.ceil(trits / 5)
     assert info.streams["scales"] <= scales
 
 

@@ -62,7 +62,8 @@ def test_a_contestant_is_as_wide_as_fits_and_its_count_is_the_models(name, budge
     torch.manual_seed(0)
     config = replace(config, model=whole)
     model = ByteLM(whole)
-    shapes, vectors = shapes_of(whole)
+    of_matrices, of_tables, vectors = shapes_of(whole)
+    shapes = of_matrices + of_tables
     if config.model.weights == "trit":
         layers = [layer for _, layer in trit_modules(model)]
         matrices = sorted(tuple(layer.register.shape) for layer in layers if layer.role != "vector")
@@ -132,7 +133,10 @@ def test_seeds_make_a_mean_with_its_spread():
     }
     other = record | {"config": {"model": {"width": 32, "depth": 2}, "train": {"seed": 1, "rate": 1}}}
     other |= {"scores": {"val_sliding": {"bpb": 2.2}, "val_chunked": {"bpb": 2.1}}}
-    third = record | {"config": {"model": {"width": 32, "depth": 2}, "train": {"seed": 0, "rate": 2}}, "recipe": "flat-float"}
+    third = record | {
+        "config": {"model": {"width": 32, "depth": 2}, "train": {"seed": 0, "rate": 2}},
+        "recipe": "flat-float",
+    }
     rows = table_of([record, other, third])
     assert [row[0] for row in rows] == ["flat-float", "flat-ternary"]
     assert rows[1][3] == "32 × 2" and rows[1][9] == "2.1000" and rows[1][12:] == ["2", "0.1414"]

@@ -105,6 +105,7 @@ def test_float_files_that_lie_are_refused(tmp_path):
     [
         *({}, {"width": 64, "depth": 3, "ngrams": 3, "ngram_rows": 500}, {"group": 8, "column_scales": True}),
         {"width": 64, "depth": 3, "ngrams": 3, "ngram_rows": 500, "ngram_width": 16, "word_tables": 1},
+        {"width": 64, "depth": 3, "ngrams": 3, "ngram_rows": 500, "weight_trits": 3},
     ],
 )
 def test_the_ternary_estimate_is_never_too_small_and_close(shape, tmp_path):

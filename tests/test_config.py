@@ -96,6 +96,9 @@ def test_what_does_not_fit_together_is_refused():
         Config(model=ModelConfig(weights="float"))
     with pytest.raises(UserError, match="vocab is 300; a model of bytes needs 256"):
         Config(model=ModelConfig(vocab=300))
+    for setting in ("compact", "fp8"):
+        with pytest.raises(UserError, match="compact and fp8 are for weights of one trit; set weight_trits=1"):
+            Config(model=ModelConfig(weight_trits=2), train=TrainConfig(**{setting: True}))
     with pytest.raises(UserError, match="stride is 65; the score's window moves by at most ctx, 64"):
         Config(model=ModelConfig(ctx=64), train=TrainConfig(stride=65))
     assert Config(model=ModelConfig(ctx=64), train=TrainConfig(stride=64)).train.stride == 64

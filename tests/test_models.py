@@ -92,6 +92,11 @@ def test_what_is_given_is_not_derived():
         ({"softcap": math.nan}, "softcap is nan; it must be above 0 and finite"),
         ({"softcap": math.inf}, "softcap is inf; it must be above 0 and finite"),
         ({"weights": "int4"}, "weights is 'int4'; choose trit or float"),
+        ({"weight_trits": 4}, "weight_trits is 4; choose 1 to 3"),
+        (
+            {"weights": "float", "weight_trits": 2},
+            "weight_trits is for ternary weights; use weights=trit, or leave it out",
+        ),
         ({"mixer": "rnn"}, "mixer is 'rnn'; choose attention or lstm"),
         ({"experts": -1}, "experts is -1; it must be at least 0 (0 derives it)"),
         ({"experts": 4, "active_experts": 5}, "active_experts is 5; choose 1 to the number of experts, 4"),

@@ -208,8 +208,8 @@ def test_decoded_weights_are_bit_equal(shape, group):
     weight = assert_same(lambda r, e: ops.linear(eye, r, e, group).T, register, exponent)[0]
     assert torch.equal(weight, linear_reference.decode(register, exponent, group, torch.float32))
     assert_same(lambda r, e: ops.linear(x, r, e, group), register, exponent)
-    assert_same(lambda r, e: torch.ops.tritwise.linear_input_grad(y, r, e, group), register, exponent)
-    assert_same(lambda r, e: torch.ops.tritwise.linear_scale_grad(y.T @ x, r, e, group), register, exponent)
+    assert_same(lambda r, e: torch.ops.tritwise.linear_input_grad(y, r, e, group, 27), register, exponent)
+    assert_same(lambda r, e: torch.ops.tritwise.linear_scale_grad(y.T @ x, r, e, group, 27), register, exponent)
 
 
 @needs_kernels
@@ -502,11 +502,12 @@ def test_the_self_test_is_what_the_reference_computes(monkeypatch):
             r, d = self._tensor(register, torch.int8, count), self._tensor(direction, torch.float32, count)
             return int(update_reference.move_registers(r, d, -factor / 65536, limit, Key(*key)))
 
-        def _weight(self, register, exponent, scales, rows, columns, group):
+        def _weight(self, register, exponent, scales, rows, columns, group, lead=81):
             e = self._tensor(exponent, torch.int8, rows, -1)
             table = self._tensor(scales, torch.float32, 256)
             monkeypatch.setattr(linear_reference, "scale_values", lambda e, dtype: table[e.long() + 128])
-            return linear_reference.decode(self._tensor(register, torch.int8, rows, columns), e, group, torch.float32)
+            r = self._tensor(register, torch.int8, rows, columns)
+            return linear_reference.decode(r, e, group, torch.float32, lead)
 
         def decode(self, register, exponent, scales, out, *sizes):
             made = self._weight(register, exponent, scales, *sizes)

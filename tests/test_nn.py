@@ -21,10 +21,11 @@ from tritwise.nn import (
     TritLinear,
     TritModule,
     tensor_roles,
+    trit_linear,
     trit_modules,
 )
 from tritwise.nn.ngram import WORD_REACH, word_codes
-from tritwise.registers import scale_table, zero_fraction
+from tritwise.registers import scale_table, to_trits, zero_fraction
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -42,10 +43,10 @@ def grad_of(tensor: Tensor) -> Tensor:
 
 
 def dense(layer: TritModule) -> Tensor:
-    """The weight as float64 [rows, columns], from the definition: the leading trit times the scale of its group."""
-    register = layer.register.to(torch.float64)
-    trits = (register > 40).double() - (register < -40).double()
-    columns = torch.arange(register.shape[1])
+    """The weight as float64 [rows, columns], from the definition: the leading trit, or the number that several make,
+    times the scale of its group."""
+    trits = (layer.register.double() / layer.lead).round()
+    columns = torch.arange(layer.register.shape[1])
     return trits * scale_table()[layer.exponent.long() + 128].double()[:, columns // layer.group]
 
 
@@ -281,6 +282,21 @@ def test_trits_are_what_the_matmul_uses():
     assert torch.equal(layer.trits(), -trits)  # of now, not of when they were first asked for
 
 
+@pytest.mark.parametrize(("trits", "lead", "most"), [(2, 27, 4), (3, 9, 13)])
+def test_a_weight_of_several_trits_is_the_number_that_they_make(trits, lead, most):
+    layer = trit_linear(trits)(243, 1, group=243)
+    assert isinstance(layer, TritLinear) and (layer.weight_trits, layer.lead) == (trits, lead)
+    with torch.no_grad():
+        layer.exponent.zero_()
+        layer.register[0] = torch.arange(-121, 122)
+    places = 3 ** torch.arange(trits).flip(0)
+    numbers = (to_trits(layer.register[0])[:, :trits] * places).sum(1)
+    assert layer.trits().dtype == torch.int8 and torch.equal(layer.trits()[0].long(), numbers)
+    assert torch.equal(layer(torch.eye(243)).squeeze(1), numbers.float())
+    assert layer.trits().unique().tolist() == list(range(-most, most + 1))
+    assert f"weight_trits={trits}" in repr(layer)
+
+
 def test_manual_seed_fixes_the_registers():
     def registers(seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -293,7 +309,7 @@ def test_manual_seed_fixes_the_registers():
 
 
 @pytest.mark.parametrize("inputs", [16, 100, 384])
-@pytest.mark.parametrize("linear", [TritLinear, FloatLinear])
+@pytest.mark.parametrize("linear", [TritLinear, FloatLinear, trit_linear(2), trit_linear(3)])
 def test_linear_weights_start_with_deviation_one_over_root_fan_in(linear, inputs):
     torch.manual_seed(0)
     layer = linear(inputs, 400)
@@ -399,6 +415,7 @@ def test_trit_modules_come_in_order_and_once():
         (lambda: TritEmbedding(0, 3), "at least one row and one column, not 0 x 3"),
         (lambda: TritLinear(3, 3, role="weights"), "there is no role 'weights'; choose one of matrix, embedding"),
         (lambda: TritLinear(3, 8, blocks=3), "8 rows do not divide into 3 blocks"),
+        (lambda: TritLinear(3, 3, weight_trits=4), "weight_trits is 4; choose one of 1, 2, 3"),
         (lambda: TritLinear(3, 3, group=0), "group is 0 and blocks is 1; both must be at least 1"),
         (lambda: TritLinear(3, 3, blocks=0), "group is 256 and blocks is 0; both must be at least 1"),
     ],

@@ -75,8 +75,10 @@ def check_decoding(scaled: bool, dtype: torch.dtype, device: str) -> None:
     ports = [torch.zeros(1, device=device).as_strided((32, 80), (0, 0)).requires_grad_() for _ in range(3)]
     placed = [[t.to(device) for t in tensors] for tensors in (registers, exponents, columns)]
     frozen = [ports[0], None, ports[2]]
-    found = ops.stacked_weights(*placed[:2], [64] * 3, dtype, frozen, placed[2])
-    plain = torch.stack([reference.decode(r, e, 64, dtype) for r, e in zip(registers, exponents, strict=True)])
+    leads = [81, 27, 27]
+    found = ops.stacked_weights(*placed[:2], [64] * 3, dtype, frozen, placed[2], leads)
+    given = zip(registers, exponents, leads, strict=True)
+    plain = torch.stack([reference.decode(r, e, 64, dtype, lead) for r, e, lead in given])
     factor = scale_values(torch.stack(columns))[:, None] if scaled else torch.ones(())
     assert found.dtype == dtype and torch.equal(found.detach().cpu(), plain * factor.to(dtype))
     upstream = normal(3, 32, 80).to(dtype)
@@ -93,7 +95,7 @@ def test_opcheck():
     torch.library.opcheck(OPS.grouped_weight_grad.default, (normal(9, 5), x.detach(), ends))
     registers = [torch.tensor([[121, -80], [3, 50]], dtype=torch.int8)] * 2
     exponents = [torch.tensor([[8], [-8]], dtype=torch.int8)] * 2
-    given = registers, exponents, [256, 256], [torch.ones(2, dtype=torch.int8)] * 2, registers, torch.float32
+    given = registers, exponents, [256, 256], [torch.ones(2, dtype=torch.int8)] * 2, registers, torch.float32, [81, 27]
     torch.library.opcheck(OPS.stacked_weights.default, given)
     torch.library.opcheck(OPS.stacked_weights_grad.default, (normal(2, 2, 2), [torch.ones(2, dtype=torch.int8)] * 2))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tritwise import ops
 from tritwise.ops import backends
-from tritwise.registers import scale_table
+from tritwise.registers import LEAD, scale_table
 
 OPS = torch.ops.tritwise
 
@@ -36,10 +36,11 @@ def open_port(rows: int, columns: int) -> Tensor:
     return torch.zeros(1).as_strided((rows, columns), (0, 0)).requires_grad_()
 
 
-def dense(register: Tensor, exponent: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """(trits, scales spread over their groups) as float64 [O, I], element by element."""
+def dense(register: Tensor, exponent: Tensor, group: int, lead: int = LEAD) -> tuple[Tensor, Tensor]:
+    """(weights in units of their scales, scales spread over their groups) as float64 [O, I], element by element."""
     table, rows, columns = scale_table().tolist(), *register.shape
-    trits = [[(r > 40) - (r < -40) for r in row] for row in register.tolist()]
+    half = lead // 2
+    trits = [[(abs(r) + half) // lead * (1 if r > 0 else -1) for r in row] for row in register.tolist()]
     scales = [[table[int(exponent[o, i // group]) + 128] for i in range(columns)] for o in range(rows)]
     return torch.tensor(trits, dtype=torch.float64), torch.tensor(scales, dtype=torch.float64)
 
@@ -71,16 +72,20 @@ SHAPES = [  # leading dimensions, inputs, outputs, group
 ]
 
 
+LEADS = (LEAD, 27, 9)  # of one, two and three trits a weight
+
+
+@pytest.mark.parametrize("lead", LEADS)
 @pytest.mark.parametrize(("leading", "inputs", "outputs", "group"), SHAPES)
-def test_forward_and_gradients_against_dense_autograd(leading, inputs, outputs, group, poisoned):
+def test_forward_and_gradients_against_dense_autograd(leading, inputs, outputs, group, lead, poisoned):
     register, exponent = registers(outputs, inputs), exponents(outputs, -(-inputs // group))
     x = normal(*leading, inputs).requires_grad_()
     upstream = normal(*leading, outputs, seed=3)
     port = open_port(outputs, inputs)
-    y = ops.linear(x, register, exponent, group, port)
+    y = ops.linear(x, register, exponent, group, port, lead)
     y.backward(upstream)
 
-    trits, scales = dense(register, exponent, group)
+    trits, scales = dense(register, exponent, group, lead)
     x64 = x.detach().double().requires_grad_()
     weight = (trits * scales).requires_grad_()
     y64 = x64 @ weight.T
@@ -92,31 +97,33 @@ def test_forward_and_gradients_against_dense_autograd(leading, inputs, outputs, 
     assert grad_of(port).shape == (outputs, inputs) and grad_of(port).dtype == torch.float32
 
 
+@pytest.mark.parametrize("lead", LEADS)
 @pytest.mark.parametrize(("leading", "inputs", "outputs", "group"), SHAPES[:10])
-def test_scale_gradient_against_dense_autograd(leading, inputs, outputs, group, poisoned):
+def test_scale_gradient_against_dense_autograd(leading, inputs, outputs, group, lead, poisoned):
     register, exponent = registers(outputs, inputs), exponents(outputs, -(-inputs // group))
     x, upstream = normal(*leading, inputs), normal(*leading, outputs, seed=3)
-    trits, _ = dense(register, exponent, group)
+    trits, _ = dense(register, exponent, group, lead)
     # The oracle differentiates by the natural logarithm of each scale, through which W = trit * exp(log).
     log = torch.from_numpy(scale_table()[exponent.long() + 128].double().log().numpy()).requires_grad_()
     spread = torch.stack([log[:, i // group] for i in range(inputs)], dim=1)
     ((x.double() @ (trits * spread.exp()).T) * upstream.double()).sum().backward()
     weight_grad = OPS.linear_weight_grad(upstream, x)
-    found = ops.linear_scale_grad(weight_grad, register, exponent, group)
+    found = ops.linear_scale_grad(weight_grad, register, exponent, group, lead)
     assert found.dtype == torch.float32
     assert_close(found, grad_of(log), 1e-5)
 
 
+@pytest.mark.parametrize("lead", LEADS)
 @pytest.mark.parametrize(("leading", "inputs", "outputs", "group"), SHAPES[:10])
-def test_column_gradient_against_dense_autograd(leading, inputs, outputs, group, poisoned):
+def test_column_gradient_against_dense_autograd(leading, inputs, outputs, group, lead, poisoned):
     """A column's scale is put on what the column meets; its logarithm has the gradient that the weight's tells."""
     register, exponent = registers(outputs, inputs), exponents(outputs, -(-inputs // group))
     x, upstream = normal(*leading, inputs), normal(*leading, outputs, seed=3)
-    trits, scales = dense(register, exponent, group)
+    trits, scales = dense(register, exponent, group, lead)
     log = normal(inputs, seed=4).double().requires_grad_()
     (((x.double() * log.exp()) @ (trits * scales).T) * upstream.double()).sum().backward()
     weight_grad = OPS.linear_weight_grad(upstream.double(), x.double() * log.detach().exp()).float()
-    found = ops.linear_column_grad(weight_grad, register, exponent, group)
+    found = ops.linear_column_grad(weight_grad, register, exponent, group, lead)
     assert found.dtype == torch.float32
     assert_close(found, grad_of(log), 1e-5)
 
@@ -128,17 +135,17 @@ def test_gradients_of_scales_of_many_matrices_have_the_bits_of_each(poisoned):
     powers = [exponents(rows, -(-columns // group)) for rows, columns, group in sizes]
     grads = [normal(rows, columns, seed=n) for n, (rows, columns, _) in enumerate(sizes)]
     grads[4] = grads[4].double()
-    groups = [group for _, _, group in sizes]
+    groups, leads = [group for _, _, group in sizes], [LEADS[n % 3] for n in range(len(sizes))]
     for one, many in (
         (ops.linear_scale_grad, ops.linear_scale_grads),
         (ops.linear_column_grad, ops.linear_column_grads),
     ):
-        found = many(grads, given, powers, groups)
-        expected = [one(*each) for each in zip(grads, given, powers, groups, strict=True)]
+        found = many(grads, given, powers, groups, leads)
+        expected = [one(*each) for each in zip(grads, given, powers, groups, leads, strict=True)]
         for a, b in zip(found, expected, strict=True):
             assert a.dtype == b.dtype and a.is_contiguous() and torch.equal(a, b)
         assert len({a.data_ptr() for a in found}) == len(sizes)
-        assert torch.equal(many(grads[:1], given[:1], powers[:1], groups[:1])[0], expected[0])
+        assert torch.equal(many(grads[:1], given[:1], powers[:1], groups[:1])[0], expected[0])  # no leads: 81
 
 
 def test_default_group_is_256():
@@ -285,18 +292,18 @@ def test_nothing_is_changed():
 def test_opcheck_linear(leading, inputs, outputs, group, ported):
     arguments = (registers(outputs, inputs), exponents(outputs, -(-inputs // group)), group)
     port = open_port(outputs, inputs) if ported else None
-    torch.library.opcheck(OPS.linear.default, (normal(*leading, inputs).requires_grad_(), *arguments, port))
+    torch.library.opcheck(OPS.linear.default, (normal(*leading, inputs).requires_grad_(), *arguments, port, 27))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_gradients(dtype):
     register, exponent = registers(4, 7), exponents(4, 3)
     grad, x = normal(2, 5, 4).to(dtype), normal(2, 5, 7).to(dtype)
-    torch.library.opcheck(OPS.linear.default, (x, register, exponent, 3, None))
-    torch.library.opcheck(OPS.linear_input_grad.default, (grad, register, exponent, 3))
+    torch.library.opcheck(OPS.linear.default, (x, register, exponent, 3, None, LEAD))
+    torch.library.opcheck(OPS.linear_input_grad.default, (grad, register, exponent, 3, 9))
     torch.library.opcheck(OPS.linear_weight_grad.default, (grad, x))
-    torch.library.opcheck(OPS.linear_scale_grad.default, (normal(4, 7), register, exponent, 3))
-    torch.library.opcheck(OPS.linear_column_grad.default, (normal(4, 7), register, exponent, 3))
-    many = [normal(4, 7), normal(2, 3)], [register, registers(2, 3)], [exponent, exponents(2, 1)], [3, 3]
+    torch.library.opcheck(OPS.linear_scale_grad.default, (normal(4, 7), register, exponent, 3, 27))
+    torch.library.opcheck(OPS.linear_column_grad.default, (normal(4, 7), register, exponent, 3, LEAD))
+    many = [normal(4, 7), normal(2, 3)], [register, registers(2, 3)], [exponent, exponents(2, 1)], [3, 3], [LEAD, 27]
     torch.library.opcheck(OPS.linear_scale_grads.default, many)
     torch.library.opcheck(OPS.linear_column_grads.default, many)

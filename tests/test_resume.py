@@ -55,6 +55,7 @@ VARIANTS = {
     "n-grams": {"ngrams": 3, "ngram_rows": 64},
     "words through a matrix, dropped": {"word_tables": 2, "ngram_rows": 64, "ngram_width": 8, "ngram_dropout": 0.3},
     "scales": {"scale_rate": 0.05},
+    "two trits a weight": {"weight_trits": 2, "scale_rate": 0.05, "column_scales": True, "experts": 2},
     "turns": {"interval": 4},
     "float8 products": {"mlp_ratio": 32, "group": 65_536, "fp8": True},
     "grouped heads and a window": {"heads": 2, "kv_heads": 1, "window": 5},

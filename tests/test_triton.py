@@ -204,11 +204,13 @@ def test_any_move(device, direction, rate, key):
     ("columns", "group"),
     [(256, 256), (130, 256), (600, 256), (130, 64), (128, 64), (1536, 512), (81, 40), (80, 40), (13, 5), (1, 1)],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_decoding(device, columns, group, dtype, poisoned):
+@pytest.mark.parametrize(
+    ("dtype", "lead"), [(torch.float32, 81), (torch.bfloat16, 81), (torch.float16, 81), (torch.bfloat16, 27)]
+)
+def test_decoding(device, columns, group, dtype, lead, poisoned):
     register, exponent = int8(-128, 127, (19, columns), 3), int8(-128, 127, (19, -(-columns // group)), 4)
-    expected = reference.decode(register, exponent, group, dtype)
-    found = triton.decode(register.to(device), exponent.to(device), group, dtype).cpu()
+    expected = reference.decode(register, exponent, group, dtype, lead)
+    found = triton.decode(register.to(device), exponent.to(device), group, dtype, lead).cpu()
     integer = torch.int32 if dtype is torch.float32 else torch.int16
     assert found.dtype == dtype and torch.equal(found.view(integer), expected.view(integer))
 
@@ -218,8 +220,9 @@ def test_every_register_with_every_exponent(device):
     register = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).repeat(256, 1)
     exponent = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).view(256, 1)
     for dtype in (torch.float32, torch.bfloat16):
-        found = triton.decode(register.to(device), exponent.to(device), 256, dtype).cpu()
-        assert torch.equal(found, reference.decode(register, exponent, 256, dtype))
+        for lead in (81, 27, 9):
+            found = triton.decode(register.to(device), exponent.to(device), 256, dtype, lead).cpu()
+            assert torch.equal(found, reference.decode(register, exponent, 256, dtype, lead))
 
 
 @on_each_device
@@ -254,9 +257,10 @@ def test_a_weight_gradient_is_not_rounded_to_bfloat16(rows):
 
 @on_each_device
 @pytest.mark.parametrize(("columns", "group"), [(256, 256), (130, 256), (600, 256), (2500, 4096), (130, 64), (13, 5)])
-def test_scale_gradients(device, columns, group, poisoned):
+@pytest.mark.parametrize("lead", [81, 27])
+def test_scale_gradients(device, columns, group, lead, poisoned):
     register, exponent = int8(-121, 121, (19, columns), 0), int8(-20, 8, (19, -(-columns // group)), 1)
-    arguments = (normal(19, columns), register, exponent, group)
+    arguments = (normal(19, columns), register, exponent, group, lead)
     expected = reference.scale_grad(arguments[0].double(), *arguments[1:])
     found = results("triton", device, ops.linear_scale_grad, *arguments)[0]
     assert found.dtype == torch.float32
@@ -274,9 +278,10 @@ def test_trits_as_float8(device, turned):
 
 @on_each_device
 @pytest.mark.parametrize(("rows", "columns", "group"), [(19, 256, 256), (130, 130, 64), (257, 13, 5), (1, 1, 256)])
-def test_column_gradients(device, rows, columns, group, poisoned):
+@pytest.mark.parametrize("lead", [81, 27])
+def test_column_gradients(device, rows, columns, group, lead, poisoned):
     register, exponent = int8(-121, 121, (rows, columns), 0), int8(-20, 8, (rows, -(-columns // group)), 1)
-    arguments = (normal(rows, columns), register, exponent, group)
+    arguments = (normal(rows, columns), register, exponent, group, lead)
     expected = reference.column_grad(arguments[0].double(), *arguments[1:])
     found = results("triton", device, ops.linear_column_grad, *arguments)[0]
     assert found.dtype == torch.float32
@@ -290,12 +295,13 @@ def test_gradients_of_scales_of_many_have_the_bits_of_each(device, poisoned):
     registers = [int8(-121, 121, size[:2], n) for n, size in enumerate(sizes)]
     exponents = [int8(-20, 8, (rows, -(-columns // group)), rows) for rows, columns, group in sizes]
     grads, groups = [normal(*size[:2], seed=n) for n, size in enumerate(sizes)], [size[2] for size in sizes]
+    leads = [81, 81, 27, 81, 27, 27]
     for many, one in (
         (ops.linear_scale_grads, ops.linear_scale_grad),
         (ops.linear_column_grads, ops.linear_column_grad),
     ):
-        found = results("triton", device, many, grads, registers, exponents, groups)
-        for number, matrix in enumerate(zip(grads, registers, exponents, groups, strict=True)):
+        found = results("triton", device, many, grads, registers, exponents, groups, leads)
+        for number, matrix in enumerate(zip(grads, registers, exponents, groups, leads, strict=True)):
             assert torch.equal(found[number], results("triton", device, one, *matrix)[0])
 
 

@@ -95,10 +95,10 @@ def _linear_cases(device: torch.device, dtype: torch.dtype, rows: int, outputs: 
         return choose("linear", device).decode(given["register"], given["exponent"], GROUP, dtype)
 
     def forward(given: Inputs) -> Tensor:
-        return OPS.linear(given["x"], given["register"], given["exponent"], GROUP, None)
+        return OPS.linear(given["x"], given["register"], given["exponent"], GROUP, None, LEAD)
 
     def input_grad(given: Inputs) -> Tensor:
-        return OPS.linear_input_grad(given["grad"], given["register"], given["exponent"], GROUP)
+        return OPS.linear_input_grad(given["grad"], given["register"], given["exponent"], GROUP, LEAD)
 
     def weight_grad(given: Inputs) -> Tensor:
         return OPS.linear_weight_grad(given["grad"], given["x"])

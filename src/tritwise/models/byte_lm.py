@@ -21,10 +21,10 @@ from tritwise.nn import (
     NGramEmbedding,
     Rotary,
     TritEmbedding,
-    TritLinear,
     TritVector,
     dropout,
     rms_norm,
+    trit_linear,
     trit_modules,
 )
 
@@ -111,7 +111,7 @@ class ByteLM(nn.Module):
         super().__init__()
         self.config, self.dtype, self.checkpoint, self.loss_chunk = config, dtype, checkpoint, loss_chunk
         ternary = config.weights == "trit"
-        linear = linear or (TritLinear if ternary else FloatLinear)
+        linear = linear or (trit_linear(config.weight_trits) if ternary else FloatLinear)
         embedding = embedding or (TritEmbedding if ternary else FloatEmbedding)
         vector = TritVector if ternary else FloatVector
         full = config.layers()

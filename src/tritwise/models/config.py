@@ -10,6 +10,7 @@ from typing import NamedTuple
 from tritwise.errors import UserError
 from tritwise.nn.moe import MOST_ITERS
 from tritwise.nn.ngram import WORD_REACH
+from tritwise.nn.trit import WEIGHT_TRITS
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class ModelConfig:
     max_moe_iters   passes through the experts, as many of them as a byte learns to need, 1 … 4
     graph      whether bytes get messages from their neighbours and from what followed the same trigram before
     weights    "trit", or "float" for the baseline with the same shape
+    weight_trits  trits that a weight of a matrix has, the first of its register: 1, 2 or 3 for 3, 9 or 27 values;
+               embeddings, tables and what draws pictures have one
     prelude    blocks at the start that run once; coda: at the end
     loops      times that the blocks between them run
     loop_embedding  a learned vector is added before every layer, one for each repeat of a block
@@ -72,6 +75,7 @@ class ModelConfig:
     max_moe_iters: int = 1
     graph: bool = False
     weights: str = "trit"
+    weight_trits: int = 1
     prelude: int = 0
     coda: int = 0
     loops: int = 1
@@ -119,6 +123,10 @@ class ModelConfig:
             raise UserError(f"mixer is {self.mixer!r}; choose attention or lstm")
         if self.weights not in ("trit", "float"):
             raise UserError(f"weights is {self.weights!r}; choose trit or float")
+        if self.weight_trits not in WEIGHT_TRITS:
+            raise UserError(f"weight_trits is {self.weight_trits}; choose {WEIGHT_TRITS[0]} to {WEIGHT_TRITS[-1]}")
+        if self.weight_trits > 1 and self.weights != "trit":
+            raise UserError("weight_trits is for ternary weights; use weights=trit, or leave it out")
         heads = self.heads or max(1, self.width // (32 if self.width < 128 else 64))
         kv_heads = self.kv_heads or heads
         object.__setattr__(self, "heads", heads)

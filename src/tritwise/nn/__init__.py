@@ -5,7 +5,7 @@ from tritwise.nn.dropout import dropout, noise_of
 from tritwise.nn.embedding import FloatEmbedding, TritEmbedding
 from tritwise.nn.graph import TritGraph
 from tritwise.nn.ledger import KVLedger
-from tritwise.nn.linear import FloatLinear, TritLinear, decoded, use_fp8
+from tritwise.nn.linear import FloatLinear, TritLinear, decoded, trit_linear, use_fp8
 from tritwise.nn.lstm import TritLSTM, TritLSTMCell
 from tritwise.nn.mlp import MLP
 from tritwise.nn.moe import TritMoE
@@ -41,6 +41,7 @@ __all__ = [
     "relu_squared_norm",
     "rms_norm",
     "tensor_roles",
+    "trit_linear",
     "trit_modules",
     "use_fp8",
 ]

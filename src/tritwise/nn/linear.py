@@ -1,9 +1,10 @@
 """Linear layers without bias: `TritLinear`, and `FloatLinear`, its float twin for baselines."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,17 @@ class TritLinear(TritModule):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, role: str = "matrix", group: int = 256, blocks: int = 1
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        role: str = "matrix",
+        group: int = 256,
+        blocks: int = 1,
+        weight_trits: int = 1,
     ) -> None:
-        super().__init__(out_features, in_features, role=role, fan_in=in_features, group=group, blocks=blocks)
+        how: dict[str, Any] = {"group": group, "blocks": blocks, "weight_trits": weight_trits}
+        super().__init__(out_features, in_features, role=role, fan_in=in_features, **how)
         self.fp8_least: int | None = None
         self.unit_inputs = False
         self.decodes_ahead = True
@@ -58,7 +67,13 @@ class TritLinear(TritModule):
         if self.fp8_least is not None and torch.is_grad_enabled():
             how = self.group, self.port, self.fp8_least, self.unit_inputs, x8
             return ops.linear_fp8(x, self.register, self.exponent, *how)
-        return ops.linear(x, self.register, self.exponent, self.group, self.port)
+        return ops.linear(x, self.register, self.exponent, self.group, self.port, self.lead)
+
+
+def trit_linear(weight_trits: int) -> type[TritLinear]:
+    """The layer with so many trits a weight, to be called as its class is."""
+    made = functools.partial(TritLinear, weight_trits=weight_trits) if weight_trits > 1 else TritLinear
+    return cast(type[TritLinear], made)
 
 
 def give_unit_inputs(*layers: nn.Module) -> None:
@@ -80,9 +95,8 @@ def stacked(layers: Sequence[nn.Module], dtype: torch.dtype) -> Tensor | None:
     if columns and len(columns) < len(ternary):
         return None
     tensors = [layer.register for layer in ternary], [layer.exponent for layer in ternary]
-    return ops.stacked_weights(
-        *tensors, [layer.group for layer in ternary], dtype, [layer.port for layer in ternary], columns
-    )
+    groups, leads = [layer.group for layer in ternary], [layer.lead for layer in ternary]
+    return ops.stacked_weights(*tensors, groups, dtype, [layer.port for layer in ternary], columns, leads)
 
 
 @contextlib.contextmanager
@@ -96,7 +110,8 @@ def decoded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     layers = [layer for layer in model.modules() if isinstance(layer, TritLinear) and layer.decodes_ahead]
     tensors = [layer.register for layer in layers], [layer.exponent for layer in layers]
     how = [layer.rounds for layer in layers], [layer.unit_inputs for layer in layers]
-    made = ops.decode_many(*tensors, [layer.group for layer in layers], dtype, *how)
+    groups, leads = [layer.group for layer in layers], [layer.lead for layer in layers]
+    made = ops.decode_many(*tensors, groups, dtype, *how, leads)
     for layer, operand in zip(layers, made, strict=True):
         layer.operand = operand
     try:
@@ -116,6 +131,8 @@ def use_fp8(model: nn.Module, least: int = ops.FP8_LEAST) -> int:
     layers = [m for m in model.modules() if isinstance(m, TritLinear) and m.role == "matrix"]
     layers = [layer for layer in layers if any(ops.rounds_fp8(layer.register, least, layer.unit_inputs))]
     reasons = [reason for layer in layers if (reason := ops.refuses_fp8(layer.register, layer.exponent))]
+    if any(layer.weight_trits > 1 for layer in layers):
+        reasons = ["its products hold weights of one trit; set weight_trits=1"]
     if not layers:
         reasons = [f"no ternary matrix is wide enough for it to pay, from {least // 2} rows on; leave fp8 off"]
     if reasons:

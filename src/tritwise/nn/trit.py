@@ -7,11 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritwise.registers import exponent_for, init_registers, leading_trit, make_key, scale_table, zero_fraction
+from tritwise.registers import (
+    exponent_for,
+    init_registers,
+    lead_of,
+    leading_number,
+    make_key,
+    scale_table,
+)
 
 ROLES = ("matrix", "embedding", "head", "vector", "scale", "table", "count")
 """matrix, embedding, head, vector: weights by what they do. scale: scale exponents. table: constants, not trained.
 count: integers that a layer counts with while it is trained."""
+
+WEIGHT_TRITS = (1, 2, 3)
+"""How many of a register's first trits can be its weight."""
 
 Consumer = Callable[["TritModule", Tensor], None]
 
@@ -32,6 +42,8 @@ class TritModule(nn.Module):
     role: what the matrix is for, one of ROLES; the optimizer makes its groups from it.
     fan_in: terms of the sum that the scale normalises; W starts with standard deviation 1/sqrt(fan_in).
     sparse: only rows that received a gradient are updated (large embeddings).
+    weight_trits: 1, or how many of a register's first trits are its weight: with two W has nine values, round(R / 27)
+    times the scale, and ships as two trits a weight. `lead` is what 1 of W is worth in a register: 81, 27, 9.
     blocks: how many matrices lie one above the other in the rows (3 for query, key and value in one).
     Initial registers come from torch's default generator, so `torch.manual_seed` fixes them.
     """
@@ -48,8 +60,11 @@ class TritModule(nn.Module):
         group: int = 256,
         blocks: int = 1,
         sparse: bool = False,
+        weight_trits: int = 1,
     ) -> None:
         super().__init__()
+        if weight_trits not in WEIGHT_TRITS:
+            raise ValueError(f"weight_trits is {weight_trits}; choose one of {', '.join(map(str, WEIGHT_TRITS))}")
         if rows < 1 or columns < 1:
             raise ValueError(f"a ternary matrix needs at least one row and one column, not {rows} x {columns}")
         if role not in ROLES:
@@ -59,6 +74,7 @@ class TritModule(nn.Module):
         if rows % blocks:
             raise ValueError(f"{rows} rows do not divide into {blocks} blocks; make rows a multiple of blocks")
         self.group, self.blocks, self.fan_in, self.sparse = group, blocks, fan_in, sparse
+        self.weight_trits, self.lead = weight_trits, lead_of(weight_trits)
         self.roles = {"register": role, "exponent": "scale"}
         groups = -(-columns // group)
         self.register = nn.Parameter(torch.empty(rows, columns, dtype=torch.int8), requires_grad=False)
@@ -76,8 +92,9 @@ class TritModule(nn.Module):
         return self.roles["register"]
 
     def trits(self) -> Tensor:
-        """The ternary weights that a matmul uses now: leading trits, int8 [rows, columns]."""
-        return leading_trit(self.register)
+        """The weights that a matmul uses now, in units of their scales: leading trits, or the numbers that several
+        make, int8 [rows, columns]."""
+        return leading_number(self.register, self.lead)
 
     def add_column_scales(self) -> None:
         """Give every column of W a scale of its own, 1 at first, which the optimizer trains like the others."""
@@ -106,8 +123,9 @@ class TritModule(nn.Module):
         """New registers, uniform within +-span of a leading trit, and the scale that gives W its standard deviation."""
         key = make_key(int(torch.randint(2**62, ())))
         self.register.copy_(init_registers(tuple(self.register.shape), key, span))
-        density = 1.0 - zero_fraction(self.register)
-        self.exponent.fill_(exponent_for(1.0 / math.sqrt(self.fan_in * max(density, 1e-6))))
+        numbers = leading_number(self.register, self.lead).int()
+        square = float((numbers * numbers).sum()) / numbers.numel()  # of one trit: the share that is not 0
+        self.exponent.fill_(exponent_for(1.0 / math.sqrt(self.fan_in * max(square, 1e-6))))
         if self.column_exponent is not None:
             self.column_exponent.zero_()
 
@@ -148,7 +166,9 @@ class TritModule(nn.Module):
 
     def extra_repr(self) -> str:
         rows, columns = self.register.shape
-        return f"rows={rows}, columns={columns}, role={self.role}, group={self.group}, blocks={self.blocks}"
+        return f"rows={rows}, columns={columns}, role={self.role}, group={self.group}, blocks={self.blocks}" + (
+            f", weight_trits={self.weight_trits}" * (self.weight_trits > 1)
+        )
 
 
 def trit_modules(model: nn.Module) -> Iterator[tuple[str, TritModule]]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritwise.registers import Key
+from tritwise.registers import LEAD, Key
 
 OLDEST = (7, 0)  # compute capability that Triton still compiles for
 BFLOAT16 = (8, 0)  # compute capability with matrix units for bfloat16
@@ -224,8 +224,16 @@ def is_served(register: Tensor, exponent: Tensor, group: int) -> bool:
     )
 
 
-def decode(register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype, ids: Tensor | None = None) -> Tensor:
-    """W = trit * scale as `dtype` [O, I], or its rows `ids` (int64 [N]) as [N, I]; exact in float32 and bfloat16."""
+def decode(
+    register: Tensor,
+    exponent: Tensor,
+    group: int,
+    dtype: torch.dtype,
+    ids: Tensor | None = None,
+    lead: int = LEAD,
+) -> Tensor:
+    """W = round(R / lead) * scale as `dtype` [O, I], or its rows `ids` (int64 [N]) as [N, I], with the reference's
+    bits."""
     r, e = register.contiguous(), exponent.contiguous()
     table_rows, columns = r.shape
     groups = e.shape[1]
@@ -250,6 +258,7 @@ def decode(register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype, i
         BLOCK_R=block_rows,
         BLOCK_C=block,
         UNIFORM=uniform,
+        LEAD=lead,
         num_warps=warps,
     )
     return weight

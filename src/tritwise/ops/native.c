@@ -20,7 +20,7 @@
 #define EXPONENT_FLOOR (-126)
 #define EXPONENT_CEILING 120
 #define INFINITE 0x7f800000                /* bits of +infinity; above it lie the NaNs */
-#define LEAD_INVERSE ((float)(1.0 / 81))
+#define LEAD 81                            /* what one unit of the leading trit is worth */
 
 /* Random bits for one block, seen as words when they are made and as halves when they are used. One word more than
    the block needs: it may start with the high half of a word. */
@@ -119,7 +119,7 @@ static void round_row(int8_t *restrict momentum, const float *restrict grad, int
 }
 
 /* Bumped when a signature below changes. */
-int32_t tritwise_version(void) { return 1; }
+int32_t tritwise_version(void) { return 2; }
 
 /* momentum int8 [rows, columns] and row_exponent int8 [rows] <- decay * momentum + grad, rounded by (first, second).
    1: taken. 0: not finite, nothing changed. -1: no memory, nothing changed. */
@@ -175,25 +175,26 @@ int64_t tritwise_move(int8_t *reg, const float *direction, int64_t count, float 
 }
 
 static void decode_row(const int8_t *restrict reg, const int8_t *restrict exponent, const float *restrict scales,
-                       float *restrict out, int64_t columns, int64_t group)
+                       float *restrict out, int64_t columns, int64_t group, int32_t lead)
 {
+    const float inverse = (float)(1.0 / lead);
     for (int64_t at = 0; at < columns; at += group) {
         int64_t count = smaller(group, columns - at);
         float scale = scales[*exponent++ + 128];
         /* round(R / 81) is the leading trit; as in the reference a small negative register gives -0. */
         for (int64_t i = 0; i < count; i++)
-            out[at + i] = rintf((float)reg[at + i] * LEAD_INVERSE) * scale;
+            out[at + i] = rintf((float)reg[at + i] * inverse) * scale;
     }
 }
 
-/* out float [rows, columns] <- leading trit * scale. exponent: int8 [rows, groups], groups = ceil(columns / group);
+/* out float [rows, columns] <- round(reg / lead) * scale. exponent: int8 [rows, groups], groups = ceil(columns / group);
    scales: float [256], the scale of exponent E at E + 128. */
 void tritwise_decode(const int8_t *reg, const int8_t *exponent, const float *scales, float *out, int64_t rows,
-                     int64_t columns, int64_t group)
+                     int64_t columns, int64_t group, int32_t lead)
 {
     int64_t groups = (columns + group - 1) / group;
     for (int64_t row = 0; row < rows; row++)
-        decode_row(reg + row * columns, exponent + row * groups, scales, out + row * columns, columns, group);
+        decode_row(reg + row * columns, exponent + row * groups, scales, out + row * columns, columns, group, lead);
 }
 
 /* out float [count, columns] <- the decoded rows `ids`. 1: done. 0: an id is not in 0 … rows-1; out is then unfinished. */
@@ -205,7 +206,7 @@ int32_t tritwise_gather(const int64_t *ids, const int8_t *reg, const int8_t *exp
         int64_t row = ids[n];
         if (row < 0 || row >= rows)
             return 0;
-        decode_row(reg + row * columns, exponent + row * groups, scales, out + n * columns, columns, group);
+        decode_row(reg + row * columns, exponent + row * groups, scales, out + n * columns, columns, group, LEAD);
     }
     return 1;
 }

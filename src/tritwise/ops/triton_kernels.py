@@ -109,6 +109,16 @@ def leading_trit(register):
 
 
 @triton.jit
+def leading_number(register, LEAD: tl.constexpr):
+    """The weight in a register, int32: round(register / LEAD). Of the leading trit, LEAD 81, registers up to +-121."""
+    if LEAD == 81:
+        return leading_trit(register)
+    r = register.to(tl.int32)
+    size = (tl.abs(r) + LEAD // 2) // LEAD
+    return tl.where(r < 0, -size, size)
+
+
+@triton.jit
 def tile_of(line, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr):
     """Where this program's tile lies in its matrix: its first row and column, and the matrix's width."""
     columns = tl.load(line + COLUMNS).to(tl.int32)
@@ -247,10 +257,13 @@ def move(
 
 
 @triton.jit
-def weight_of(register, scale):
-    """round(register / 81) * scale, float32. register: int32."""
+def weight_of(register, scale, LEAD: tl.constexpr):
+    """round(register / LEAD) * scale, float32. register: int32."""
     size = tl.abs(register)
-    w = tl.where(size > 121, scale + scale, tl.where(size > 40, scale, 0.0))
+    if LEAD == 81:
+        w = tl.where(size > 121, scale + scale, tl.where(size > 40, scale, 0.0))
+    else:
+        w = ((size + LEAD // 2) // LEAD).to(tl.float32) * scale
     # The reference rounds a small negative register to a negative zero; so does the sign put on here.
     return float_of(w.to(tl.int32, bitcast=True) | (register & SIGN))
 
@@ -270,8 +283,9 @@ def decode(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UNIFORM: tl.constexpr,
+    LEAD: tl.constexpr,
 ):
-    """weight [rows, columns] = rows `ids` (None: all in order) of the matrix, round(register / 81) * scale, exact.
+    """weight [rows, columns] = rows `ids` (None: all in order) of the matrix, round(register / LEAD) * scale.
 
     UNIFORM: every block of columns lies within one group. across: blocks of columns; known to be 1 when it is compiled,
     it saves a division. An id outside the table gives a row of NaN.
@@ -292,7 +306,7 @@ def decode(
     else:
         at = source[:, None] * groups + (column // group)[None, :]
         scale = scale_of(tl.load(exponent + at, mask=mask, other=0).to(tl.int32))
-    w = weight_of(r, scale)
+    w = weight_of(r, scale, LEAD)
     if ids is not None:
         w = tl.where(known[:, None], w, float("nan"))
     to = weight + row[:, None] * columns + column[None, :]

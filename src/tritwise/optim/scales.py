@@ -58,7 +58,8 @@ def scale_grads(layers: Sequence[TritModule], grads: Sequence[Tensor]) -> list[l
         if own:
             learn = [layers[number] for number in own]
             given = [layer.register for layer in learn], [layer.exponent for layer in learn]
-            parts = run([grads[number] for number in own], *given, [layer.group for layer in learn])
+            how = [layer.group for layer in learn], [layer.lead for layer in learn]
+            parts = run([grads[number] for number in own], *given, *how)
             for number, part in zip(own, parts, strict=True):
                 found[number].append(part.view(1, -1))
     return found

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from tritwise.registers.random import Key, random_words
 
+TRITS = 5  # in a register
 LEAD = 81  # 3**4, what one unit of the leading trit is worth
+PLACES = (81, 27, 9, 3, 1)  # what one unit of each trit is worth
 EVIDENCE_LIMIT = 40  # (3**4 - 1) / 2
 REGISTER_LIMIT = 121  # (3**5 - 1) / 2
 
@@ -18,6 +20,20 @@ REGISTER_LIMIT = 121  # (3**5 - 1) / 2
 def leading_trit(register: Tensor) -> Tensor:
     """The weight in each register: +1 where R > 40, -1 where R < -40, else 0. int8 in, int8 of the same shape out."""
     return (register > EVIDENCE_LIMIT).view(torch.int8) - (register < -EVIDENCE_LIMIT).view(torch.int8)
+
+
+def lead_of(weight_trits: int) -> int:
+    """What a weight of 1 is worth in a register whose first `weight_trits` trits are the weight: 81 for one, 27 for
+    two, 9 for three."""
+    return 3 ** (TRITS - weight_trits)
+
+
+def leading_number(register: Tensor, lead: int = LEAD) -> Tensor:
+    """The weight in each register in units of its scale, round(R / lead): int8 in, int8 of the same shape out. lead: of
+    `lead_of`. With 81 it is the leading trit; with 27 the two leading ones, 3 t1 + t2 from -4 to 4."""
+    if lead == LEAD:
+        return leading_trit(register)
+    return (register.float() * (1.0 / lead)).round_().to(torch.int8)  # lead is odd: nothing lies halfway
 
 
 def evidence(register: Tensor) -> Tensor:
@@ -34,7 +50,7 @@ def to_trits(register: Tensor) -> Tensor:
     """All five balanced-ternary digits, most significant first: shape [..., 5], int8, sum of digit * 3**(4-k) is R."""
     digits = []
     rest = register.to(torch.int16)
-    for place in (81, 27, 9, 3, 1):
+    for place in PLACES:
         half = (place - 1) // 2  # what the lower places can hold: the digit is 0 within +-half
         digit = (rest > half).to(torch.int16) - (rest < -half).to(torch.int16)
         digits.append(digit.to(torch.int8))

@@ -18,7 +18,7 @@ import torch
 from tritwise.errors import UserError
 from tritwise.models import Arb, ByteLM, ModelConfig, PartsConfig
 from tritwise.nn import TritModule, TritVector, trit_modules
-from tritwise.registers import LEAD, leading_trit, pack_base3, packed_bytes, unpack_base3
+from tritwise.registers import PLACES, pack_base3, packed_bytes, to_trits, unpack_base3
 from tritwise.ship.container import container_bytes, read_container, write_container
 from tritwise.ship.floats import METHODS, fill_floats, float_streams
 from tritwise.ship.quantise import SMALL
@@ -107,7 +107,7 @@ def _described(
         header |= {"weights": weights, "packing": method, "small": small}
         return header, float_streams(model, method, small), weights
     layers, (matrices, vectors) = list(trit_modules(model)), _sorted(model)
-    trits = torch.cat([leading_trit(layer.register).reshape(-1).cpu() for layer in matrices])
+    trits = torch.cat([_trits(layer) for layer in matrices])
     scales = torch.cat([e.detach().reshape(-1).cpu() for layer in matrices for e in layer.exponents()])
     weights = sum(layer.register.numel() for _, layer in layers)
     header |= {
@@ -126,6 +126,20 @@ def _described(
         tables = [table.detach().float().cpu() for table in _tables(model)]
         streams["tables"] = torch.cat([torch.empty(0), *tables]).view(torch.uint8).numpy()
     return header, streams, weights
+
+
+def _trits(layer: TritModule) -> torch.Tensor:
+    """The trits that a layer ships, int8 [weight_trits * rows * columns]: all first ones, then all second ones."""
+    kept = to_trits(layer.register.detach().cpu())[..., : layer.weight_trits]
+    return kept.movedim(-1, 0).reshape(-1)
+
+
+def _fill_trits(layer: TritModule, trits: torch.Tensor) -> None:
+    """The inverse: registers without evidence that have these trits."""
+    planes = trits.view(layer.weight_trits, *layer.register.shape)
+    layer.register.zero_()
+    for plane, place in zip(planes, PLACES, strict=False):
+        layer.register.add_(plane * place)
 
 
 def _tables(model: Arb) -> list[torch.Tensor]:
@@ -175,7 +189,7 @@ def read_artifact(path: Path) -> tuple[ByteLM | Arb, dict[str, Any]]:
         raise UserError(f"{path} is no byte model this version understands ({error}); upgrade tritwise") from None
     except ValueError as error:  # of the float streams
         raise UserError(f"{path} does not fit the shape it names ({error}); ship it again from its run") from error
-    count = sum(layer.register.numel() for layer in matrices)
+    count = sum(layer.weight_trits * layer.register.numel() for layer in matrices)
     shared = sum(e.numel() for layer in matrices for e in layer.exponents())
     if (len(trits), len(scales), len(numbers)) != (
         packed_bytes(count),
@@ -194,8 +208,8 @@ def read_artifact(path: Path) -> tuple[ByteLM | Arb, dict[str, Any]]:
             layer.register.copy_(vector_N[: layer.register.numel()].view_as(layer.register))
             vector_N = vector_N[layer.register.numel() :]
         for layer in matrices:
-            size = layer.register.numel()
-            layer.register.copy_(flat[:size].view_as(layer.register) * LEAD)
+            size = layer.weight_trits * layer.register.numel()
+            _fill_trits(layer, flat[:size])
             flat = flat[size:]
             for kept in layer.exponents():
                 kept.copy_(exponents[: kept.numel()].view_as(kept))

@@ -30,7 +30,7 @@ def estimate(model: ByteLM | Arb, method: str = AUTO, small: int = SMALL, tokeni
         layers = [layer for _, layer in trit_modules(model)]
         matrices = [layer for layer in layers if not isinstance(layer, TritVector)]
         sizes = {
-            "trits": packed_bytes(sum(layer.register.numel() for layer in matrices)),
+            "trits": packed_bytes(sum(layer.weight_trits * layer.register.numel() for layer in matrices)),
             "scales": sum(exponent.numel() for layer in matrices for exponent in layer.exponents()),
             "vectors": sum(layer.register.numel() for layer in layers if isinstance(layer, TritVector)),
             "header": HEADER + A_LAYER * len(layers),

@@ -193,6 +193,8 @@ class Config:
             raise UserError(
                 "compact is for ternary layers without hashed tables; use optimizer=trit, ngrams=1 and word_tables=0"
             )
+        if self.model.weight_trits > 1 and (self.train.compact or self.train.fp8):
+            raise UserError("compact and fp8 are for weights of one trit; set weight_trits=1, or leave them out")
         if self.train.tokenizer and self.model.word_tables:
             raise UserError("word_tables are for models of bytes; set word_tables=0, or leave the tokenizer out")
         if self.train.fp8 and self.train.optimizer != "trit":

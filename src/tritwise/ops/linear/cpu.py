@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tritwise.ops.linear import reference
 from tritwise.ops.native import kernels
-from tritwise.registers import scale_table
+from tritwise.registers import LEAD, scale_table
 
 CPU = torch.device("cpu")
 
@@ -21,25 +21,26 @@ def is_served(register: Tensor, exponent: Tensor, group: int) -> bool:
     )
 
 
-def decode(register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    """The weight W = trit * scale as `dtype` [O, I]; exact in float32 and bfloat16."""
+def decode(register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype, lead: int = LEAD) -> Tensor:
+    """The weight W = round(R / lead) * scale as `dtype` [O, I], with the reference's bits."""
     if dtype is not torch.float32 or not is_served(register, exponent, group):
-        return reference.decode(register, exponent, group, dtype)
+        return reference.decode(register, exponent, group, dtype, lead)
     r, e, scales = register.contiguous(), exponent.contiguous(), scale_table(CPU)
     rows, columns = r.shape
     weight_OI = torch.empty(rows, columns, dtype=torch.float32, device=CPU)
-    kernels().decode(r.data_ptr(), e.data_ptr(), scales.data_ptr(), weight_OI.data_ptr(), rows, columns, group)
+    places = r.data_ptr(), e.data_ptr(), scales.data_ptr(), weight_OI.data_ptr()
+    kernels().decode(*places, rows, columns, group, lead)
     return weight_OI
 
 
-def forward(x: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+def forward(x: Tensor, register: Tensor, exponent: Tensor, group: int, lead: int = LEAD) -> Tensor:
     """y [..., O] = x [..., I] W^T."""
-    return torch.nn.functional.linear(x, decode(register, exponent, group, x.dtype))
+    return torch.nn.functional.linear(x, decode(register, exponent, group, x.dtype, lead))
 
 
-def input_grad(grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+def input_grad(grad: Tensor, register: Tensor, exponent: Tensor, group: int, lead: int = LEAD) -> Tensor:
     """dL/dx [..., I] = dL/dy [..., O] W."""
-    return grad @ decode(register, exponent, group, grad.dtype)
+    return grad @ decode(register, exponent, group, grad.dtype, lead)
 
 
 weight_grad = reference.weight_grad
@@ -47,6 +48,6 @@ scale_grad = reference.scale_grad
 trits_float8 = reference.trits_float8
 
 
-def column_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+def column_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int, lead: int = LEAD) -> Tensor:
     """Sum of dL/dW * W over each column, float32 [I]."""
-    return decode(register, exponent, group, torch.float32).mul_(weight_grad).sum(dim=0)
+    return decode(register, exponent, group, torch.float32, lead).mul_(weight_grad).sum(dim=0)

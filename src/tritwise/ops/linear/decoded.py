@@ -18,6 +18,7 @@ from tritwise.ops.backends import choose
 from tritwise.ops.float8 import filled, unit_factor
 from tritwise.ops.linear.fp8 import forward_fp8, input_grad_fp8
 from tritwise.ops.linear.operands import Operand, operand
+from tritwise.registers import LEAD
 
 
 @torch.no_grad()
@@ -28,22 +29,25 @@ def decode_many(
     dtype: torch.dtype,
     rounds: Sequence[tuple[bool, bool]],
     units: Sequence[bool] = (),
+    leads: Sequence[int] = (),
 ) -> list[Operand]:
     """What `linear_decoded` reads of each of several matrices on one device; all empty where the backend decodes within
     its products.
 
     registers: int8 [O, I]; exponents: int8 [O, ceil(I/group)]; dtype: of the activations. rounds: whether x, and
     whether dL/dy, is rounded to float8, as `rounds_fp8` says; only where `refuses_fp8` says None. units: whether each x
-    is of unit RMS; none is, if nothing is said. The bits are those that `linear` and `linear_fp8` decode.
+    is of unit RMS; none is, if nothing is said. leads: as of `linear`, of each; 81, if nothing is said. The bits are
+    those that `linear` and `linear_fp8` decode.
     """
     if not registers:
         return []
-    module = choose("linear", registers[0].device)
+    module, leads = choose("linear", registers[0].device), leads or [LEAD] * len(registers)
     if hasattr(module, "decode_many"):
-        made = module.decode_many(registers, exponents, groups, dtype, rounds)
+        made = module.decode_many(registers, exponents, groups, dtype, rounds, leads)
     else:
-        given = zip(registers, exponents, groups, rounds, strict=True)
-        made = [operand(module.decode, module.trits_float8, r, e, group, dtype, how) for r, e, group, how in given]
+        given = zip(registers, exponents, groups, rounds, leads, strict=True)
+        ways = module.decode, module.trits_float8
+        made = [operand(*ways, r, e, group, dtype, how, lead) for r, e, group, how, lead in given]
     parts = zip(made, registers, units or [False] * len(made), strict=True)
     return [_with_vectors(one, register, unit) for one, register, unit in parts]
 

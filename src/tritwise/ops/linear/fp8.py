@@ -25,7 +25,7 @@ from tritwise.ops.backends import choose
 from tritwise.ops.float8 import FLOAT8, rounded, times_as_float8, unit_factor
 from tritwise.ops.library import define
 from tritwise.ops.linear import linear
-from tritwise.registers import scale_values
+from tritwise.registers import LEAD, scale_values
 
 _scaled_mm = torch.ops.aten._scaled_mm.default
 OLDEST = (8, 9)  # compute capability with matrix units for float8
@@ -158,7 +158,7 @@ class _LinearFp8(torch.autograd.Function):
         if ctx.needs_input_grad[0] and ctx.rounds_grad:
             x_grad = input_grad_fp8(grad_NO, _trits_op(register, True), scale_values(exponent))
         elif ctx.needs_input_grad[0]:
-            x_grad = torch.ops.tritwise.linear_input_grad(grad_NO, register, exponent, ctx.group)
+            x_grad = torch.ops.tritwise.linear_input_grad(grad_NO, register, exponent, ctx.group, LEAD)
         if x_grad is not None:
             x_grad = x_grad.view(*grad.shape[:-1], -1)
         if x_NI is not None:

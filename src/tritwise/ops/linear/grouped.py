@@ -18,7 +18,7 @@ from tritwise.ops import gpu
 from tritwise.ops.backends import choose
 from tritwise.ops.library import LIBRARY, define
 from tritwise.ops.linear.decoded import decode_many
-from tritwise.registers import scale_values
+from tritwise.registers import LEAD, scale_values
 
 _grouped_mm = torch.ops.aten._grouped_mm.default
 ALIGNED = 8  # numbers of bfloat16 in 16 bytes, of which rows and columns of matrices must be multiples
@@ -99,14 +99,15 @@ def _stacked(
     columns: list[Tensor],
     ports: list[Tensor],
     dtype: torch.dtype,
+    leads: list[int],
 ) -> Tensor:
     never = [(False, False)] * len(registers)
-    operands = decode_many(registers, exponents, groups, dtype, never)
+    operands = decode_many(registers, exponents, groups, dtype, never, leads=leads)
     decode = choose("linear", registers[0].device).decode
     weights = [
         # Of a backend that decodes within its products there are none.
-        decode(register, exponent, group, dtype) if made.weight is None else made.weight
-        for made, register, exponent, group in zip(operands, registers, exponents, groups, strict=True)
+        decode(register, exponent, group, dtype, lead) if made.weight is None else made.weight
+        for made, register, exponent, group, lead in zip(operands, registers, exponents, groups, leads, strict=True)
     ]
     stack_EOI = torch.stack(weights)
     return stack_EOI.mul_(_scales(columns).to(dtype)) if columns else stack_EOI
@@ -127,9 +128,9 @@ def _stacked_grad(grad_EOI: Tensor, columns: list[Tensor]) -> list[Tensor]:
 
 _stacked_weights = define(
     "stacked_weights(Tensor[] registers, Tensor[] exponents, int[] groups, Tensor[] columns, Tensor[] ports, "
-    "ScalarType dtype) -> Tensor",
+    "ScalarType dtype, int[] leads) -> Tensor",
     _stacked,
-    lambda registers, exponents, groups, columns, ports, dtype: torch.empty(
+    lambda registers, exponents, groups, columns, ports, dtype, leads: torch.empty(
         (len(registers), *registers[0].shape), dtype=dtype, device=registers[0].device
     ),
 )
@@ -150,7 +151,7 @@ def _backward_stacked(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     wanted = ctx.needs_input_grad[4]
     registers, exponents, columns = ([None] * length for length in ctx.lengths)
     ports = [grad if wants else None for grad, wants in zip(made, wanted, strict=True)]
-    return registers, exponents, None, columns, ports, None
+    return registers, exponents, None, columns, ports, None, None
 
 
 torch.library.register_autograd(
@@ -165,13 +166,15 @@ def stacked_weights(
     dtype: torch.dtype,
     ports: Sequence[Tensor | None],
     columns: Sequence[Tensor] = (),
+    leads: Sequence[int] = (),
 ) -> Tensor:
     """Ternary matrices of one shape, decoded as `dtype` [E, O, I], for `grouped_product`.
 
     registers: int8 [O, I] each; exponents: int8 [O, ceil(I/group)]; groups: of each; columns: exponents of the scales
     of columns, int8 [I] each, which then need not go to the inputs, or none at all. ports: what receives dL/dW of each
-    in backward, as float32 [O, I], or None.
+    in backward, as float32 [O, I], or None. leads: as of `linear`, of each; 81, if nothing is said.
     """
     # A register gets no gradient: it stands for no port.
     open_ports = [register if port is None else port for register, port in zip(registers, ports, strict=True)]
-    return _stacked_weights(list(registers), list(exponents), list(groups), list(columns), open_ports, dtype)
+    leads = list(leads) or [LEAD] * len(registers)
+    return _stacked_weights(list(registers), list(exponents), list(groups), list(columns), open_ports, dtype, leads)

@@ -8,7 +8,7 @@ columns and group of 16 numbers, which a launch for one finds out by itself.
 import triton
 import triton.language as tl
 
-from tritwise.ops.triton_kernels import FIELDS, FIRST, address, find, leading_trit
+from tritwise.ops.triton_kernels import FIELDS, FIRST, address, find, leading_number
 
 GRAD, REGISTER, EXPONENT, OUT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)  # addresses
 ROWS, COLUMNS, GROUPS, GROUP = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
@@ -37,6 +37,7 @@ def sum_groups(
     groups,
     group,
     scales,
+    LEAD: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -50,8 +51,8 @@ def sum_groups(
         column = number * group + within
         mask = (row < rows)[:, None] & ((within < group) & (column < columns))[None, :]
         where = row[:, None] * columns + column[None, :]
-        trit = leading_trit(tl.load(register + where, mask=mask, other=0))
-        total += trit.to(tl.float32) * tl.load(weight_grad + where, mask=mask, other=0.0)
+        number = leading_number(tl.load(register + where, mask=mask, other=0), LEAD)
+        total += number.to(tl.float32) * tl.load(weight_grad + where, mask=mask, other=0.0)
     to = row * groups + number
     e = tl.load(exponent + to, mask=row < rows, other=0).to(tl.int32)
     tl.store(out + to, tl.sum(total, axis=1) * tl.load(scales + (e + 128)), mask=row < rows)
@@ -68,13 +69,15 @@ def scale_grad(
     groups,
     group,
     scales,
+    LEAD: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out [rows, groups] = scale * the sum of trit * weight_grad over each group. SPAN: columns of the widest."""
+    """out [rows, groups] = scale * the sum of round(register / LEAD) * weight_grad over each group. SPAN: columns of
+    the widest."""
     matrix = weight_grad, register, exponent, out, rows, columns, groups, group
-    sum_groups(tl.program_id(0), *matrix, scales, SPAN, BLOCK_R, BLOCK_C)
+    sum_groups(tl.program_id(0), *matrix, scales, LEAD, SPAN, BLOCK_R, BLOCK_C)
 
 
 @triton.jit
@@ -83,6 +86,7 @@ def scale_grads(
     scales,
     tensors,
     TENSORS: tl.constexpr,
+    LEAD: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -91,7 +95,7 @@ def scale_grads(
     line = table + find(table, tensors, TENSORS) * FIELDS
     program, grad, register, exponent, out, rows, columns, groups, group = told(line)
     matrix = grad, register, exponent, out, rows, columns, groups, group
-    sum_groups(program, *matrix, scales, SPAN, BLOCK_R, BLOCK_C)
+    sum_groups(program, *matrix, scales, LEAD, SPAN, BLOCK_R, BLOCK_C)
 
 
 @triton.jit
@@ -106,6 +110,7 @@ def sum_strip(
     groups,
     group,
     scales,
+    LEAD: tl.constexpr,
     STRIP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -119,9 +124,9 @@ def sum_strip(
         row = strip.to(tl.int64) * STRIP + at + tl.arange(0, BLOCK_R)
         mask = (row < rows)[:, None] & (column < columns)[None, :]
         where = row[:, None] * columns + column[None, :]
-        trit = leading_trit(tl.load(register + where, mask=mask, other=0)).to(tl.float32)
+        weight = leading_number(tl.load(register + where, mask=mask, other=0), LEAD).to(tl.float32)
         e = tl.load(exponent + row[:, None] * groups + (column // group)[None, :], mask=mask, other=0).to(tl.int32)
-        total += trit * tl.load(scales + (e + 128)) * tl.load(weight_grad + where, mask=mask, other=0.0)
+        total += weight * tl.load(scales + (e + 128)) * tl.load(weight_grad + where, mask=mask, other=0.0)
     tl.store(out + strip * columns + column, tl.sum(total, axis=0), mask=column < columns)
 
 
@@ -136,13 +141,14 @@ def column_grad(
     groups,
     group,
     scales,
+    LEAD: tl.constexpr,
     STRIP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out [strips, columns] = the sum of scale * trit * weight_grad over each strip of STRIP rows."""
+    """out [strips, columns] = the sum of W * weight_grad over each strip of STRIP rows."""
     matrix = weight_grad, register, exponent, out, rows, columns, groups, group
-    sum_strip(tl.program_id(0), *matrix, scales, STRIP, BLOCK_R, BLOCK_C)
+    sum_strip(tl.program_id(0), *matrix, scales, LEAD, STRIP, BLOCK_R, BLOCK_C)
 
 
 @triton.jit
@@ -151,6 +157,7 @@ def column_grads(
     scales,
     tensors,
     TENSORS: tl.constexpr,
+    LEAD: tl.constexpr,
     STRIP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -159,7 +166,7 @@ def column_grads(
     line = table + find(table, tensors, TENSORS) * FIELDS
     program, grad, register, exponent, out, rows, columns, groups, group = told(line)
     matrix = grad, register, exponent, out, rows, columns, groups, group
-    sum_strip(program, *matrix, scales, STRIP, BLOCK_R, BLOCK_C)
+    sum_strip(program, *matrix, scales, LEAD, STRIP, BLOCK_R, BLOCK_C)
 
 
 @triton.jit

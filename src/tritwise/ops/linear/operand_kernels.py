@@ -18,10 +18,10 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 
 @triton.jit
-def decode_many(table, tensors, TENSORS: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Of registers [rows, columns]: weights as TYPE, leading trits as bytes of float8 e4m3, those as [columns, rows],
-    and the float32 scale of each row of a single group. Addresses and columns are multiples of 16, and so are the rows
-    of what is turned."""
+def decode_many(table, tensors, TENSORS: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr, LEAD: tl.constexpr):
+    """Of registers [rows, columns]: weights, round(register / LEAD) * scale, as TYPE, leading trits as bytes of float8
+    e4m3, those as [columns, rows], and the float32 scale of each row of a single group. Addresses and columns are
+    multiples of 16, and so are the rows of what is turned."""
     line = table + find(table, tensors, TENSORS) * FIELDS
     top, left, columns = tile_of(line, BLOCK, BLOCK, True)
     rows, group = tl.load(line + ROWS).to(tl.int32), tl.load(line + GROUP).to(tl.int32)
@@ -36,7 +36,7 @@ def decode_many(table, tensors, TENSORS: tl.constexpr, TYPE: tl.constexpr, BLOCK
     own = row.to(tl.int64) * tl.cdiv(columns, group) + left // group
     scale = scale_of(tl.load(exponent + own, mask=inside, other=0).to(tl.int32))
     if weight.to(tl.int64) != 0:
-        w = weight_of(r.to(tl.int32), scale[:, None])
+        w = weight_of(r.to(tl.int32), scale[:, None], LEAD)
         tl.store(weight + at, w.to(TYPE), mask=mask)
     if trits.to(tl.int64) != 0:
         tl.store(trits + at, float8_of(r), mask=mask)

@@ -43,11 +43,12 @@ def operand(
     group: int,
     dtype: torch.dtype,
     rounds: tuple[bool, bool],
+    lead: int,
 ) -> Operand:
     """Of one matrix, by a backend's two functions. The other arguments as of `decode_many`, for one."""
     rounds_x, rounds_grad = rounds
     return Operand(
-        None if rounds_x and rounds_grad else decode(register, exponent, group, dtype),
+        None if rounds_x and rounds_grad else decode(register, exponent, group, dtype, lead),
         trits_float8(register, False) if rounds_x else None,
         trits_float8(register, True) if rounds_grad else None,
         scale_values(exponent).view(-1) if rounds_x or rounds_grad else None,

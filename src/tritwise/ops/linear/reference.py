@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tritwise.ops.float8 import FLOAT8
-from tritwise.registers import LEAD, leading_trit, scale_values
+from tritwise.registers import LEAD, leading_number, leading_trit, scale_values
 
 
 def _spread(values_OG: Tensor, columns: int, group: int) -> Tensor:
@@ -14,21 +14,23 @@ def _spread(values_OG: Tensor, columns: int, group: int) -> Tensor:
     return values_OG.repeat_interleave(group, dim=1)[:, :columns]
 
 
-def decode(register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    """The weight W = trit * scale as `dtype` [O, I]; exact in float32 and bfloat16."""
+def decode(register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype, lead: int = LEAD) -> Tensor:
+    """The weight W = round(R / lead) * scale as `dtype` [O, I]. Exact in float32; in bfloat16 exact for one trit, and
+    else rounded once."""
     # round(R / 81) is the leading trit: exact in every float type, and a third of the passes of two comparisons.
-    weight_OI = register.to(dtype).mul_(1.0 / LEAD).round_()
-    return weight_OI.mul_(_spread(scale_values(exponent, dtype), register.shape[1], group))
+    wide = dtype if lead == LEAD else torch.float32
+    weight_OI = register.to(wide).mul_(1.0 / lead).round_()
+    return weight_OI.mul_(_spread(scale_values(exponent, wide), register.shape[1], group)).to(dtype)
 
 
-def forward(x: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+def forward(x: Tensor, register: Tensor, exponent: Tensor, group: int, lead: int = LEAD) -> Tensor:
     """y [..., O] = x [..., I] W^T."""
-    return torch.nn.functional.linear(x, decode(register, exponent, group, x.dtype))
+    return torch.nn.functional.linear(x, decode(register, exponent, group, x.dtype, lead))
 
 
-def input_grad(grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+def input_grad(grad: Tensor, register: Tensor, exponent: Tensor, group: int, lead: int = LEAD) -> Tensor:
     """dL/dx [..., I] = dL/dy [..., O] W."""
-    return grad @ decode(register, exponent, group, grad.dtype)
+    return grad @ decode(register, exponent, group, grad.dtype, lead)
 
 
 def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
@@ -37,9 +39,9 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     return (grad_NO.T @ x_NI).float()
 
 
-def scale_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+def scale_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int, lead: int = LEAD) -> Tensor:
     """Sum of dL/dW * W over each group, float32 [O, G]."""
-    product_OI = leading_trit(register) * weight_grad
+    product_OI = leading_number(register, lead) * weight_grad
     rows, columns = register.shape
     groups = exponent.shape[1]
     if groups == 1:
@@ -50,9 +52,9 @@ def scale_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: i
     return sums_OG.mul_(scale_values(exponent))
 
 
-def column_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+def column_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int, lead: int = LEAD) -> Tensor:
     """Sum of dL/dW * W over each column, float32 [I]."""
-    return (decode(register, exponent, group, torch.float32) * weight_grad).sum(dim=0)
+    return (decode(register, exponent, group, torch.float32, lead) * weight_grad).sum(dim=0)
 
 
 def trits_float8(register: Tensor, turned: bool) -> Tensor:

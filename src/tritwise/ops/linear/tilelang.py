@@ -19,7 +19,7 @@ from torch import Tensor
 from tritwise.ops import gpu
 from tritwise.ops.linear import triton
 from tritwise.ops.linear.operands import Operand
-from tritwise.registers import scale_table
+from tritwise.registers import LEAD, scale_table
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}  # as TileLang calls them
 SPAN = 64  # columns of a tile of W, which has one scale a row: DEPTH of the kernels
@@ -71,19 +71,19 @@ def _self_test(device: torch.device) -> bool:
     ]
 
 
-def forward(x: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+def forward(x: Tensor, register: Tensor, exponent: Tensor, group: int, lead: int = LEAD) -> Tensor:
     """y [..., O] = x [..., I] W^T."""
-    if reason := _leaves(x, register, exponent, group):
+    if reason := _leaves(x, register, exponent, group, lead):
         _say(reason)
-        return triton.forward(x, register, exponent, group)
+        return triton.forward(x, register, exponent, group, lead)
     return _product(x, register, exponent, group, turned=False)
 
 
-def input_grad(grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+def input_grad(grad: Tensor, register: Tensor, exponent: Tensor, group: int, lead: int = LEAD) -> Tensor:
     """dL/dx [..., I] = dL/dy [..., O] W."""
-    if reason := _leaves(grad, register, exponent, group):
+    if reason := _leaves(grad, register, exponent, group, lead):
         _say(reason)
-        return triton.input_grad(grad, register, exponent, group)
+        return triton.input_grad(grad, register, exponent, group, lead)
     return _product(grad, register, exponent, group, turned=True)
 
 
@@ -92,8 +92,10 @@ def decode_many(registers: Sequence[Tensor], *_: Any) -> list[Operand]:
     return [Operand()] * len(registers)
 
 
-def _leaves(x: Tensor, register: Tensor, exponent: Tensor, group: int) -> str | None:
+def _leaves(x: Tensor, register: Tensor, exponent: Tensor, group: int, lead: int) -> str | None:
     """Why these are left to the "triton" backend, or None."""
+    if lead != LEAD:
+        return "it serves weights of one trit"
     if x.dtype not in DTYPES:
         return f"it serves bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
     if not gpu.is_served(register, exponent, group):

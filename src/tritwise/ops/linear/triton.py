@@ -13,7 +13,7 @@ from tritwise.ops import gpu
 from tritwise.ops.float8 import FLOAT8
 from tritwise.ops.linear import reference
 from tritwise.ops.linear.operands import Operand, operand
-from tritwise.registers import scale_table
+from tritwise.registers import LEAD, scale_table
 
 TILE = 64  # rows and columns that one program turns, or decodes of many matrices
 STRIP = 128  # rows that one program sums up for the gradients of columns
@@ -30,21 +30,21 @@ def _operand_kernels() -> ModuleType:
     return importlib.import_module("tritwise.ops.linear.operand_kernels")
 
 
-def decode(register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    """The weight W = trit * scale as `dtype` [O, I]; exact in float32 and bfloat16."""
+def decode(register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype, lead: int = LEAD) -> Tensor:
+    """The weight W = round(R / lead) * scale as `dtype` [O, I], with the reference's bits."""
     if dtype not in gpu.FLOATS or not gpu.is_served(register, exponent, group):
-        return reference.decode(register, exponent, group, dtype)
-    return gpu.decode(register, exponent, group, dtype)
+        return reference.decode(register, exponent, group, dtype, lead)
+    return gpu.decode(register, exponent, group, dtype, lead=lead)
 
 
-def forward(x: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+def forward(x: Tensor, register: Tensor, exponent: Tensor, group: int, lead: int = LEAD) -> Tensor:
     """y [..., O] = x [..., I] W^T."""
-    return torch.nn.functional.linear(x, decode(register, exponent, group, x.dtype))
+    return torch.nn.functional.linear(x, decode(register, exponent, group, x.dtype, lead))
 
 
-def input_grad(grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+def input_grad(grad: Tensor, register: Tensor, exponent: Tensor, group: int, lead: int = LEAD) -> Tensor:
     """dL/dx [..., I] = dL/dy [..., O] W."""
-    return grad @ decode(register, exponent, group, grad.dtype)
+    return grad @ decode(register, exponent, group, grad.dtype, lead)
 
 
 def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
@@ -55,25 +55,29 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     return reference.weight_grad(grad, x)
 
 
-def scale_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+def scale_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int, lead: int = LEAD) -> Tensor:
     """Sum of dL/dW * W over each group, float32 [O, G]."""
-    return scale_grads([weight_grad], [register], [exponent], [group])[0]
+    return scale_grads([weight_grad], [register], [exponent], [group], [lead])[0]
 
 
-def column_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int) -> Tensor:
+def column_grad(weight_grad: Tensor, register: Tensor, exponent: Tensor, group: int, lead: int = LEAD) -> Tensor:
     """Sum of dL/dW * W over each column, float32 [I]."""
-    return column_grads([weight_grad], [register], [exponent], [group])[0]
+    return column_grads([weight_grad], [register], [exponent], [group], [lead])[0]
 
 
 def scale_grads(
-    weight_grads: Sequence[Tensor], registers: Sequence[Tensor], exponents: Sequence[Tensor], groups: Sequence[int]
+    weight_grads: Sequence[Tensor],
+    registers: Sequence[Tensor],
+    exponents: Sequence[Tensor],
+    groups: Sequence[int],
+    leads: Sequence[int],
 ) -> list[Tensor]:
-    """`scale_grad` of each of several matrices: one launch for all whose groups are of one width."""
+    """`scale_grad` of each of several matrices: one launch for all whose groups are of one width and lead."""
     out: list[Tensor] = []
-    lots: dict[tuple[int, int], list[_Matrix]] = {}
-    for g, r, e, group in zip(weight_grads, registers, exponents, groups, strict=True):
+    lots: dict[tuple[int, int, int], list[_Matrix]] = {}
+    for g, r, e, group, lead in zip(weight_grads, registers, exponents, groups, leads, strict=True):
         if not _sums(g, r, e, group):
-            out.append(reference.scale_grad(g, r, e, group))
+            out.append(reference.scale_grad(g, r, e, group, lead))
             continue
         out.append(torch.empty(e.shape, dtype=torch.float32, device=r.device))
         span = min(group, r.shape[1])
@@ -82,23 +86,27 @@ def scale_grads(
         matrix = _Matrix(
             g.contiguous(), r.contiguous(), e.contiguous(), out[-1], group, -(-len(r) // down) * e.shape[1]
         )
-        lots.setdefault((span, block), []).append(matrix)
-    for (span, block), lot in lots.items():
-        constants = {"SPAN": span, "BLOCK_R": max(1, 2048 // block), "BLOCK_C": block}
+        lots.setdefault((span, block, lead), []).append(matrix)
+    for (span, block, lead), lot in lots.items():
+        constants = {"LEAD": lead, "SPAN": span, "BLOCK_R": max(1, 2048 // block), "BLOCK_C": block}
         _launch(_kernels().scale_grad, _kernels().scale_grads, lot, constants)
     return out
 
 
 def column_grads(
-    weight_grads: Sequence[Tensor], registers: Sequence[Tensor], exponents: Sequence[Tensor], groups: Sequence[int]
+    weight_grads: Sequence[Tensor],
+    registers: Sequence[Tensor],
+    exponents: Sequence[Tensor],
+    groups: Sequence[int],
+    leads: Sequence[int],
 ) -> list[Tensor]:
-    """`column_grad` of each of several matrices: one launch for the strips of all that are wide enough."""
+    """`column_grad` of each of several matrices: one launch for the strips of all of one lead that are wide enough."""
     out: list[Tensor] = []
-    lots: dict[int, list[_Matrix]] = {}
+    lots: dict[tuple[int, int], list[_Matrix]] = {}
     sums: list[tuple[Tensor, Tensor]] = []  # of strips, and where their sum goes
-    for g, r, e, group in zip(weight_grads, registers, exponents, groups, strict=True):
+    for g, r, e, group, lead in zip(weight_grads, registers, exponents, groups, leads, strict=True):
         if not _sums(g, r, e, group):
-            out.append(reference.column_grad(g, r, e, group))
+            out.append(reference.column_grad(g, r, e, group, lead))
             continue
         rows, columns = r.shape
         strips, block = -(-rows // STRIP), min(gpu.power_of_two_above(columns), 128)
@@ -107,9 +115,9 @@ def column_grads(
         sums.append((part_SI, out[-1]))
         programs = -(-columns // block) * strips
         matrix = _Matrix(g.contiguous(), r.contiguous(), e.contiguous(), part_SI, group, programs)
-        lots.setdefault(block, []).append(matrix)
-    for block, lot in lots.items():
-        constants = {"STRIP": STRIP, "BLOCK_R": 16, "BLOCK_C": block}
+        lots.setdefault((block, lead), []).append(matrix)
+    for (block, lead), lot in lots.items():
+        constants = {"LEAD": lead, "STRIP": STRIP, "BLOCK_R": 16, "BLOCK_C": block}
         _launch(_kernels().column_grad, _kernels().column_grads, lot, constants)
     if sums:
         _add_up(sums)
@@ -193,14 +201,16 @@ def decode_many(
     groups: Sequence[int],
     dtype: torch.dtype,
     rounds: Sequence[tuple[bool, bool]],
+    leads: Sequence[int],
 ) -> list[Operand]:
-    """The operand of each of several matrices: one launch for all that lie as its kernel wants them."""
+    """The operand of each of several matrices: one launch for all of one lead that lie as its kernel wants them."""
     out: list[Operand] = []
-    lines: list[list[int]] = []
-    programs = 0
-    for r, e, group, (rounds_x, rounds_grad) in zip(registers, exponents, groups, rounds, strict=True):
+    lots: dict[int, list[list[int]]] = {}  # by lead
+    programs: dict[int, int] = {}
+    given = zip(registers, exponents, groups, rounds, leads, strict=True)
+    for r, e, group, (rounds_x, rounds_grad), lead in given:
         if dtype not in gpu.FLOATS or not _lies_well(r, e, group, rounds_grad):
-            out.append(operand(decode, trits_float8, r, e, group, dtype, (rounds_x, rounds_grad)))
+            out.append(operand(decode, trits_float8, r, e, group, dtype, (rounds_x, rounds_grad), lead))
             continue
         rows, columns = r.shape
         new = functools.partial(torch.empty, device=r.device)
@@ -213,14 +223,16 @@ def decode_many(
         out.append(made)
         written = made.weight, made.trits8, made.turned8, made.scale_O
         places = [0 if part is None else part.data_ptr() for part in written]
-        lines.append([programs, r.data_ptr(), e.data_ptr(), *places, rows, columns, min(group, columns)])
-        programs += -(-rows // TILE) * -(-columns // TILE)
-    if lines:
+        first = programs.get(lead, 0)
+        sizes = [rows, columns, min(group, columns)]
+        lots.setdefault(lead, []).append([first, r.data_ptr(), e.data_ptr(), *places, *sizes])
+        programs[lead] = first + -(-rows // TILE) * -(-columns // TILE)
+    for lead, lines in lots.items():
         device = registers[0].device
         table, many = gpu.upload(lines, device), max(gpu.power_of_two_above(len(lines)), 16)
-        constants = {"TENSORS": many, "TYPE": _operand_kernels().TYPES[dtype], "BLOCK": TILE}
+        constants = {"TENSORS": many, "TYPE": _operand_kernels().TYPES[dtype], "BLOCK": TILE, "LEAD": lead}
         # Each thread has 8 numbers: 16 bytes in bfloat16.
-        gpu.launch(_operand_kernels().decode_many, programs, device, table, len(lines), **constants, num_warps=16)
+        gpu.launch(_operand_kernels().decode_many, programs[lead], device, table, len(lines), **constants, num_warps=16)
     return out
 
 
