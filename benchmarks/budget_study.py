@@ -25,7 +25,7 @@ cells in seconds. With another S the same FOLDER holds main, main4 and seeds of 
 it result files and records that can be committed.
 
 Around a cell of `tune` an H200 took 50 to 110 s, around one of `main` 85 (flat float) to 150 s (recurrent ternary); a
-call learns from those before it. With S = 400 and T = 40 that is, in GPU-minutes: tune 26, seeds 35, and 8 to 9 for
+call learns from those before it. With S = 400 and T = 40 that is, in GPU-minutes: tune 37, seeds 35, and 8 to 9 for
 each contestant of main and main4, which --only chooses.
 """
 
@@ -55,12 +55,14 @@ from tritwise.report.budget_tables import HEAD, PART_HEAD, caption, part_rows, t
 from tritwise.train import Config, override
 from tritwise.train.progress import PlainLines
 
-# What is tuned; others take the rate of the one that their name begins with.
+# What is tuned; others take the rate of the one that their name begins with, the longest.
 RATES = {
     "flat-ternary": (0.02, 0.03, 0.045),
     "recurrent-ternary": (0.014, 0.02, 0.03),
     "flat-float": (0.01, 0.02, 0.04, 0.08),
     "recurrent-float": (0.008, 0.016, 0.032, 0.064),
+    "recurrent-ternary-lean-2-trits-ngrams": (0.007, 0.01, 0.014),
+    "recurrent-ternary-lean-3-trits-ngrams": (0.005, 0.007, 0.01),
 }
 OFF: dict[str, dict[str, Any]] = {part: {part: type(value)(0)} for part, value in PARTS.items()}
 ABLATED = "recurrent-ternary-constant"
@@ -182,7 +184,7 @@ class Study:
         file has several rates for the whole time these decide: what is best for a tenth of it may be too high."""
         if self.rate is not None:
             return self.rate
-        tuned = next(own for own in RATES if name.startswith(own))
+        tuned = max((own for own in RATES if name.startswith(own)), key=len)
         done = [one for one in self.whole if one["recipe"] == tuned]
         if len({one["rate"] for one in done}) < 2:
             done = [record for config in self.tune() if (record := self.record(config)) is not None]

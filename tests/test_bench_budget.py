@@ -120,7 +120,7 @@ def test_records_come_from_the_files(tmp_path, cli, text):
 def test_seeds_make_a_mean_with_its_spread():
     record = {
         "recipe": "flat-ternary",
-        "config": {"model": {"width": 32, "depth": 2}, "train": {"seed": 0, "rate": 1}},
+        "config": {"model": {"width": 32, "depth": 2, "weights": "trit"}, "train": {"seed": 0, "rate": 1}},
         "rate": 0.03,
         "weights": 10,
         "steps": 5,
@@ -131,12 +131,9 @@ def test_seeds_make_a_mean_with_its_spread():
         "ship_gap": 0.0,
         "scores": {"val_sliding": {"bpb": 2.0}, "val_chunked": {"bpb": 2.1}},
     }
-    other = record | {"config": {"model": {"width": 32, "depth": 2}, "train": {"seed": 1, "rate": 1}}}
+    other = record | {"config": record["config"] | {"train": {"seed": 1, "rate": 1}}}
     other |= {"scores": {"val_sliding": {"bpb": 2.2}, "val_chunked": {"bpb": 2.1}}}
-    third = record | {
-        "config": {"model": {"width": 32, "depth": 2}, "train": {"seed": 0, "rate": 2}},
-        "recipe": "flat-float",
-    }
+    third = record | {"config": record["config"] | {"train": {"seed": 0, "rate": 2}}, "recipe": "flat-float"}
     rows = table_of([record, other, third])
     assert [row[0] for row in rows] == ["flat-float", "flat-ternary"]
     assert rows[1][3] == "32 × 2" and rows[1][9] == "2.1000" and rows[1][12:] == ["2", "0.1414"]

@@ -22,6 +22,7 @@ def record(recipe: str, bpb: float, seed: int = 0, stage: str = "main", **change
     """A record as the study leaves it. changes: of the record, or of settings; took: steps that it went."""
     trits = "ternary" in recipe
     model = {"width": 64, "depth": 6, "ctx": 512, "loops": 3, "gains": True, "weights": "trit" if trits else "float"}
+    model |= {"weight_trits": changes.pop("weight_trits")} if "weight_trits" in changes else {}  # older ones have none
     train = {"data": "enwik8.gz", "split": "90/5/5", "batch": 64, "seed": seed, "rate": 0.03}
     train |= {
         "seconds": 90.0,
@@ -99,6 +100,16 @@ def test_a_contest_of_each_time_has_its_table_and_its_verdict():
     assert "took 100 to 1,000 steps" in budget_table("contest", [*records, slow])
     alone = budget_table("contest", records[:1])
     assert "Best ternary" not in alone
+
+
+def test_several_trits_a_weight_are_told_apart_from_one():
+    records = [record("recurrent-ternary", 1.3), record("recurrent-float", 1.2)]
+    both = [*records, record("recurrent-ternary-2-trits", 1.1, weight_trits=2)]
+    alone, text = budget_table("contest", records), budget_table("contest", both)
+    assert "several" not in alone and "difference **+0.1000** bits per byte; float is ahead." in text
+    told = "Best of several trits a weight: `recurrent-ternary-2-trits` 1.1000 (n = 1) against `recurrent-float` 1.2000"
+    assert f"{told} (n = 1), difference **−0.1000** bits per byte; several trits are ahead." in text
+    assert {row[3] for row in rows_of(text)} == {"64 × 6", "64 × 6 × 2 trits"}
 
 
 def test_devices_and_budgets_are_contests_of_their_own():

@@ -14,6 +14,8 @@ recurrent-ternary-lean, recurrent-float-lean   the ones that grow, without the p
 flat-ternary-ngrams, recurrent-ternary-ngrams, recurrent-ternary-lean-ngrams, recurrent-float-ngrams   made for a part
                     of the bytes, whose rest are hashed tables of 2- to 5-grams and of words: they cost next to no time,
                     ternary ones a fifth of the bytes; in training a fifth of the lookups find nothing
+recurrent-ternary-lean-2-trits-ngrams, recurrent-ternary-lean-3-trits-ngrams   with two or three trits a weight: less
+                    time for the same bytes, as a matrix of the same bytes is smaller
 flat-ternary-experts   with eight experts of which a byte meets two: bytes that cost no time, as tables do
 flat-ternary-experts-ngrams   with both
 
@@ -96,6 +98,10 @@ ENTRIES |= {
     )
 }
 
+for _trits, _rate in ((2, 0.01), (3, 0.007)):  # more trits, slower: docs/LOG.md
+    _own = {"weight_trits": _trits, "rate": _rate}
+    ENTRIES[f"recurrent-ternary-lean-{_trits}-trits-ngrams"] = {**ENTRIES["recurrent-ternary-lean-ngrams"], **_own}
+
 SMALLER = {
     "flat-ternary-half": 0.5,
     "recurrent-ternary-half": 0.5,
@@ -103,6 +109,8 @@ SMALLER = {
     "flat-ternary-experts-ngrams": 0.75,
     "recurrent-ternary-ngrams": 0.5,
     "recurrent-ternary-lean-ngrams": 0.5,
+    "recurrent-ternary-lean-2-trits-ngrams": 0.6,
+    "recurrent-ternary-lean-3-trits-ngrams": 0.85,
     "recurrent-float-ngrams": 0.75,
 }
 """Share of the budget that an entry is made for; with 0 rows of n-grams, the rest is for these."""

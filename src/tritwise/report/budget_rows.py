@@ -124,6 +124,12 @@ def alike(records: Iterable[Record], *apart: str) -> list[list[Record]]:
     return list(groups.values())
 
 
+def trits_of(record: Record) -> int:
+    """How many trits a weight of its matrices has; 0 in float. Older records do not say: one."""
+    model = record["config"]["model"]
+    return model.get("weight_trits", 1) if model["weights"] == "trit" else 0
+
+
 def bpb_of(record: Record) -> float:
     """What a record is judged by: bits per byte of val, read by a sliding window, of the file read back."""
     return record["scores"]["val_sliding"]["bpb"]

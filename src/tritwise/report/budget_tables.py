@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,7 @@ from tritwise.report.budget_rows import (
     contests,
     mean_bpb,
     places,
+    trits_of,
     unpacked,
     where_of,
 )
@@ -43,6 +44,7 @@ HEAD = (
     "sd",
 )
 PART_HEAD = ("without", "bpb with it", "bpb without", "difference", "of each seed")
+KINDS = ((1,), (2, 3), (0,))  # trits a weight: of ternary models, of those with several, and of float ones
 BUSY = 1.5  # steps of one seed over another's from which on the machine was busy with other things
 
 
@@ -66,7 +68,7 @@ def table_of(records: Iterable[Record]) -> list[list[str]]:
             first["recipe"],
             f"{first['rate']:g}",
             f"{first['weights']:,}",
-            "{width} × {depth}".format(**first["config"]["model"]),
+            _shape(first),
             f"{_mean(group, 'steps'):,.0f}",
             f"{_mean(group, 'seconds'):.1f}",
             f"{max(record['bytes'] for record in group):,}",
@@ -80,6 +82,12 @@ def table_of(records: Iterable[Record]) -> list[list[str]]:
         ]
         rows.append((statistics.fmean(sliding), cells))
     return [cells for _, cells in sorted(rows, key=lambda row: row[0])]
+
+
+def _shape(record: Record) -> str:
+    """Width × blocks, and how many trits a weight has if it is not one."""
+    trits, model = trits_of(record), record["config"]["model"]
+    return f"{model['width']} × {model['depth']}" + (f" × {trits} trits" if trits > 1 else "")
 
 
 def caption(records: Sequence[Record]) -> str:
@@ -103,17 +111,25 @@ def contest(records: Sequence[Record]) -> Iterator[str]:
 
 
 def verdict(where: Where, records: Sequence[Record]) -> str:
-    """The best ternary contestant against the best float one, in a sentence or two; "" if one of them is missing."""
-    best = {kind: _best(records, kind) for kind in ("trit", "float")}
-    trit, real = best["trit"], best["float"]
+    """The best ternary contestant against the best float one, in a sentence or two, and the best of those with several
+    trits a weight; "" if one of the first two is missing."""
+    trit, several, real = (_best(records, kind) for kind in KINDS)
     if not trit or not real:
         return ""
-    gap = mean_bpb(trit) - mean_bpb(real)
-    ahead = "ternary is ahead" if gap < 0 else "float is ahead"
     told = (
-        f"Best ternary against best float under the same {where.budget:,} bytes and {where.length}: {_named(trit)} "
-        f"against {_named(real)}, difference **{_signed(gap)}** bits per byte; {ahead}."
+        f"Best ternary against best float under the same {where.budget:,} bytes and {where.length}: "
+        f"{_against(trit, real, 'ternary')}"
     )
+    if several:
+        told += f" Best of several trits a weight: {_against(several, real, 'several trits are')}"
+    return f"{told} {_busy(records)}".rstrip()
+
+
+def _against(trit: Sequence[Record], real: Sequence[Record], called: str) -> str:
+    """The runs of one recipe against those of another, a float one: the difference, and what is known of its error."""
+    gap = mean_bpb(trit) - mean_bpb(real)
+    ahead = (called if called.endswith("are") else f"{called} is") if gap < 0 else "float is"
+    told = f"{_named(trit)} against {_named(real)}, difference **{_signed(gap)}** bits per byte; {ahead} ahead."
     if len(trit) > 1 and len(real) > 1:
         error = sum(statistics.variance(map(bpb_of, group)) / len(group) for group in (trit, real)) ** 0.5
         told += f" The standard error of the difference is {error:.4f}."
@@ -123,7 +139,7 @@ def verdict(where: Where, records: Sequence[Record]) -> str:
     if all(tests):
         one, other = map(statistics.fmean, tests)
         told += f" On test, which nothing was chosen by: {one:.4f} against {other:.4f}, {_signed(one - other)}."
-    return f"{told} {_busy(records)}".rstrip()
+    return told
 
 
 def _busy(records: Iterable[Record]) -> str:
@@ -297,7 +313,7 @@ def course(records: Sequence[Record]) -> Iterator[str]:
         rows, gaps = [], {}
         for seconds, own in sorted(by_time.items()):
             cells = [_best([record for record in own if record["recipe"] == recipe]) for recipe in recipes]
-            trit, real = _best(own, "trit"), _best(own, "float")
+            trit, _, real = (_best(own, kind) for kind in KINDS)
             if trit and real:
                 gaps[seconds] = mean_bpb(trit) - mean_bpb(real)
             told = _signed(gaps[seconds]) if seconds in gaps else ""
@@ -340,9 +356,9 @@ def budget_sources(files: Sequence[Mapping[str, Any]], links: Sequence[str]) -> 
     return "\n".join(lines) or NOTHING
 
 
-def _best(records: Iterable[Record], weights: str = "") -> list[Record]:
-    """Of these kinds of weights ("": any) the runs of the recipe and setting with the best mean; none: []."""
-    own = [record for record in records if weights in ("", record["config"]["model"]["weights"])]
+def _best(records: Iterable[Record], trits: Collection[int] = range(6)) -> list[Record]:
+    """Of those with so many trits a weight the runs of the recipe and setting with the best mean; none: []."""
+    own = [record for record in records if trits_of(record) in trits]
     return min(alike(own), key=mean_bpb, default=[])
 
 
