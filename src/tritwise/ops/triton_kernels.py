@@ -269,6 +269,16 @@ def weight_of(register, scale, LEAD: tl.constexpr):
 
 
 @triton.jit
+def as_type(w, TYPE: tl.constexpr, LEAD: tl.constexpr):
+    """What `weight_of` gave as TYPE, rounded half to even. Of one trit nothing is rounded; of more it is done by hand, as
+    the interpreter cuts off what a bfloat16 does not hold."""
+    if (LEAD != 81) & (TYPE == tl.bfloat16):
+        bits = w.to(tl.int32, bitcast=True)
+        w = float_of((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536)
+    return w.to(TYPE)
+
+
+@triton.jit
 def decode(
     ids,
     register,
@@ -310,4 +320,4 @@ def decode(
     if ids is not None:
         w = tl.where(known[:, None], w, float("nan"))
     to = weight + row[:, None] * columns + column[None, :]
-    tl.store(to, w.to(weight.dtype.element_ty), mask=inside)
+    tl.store(to, as_type(w, weight.dtype.element_ty, LEAD), mask=inside)

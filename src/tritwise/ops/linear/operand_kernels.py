@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from tritwise.ops.linear.kernels import float8_of
-from tritwise.ops.triton_kernels import FIELDS, ROWS, address, find, scale_of, tile_of, weight_of
+from tritwise.ops.triton_kernels import FIELDS, ROWS, address, as_type, find, scale_of, tile_of, weight_of
 
 REGISTER, EXPONENT, WEIGHT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # addresses
 TRITS, TURNED, SCALE = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
@@ -37,7 +37,7 @@ def decode_many(table, tensors, TENSORS: tl.constexpr, TYPE: tl.constexpr, BLOCK
     scale = scale_of(tl.load(exponent + own, mask=inside, other=0).to(tl.int32))
     if weight.to(tl.int64) != 0:
         w = weight_of(r.to(tl.int32), scale[:, None], LEAD)
-        tl.store(weight + at, w.to(TYPE), mask=mask)
+        tl.store(weight + at, as_type(w, TYPE, LEAD), mask=mask)
     if trits.to(tl.int64) != 0:
         tl.store(trits + at, float8_of(r), mask=mask)
     if turned.to(tl.int64) != 0:
