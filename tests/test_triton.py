@@ -655,14 +655,20 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         ("scale_squares", {"TENSORS": 16, "BLOCK": 2048}),
         ("move_scales", {"TENSORS": 16, "BLOCK": 2048}),
         ("move_scales", {"TENSORS": 16, "BLOCK": 2048} | dict.fromkeys(("still", "go", "octaves", "keys"))),
-        ("decode", {"BLOCK_R": 16, "BLOCK_C": 256, "UNIFORM": True}),
-        ("scale_grad", {"SPAN": 256, "BLOCK_R": 8, "BLOCK_C": 256}),
-        ("scale_grads", {"TENSORS": 16, "SPAN": 256, "BLOCK_R": 8, "BLOCK_C": 256}),
-        ("column_grad", {"STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
-        ("column_grads", {"TENSORS": 16, "STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
+        *(
+            (name, constants | {"LEAD": lead})
+            for lead in (81, 27)
+            for name, constants in (
+                ("decode", {"BLOCK_R": 16, "BLOCK_C": 256, "UNIFORM": True}),
+                ("scale_grad", {"SPAN": 256, "BLOCK_R": 8, "BLOCK_C": 256}),
+                ("scale_grads", {"TENSORS": 16, "SPAN": 256, "BLOCK_R": 8, "BLOCK_C": 256}),
+                ("column_grad", {"STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
+                ("column_grads", {"TENSORS": 16, "STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
+                *(("decode_many", {"TENSORS": 64, "TYPE": kind, "BLOCK": 64}) for kind in operands.TYPES.values()),
+            )
+        ),
         ("strip_sums", {"TENSORS": 16, "SPAN": 16, "BLOCK": 128}),
         ("trits_float8", {"TURNED": True, "BLOCK": 64}),
-        *(("decode_many", {"TENSORS": 64, "TYPE": kind, "BLOCK": 64}) for kind in operands.TYPES.values()),
         ("row_sums", products | {"PARTS": 3}),
         ("row_sums", products | {"PARTS": 1}),
         ("split_sums", {"SPAN": 16, "BLOCK": 1024}),
@@ -705,9 +711,10 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("one", "constants"),
     [
-        ("scale_grad", {"SPAN": 256, "BLOCK_R": 8, "BLOCK_C": 256}),
-        ("scale_grad", {"SPAN": 700, "BLOCK_R": 2, "BLOCK_C": 1024}),
-        ("column_grad", {"STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
+        ("scale_grad", {"LEAD": 81, "SPAN": 256, "BLOCK_R": 8, "BLOCK_C": 256}),
+        ("scale_grad", {"LEAD": 27, "SPAN": 700, "BLOCK_R": 2, "BLOCK_C": 1024}),
+        ("column_grad", {"LEAD": 81, "STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
+        ("column_grad", {"LEAD": 27, "STRIP": 128, "BLOCK_R": 16, "BLOCK_C": 128}),
     ],
 )
 def test_many_matrices_are_summed_in_the_order_of_one(one, constants, tmp_path, monkeypatch):

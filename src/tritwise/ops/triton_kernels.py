@@ -270,8 +270,8 @@ def weight_of(register, scale, LEAD: tl.constexpr):
 
 @triton.jit
 def as_type(w, TYPE: tl.constexpr, LEAD: tl.constexpr):
-    """What `weight_of` gave as TYPE, rounded half to even. Of one trit nothing is rounded; of more it is done by hand, as
-    the interpreter cuts off what a bfloat16 does not hold."""
+    """What `weight_of` gave as TYPE, rounded half to even. Of one trit nothing is rounded; of more it is done by hand,
+    as the interpreter cuts off what a bfloat16 does not hold."""
     if (LEAD != 81) & (tl.bfloat16 == TYPE):
         bits = w.to(tl.int32, bitcast=True)
         w = float_of((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536)

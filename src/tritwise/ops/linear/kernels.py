@@ -51,8 +51,8 @@ def sum_groups(
         column = number * group + within
         mask = (row < rows)[:, None] & ((within < group) & (column < columns))[None, :]
         where = row[:, None] * columns + column[None, :]
-        number = leading_number(tl.load(register + where, mask=mask, other=0), LEAD)
-        total += number.to(tl.float32) * tl.load(weight_grad + where, mask=mask, other=0.0)
+        weight = leading_number(tl.load(register + where, mask=mask, other=0), LEAD)
+        total += weight.to(tl.float32) * tl.load(weight_grad + where, mask=mask, other=0.0)
     to = row * groups + number
     e = tl.load(exponent + to, mask=row < rows, other=0).to(tl.int32)
     tl.store(out + to, tl.sum(total, axis=1) * tl.load(scales + (e + 128)), mask=row < rows)
