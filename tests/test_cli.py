@@ -78,6 +78,8 @@ def test_train_for_people(small_text: Path, tmp_path: Path, cli, monkeypatch):
     done = cli("train", "--recipe", "tiny", *flags, "--run", "other", *floats)
     assert done.code == 0 and "(float)" in done.out and "re-read" not in done.out
     assert (tmp_path / "runs/other/result.json").exists()
+    done = cli("train", "--recipe", "tiny", *flags, "--run", "two", "--set", "weight_trits=2")
+    assert done.code == 0 and "(2 trits each in matrices)" in done.out and "re-read" in done.out
 
 
 # score

@@ -165,14 +165,15 @@ def settings_given(pairs: list[str]) -> dict[str, str]:
 
 
 def _print_result(console: Any, folder: Any, result: dict[str, Any]) -> None:
-    audit = folder.read("audit")
+    audit, trits = folder.read("audit"), folder.config().model.weight_trits
+    kind = "float" if audit["float_trainable"] else "ternary" if trits == 1 else f"{trits} trits each in matrices"
     if "nats" in result["val"]:
         console.print(output.score_table("this model", result["val"]["nats"], folder.read("ladder")["rows"]))
     else:
         console.print(output.media_table(result["val"]))
     rows = [
         ["trained for", f"{result['seconds']:.1f} s, {result['steps']} steps, {result['bytes_seen']:,} bytes"],
-        ["weights", f"{audit['weights']:,} ({'ternary' if audit['float_trainable'] == 0 else 'float'})"],
+        ["weights", f"{audit['weights']:,} ({kind})"],
         ["state while training", f"{audit['state_bytes_per_weight']:.3f} bytes a weight"],
         ["trainable floats", f"{audit['float_trainable']:,}"],
     ]
