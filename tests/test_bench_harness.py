@@ -24,7 +24,7 @@ from tritwise.data.sampler import Sampler
 from tritwise.errors import UserError
 from tritwise.files import read_json_lines
 from tritwise.models import ByteLM, ModelConfig
-from tritwise.nn import TritLinear
+from tritwise.nn import TritLinear, trit_modules
 from tritwise.optim import Muon
 from tritwise.optim.groups import ROLE_RATES
 from tritwise.registers import LEAD
@@ -131,6 +131,9 @@ def test_settings_reach_the_optimizer():
     )
     assert {group["momentum"] for group in by_role.values()} == {0.8}
     assert by_role["embedding"]["direction"] == "sign"
+    for trits in (1, 3):
+        model, _ = RULES["ours"].build(shape, {"rate": 0.02, "weight_trits": trits}, 0, torch.float32, 10)
+        assert {layer.weight_trits for _, layer in trit_modules(model) if layer.role != "embedding"} == {trits}
     _, (muon, adam) = RULES["muon"].build(shape, {"rate": 0.02}, 0, torch.float32, 10)
     assert isinstance(muon, Muon) and isinstance(adam, torch.optim.AdamW)
     assert {(group["role"], group["blocks"]) for group in muon.param_groups} == {("matrix", 1), ("matrix", 3)}
@@ -268,6 +271,7 @@ def test_cells_are_known_by_what_shapes_them(small_text: Path, tmp_path: Path):
         ({"rate": math.nan}, "rate is nan"),
         ({"settings": {"beta": 1}}, "has no setting 'beta'"),
         ({"settings": {"momentum": "much"}}, "momentum of ours is 'much'"),
+        ({"settings": {"weight_trits": 4}}, "weight_trits of ours is 4; choose 1 to 3"),
         ({"steps": 0}, "steps is 0"),
         ({"decay": 2.0}, "share of the steps"),
         ({"dtype": "float16"}, "choose one of float32, bfloat16"),

@@ -19,6 +19,7 @@ from tritwise.bench.optimizers import Lion, SignSGD
 from tritwise.errors import UserError
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import use_fp8
+from tritwise.nn.trit import WEIGHT_TRITS
 from tritwise.optim import TritOptimizer
 from tritwise.train.config import parse_value
 from tritwise.train.optimizers import float_groups, float_optimizers, keep_initial_rates
@@ -71,7 +72,7 @@ class Rule:
         """
         self.check({name: value for name, value in settings.items() if name != "rate"})
         torch.manual_seed(seed)
-        shape = replace(config, weights=self.weights)
+        shape = replace(config, weights=self.weights, weight_trits=settings.get("weight_trits", 1))
         model = ByteLM(shape, dtype, linear=self.linear, embedding=self.embedding)  # type: ignore[arg-type]
         if self.parameters is not None:
             for parameter in model.parameters():  # and no buffers: tables of constants stay as they are
@@ -81,7 +82,7 @@ class Rule:
 
     def optimizers(self, model: ByteLM, settings: dict[str, Any], seed: int, steps: int) -> Optimizers:
         """The optimizers of a model of this rule, as `build` makes them, for settings that `check` lets pass."""
-        given = {name: value for name, value in settings.items() if name != "rate"}
+        given = {name: value for name, value in settings.items() if name not in ("rate", "weight_trits")}
         try:
             optimizers = self.optimize(model, settings["rate"], seed, steps, **given)
         except ValueError as error:
@@ -100,6 +101,8 @@ class Rule:
             kind = type(self.settings[name])
             if not isinstance(value, (int, float) if kind is float else kind):
                 raise UserError(f"{name} of {self.name} is {value!r}; it must be like {self.settings[name]!r}")
+            if name == "weight_trits" and value not in WEIGHT_TRITS:
+                raise UserError(f"{name} of {self.name} is {value}; choose {WEIGHT_TRITS[0]} to {WEIGHT_TRITS[-1]}")
 
     def parse(self, pairs: dict[str, str]) -> dict[str, Any]:
         """Settings given as text, each of its kind. Raises UserError as `check` does."""
@@ -108,7 +111,8 @@ class Rule:
 
 
 def _ours(model: ByteLM, rate: float, seed: int, steps: int, /, *, fp8: bool = False, **settings: Any) -> Optimizers:
-    """TritOptimizer. `ROLE_NAME=…` sets NAME for one role; `ROLE_rate` multiplies the rate there. fp8: `nn.use_fp8`."""
+    """TritOptimizer. `ROLE_NAME=…` sets NAME for one role; `ROLE_rate` multiplies the rate there. fp8: `nn.use_fp8`.
+    The setting weight_trits is of the model, and has had its say there."""
     if fp8:
         use_fp8(model)
     everywhere: dict[str, Any] = {}
@@ -129,7 +133,7 @@ def _ours_settings() -> dict[str, Any]:
         if isinstance(parameter.default, int | float | str) and name not in ("rate", "seed")
     }
     by_role = {f"{role}_{name}": value for role in TRAINED for name, value in (own | {"rate": 1.0}).items()}
-    return own | {"fp8": False} | by_role
+    return own | {"fp8": False, "weight_trits": 1} | by_role
 
 
 def _sign_counter(model: ByteLM, rate: float, seed: int, steps: int, /, *, threshold: int) -> Optimizers:
