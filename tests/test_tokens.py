@@ -16,9 +16,10 @@ from tritwise.data.corpus import open_parts, tokens_of
 from tritwise.data.shards import HEADER, MAGIC, open_shards, read_shard, write_shards
 from tritwise.data.tokenizer import Tokenizer, train_tokenizer
 from tritwise.errors import UserError
+from tritwise.recipes import shakespeare
 from tritwise.score import score
 from tritwise.ship import read_artifact, read_tokenizer
-from tritwise.train import train
+from tritwise.train import override, train
 from tritwise.train.restore import load_run
 
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -350,3 +351,8 @@ def test_contestants_of_tokens_have_a_table_more_of_ngrams_in_the_place_of_words
     assert of_tokens.hashed_tables == of_bytes.hashed_tables
     with pytest.raises(UserError, match=r"^word_tables are for models of bytes"):
         entry("flat-ternary-ngrams", base, 400_000, {"tokenizer": str(model_file), "word_tables": 1})
+    recipe = shakespeare()
+    made = override(recipe, {"tokenizer": str(model_file)}).model
+    assert recipe.model.word_tables > made.word_tables == 0 and made.hashed_tables == recipe.model.hashed_tables
+    with pytest.raises(UserError, match=r"^word_tables are for models of bytes"):
+        override(recipe, {"tokenizer": str(model_file), "word_tables": 1})

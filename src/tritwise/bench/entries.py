@@ -34,7 +34,7 @@ from tritwise.registers import packed_bytes
 from tritwise.ship.budget import A_LAYER, HEADER
 from tritwise.ship.floats import METHODS, SEARCHED, code_bytes
 from tritwise.train import Config, TrainConfig, override
-from tritwise.train.config import parsed, tokenizer_of
+from tritwise.train.config import for_tokens, parsed, tokenizer_of
 
 _FLOAT = {
     "weights": "float",
@@ -138,7 +138,7 @@ def entry(name: str, base: Config, budget: int, changes: dict[str, Any]) -> Conf
         base = tokenizer_of(override(base, {"tokenizer": changes["tokenizer"]}))[0]  # the vocabulary takes room too
     own = {**ENTRIES[name], **changes, "budget": budget}
     if changes.get("tokenizer") and "word_tables" not in changes and own.get("word_tables"):
-        own |= {"word_tables": 0, "ngrams": own["ngrams"] + own["word_tables"]}  # words are told by bytes
+        own |= for_tokens(own["ngrams"], own["word_tables"])
     fills = own.get("ngram_rows") == 0
     if "width" not in changes:
         trunk = own | ({"ngrams": 1, "word_tables": 0, "ngram_rows": 1} if fills else {})

@@ -304,11 +304,20 @@ def parsed(changes: dict[str, Any]) -> dict[str, Any]:
     return {key: parse_value(key, value, types[key][1]) for key, value in changes.items()}
 
 
+def for_tokens(ngrams: int, word_tables: int) -> dict[str, int]:
+    """The hashed tables of a model of tokens in the place of those of a model of bytes: words are told by bytes, so
+    each table of words gives way to one more of n-grams."""
+    return {"ngrams": ngrams + word_tables, "word_tables": 0}
+
+
 def override(config: Config, changes: dict[str, Any]) -> Config:
-    """`config` with changed values. Raises as `parsed` does."""
+    """`config` with changed values; with a tokenizer tables of words that were not asked for go, as `for_tokens` says.
+    Raises as `parsed` does."""
     parts: dict[str, dict[str, Any]] = {name: {} for name in _PARTS}
     for key, value in parsed(changes).items():
         parts[_types()[key][0]][key] = value
+    if parts["train"].get("tokenizer") and config.model.word_tables:
+        parts["model"] = for_tokens(config.model.ngrams, config.model.word_tables) | parts["model"]
     # What was derived from a changed value is derived again, unless it was given too.
     if "width" in parts["model"]:
         parts["model"].setdefault("heads", 0)
