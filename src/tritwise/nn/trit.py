@@ -14,6 +14,7 @@ from tritwise.registers import (
     leading_number,
     make_key,
     scale_table,
+    zero_fraction,
 )
 
 ROLES = ("matrix", "embedding", "head", "vector", "scale", "table", "count")
@@ -123,11 +124,15 @@ class TritModule(nn.Module):
         """New registers, uniform within +-span of a leading trit, and the scale that gives W its standard deviation."""
         key = make_key(int(torch.randint(2**62, ())))
         self.register.copy_(init_registers(tuple(self.register.shape), key, span))
-        numbers = leading_number(self.register, self.lead).int()
-        square = float((numbers * numbers).sum()) / numbers.numel()  # of one trit: the share that is not 0
-        self.exponent.fill_(exponent_for(1.0 / math.sqrt(self.fan_in * max(square, 1e-6))))
+        self.exponent.fill_(exponent_for(1.0 / math.sqrt(self.fan_in * max(self._mean_square(), 1e-6))))
         if self.column_exponent is not None:
             self.column_exponent.zero_()
+
+    def _mean_square(self) -> float:
+        """Of the weights in units of their scales; of one trit it is the share that is not 0."""
+        if self.weight_trits == 1:
+            return 1.0 - zero_fraction(self.register)
+        return float(self.trits().float().square().mean())
 
     def trainable(self, flag: bool = True) -> "TritModule":
         """Open (True) or close (False) the gradient port. Closed, the layer is frozen and costs no weight gradient."""

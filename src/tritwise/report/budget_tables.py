@@ -118,7 +118,7 @@ def verdict(where: Where, records: Sequence[Record]) -> str:
         return ""
     told = (
         f"Best ternary against best float under the same {where.budget:,} bytes and {where.length}: "
-        f"{_against(trit, real, 'ternary')}"
+        f"{_against(trit, real, 'ternary is')}"
     )
     if several:
         told += f" Best of several trits a weight: {_against(several, real, 'several trits are')}"
@@ -126,9 +126,10 @@ def verdict(where: Where, records: Sequence[Record]) -> str:
 
 
 def _against(trit: Sequence[Record], real: Sequence[Record], called: str) -> str:
-    """The runs of one recipe against those of another, a float one: the difference, and what is known of its error."""
+    """The runs of one recipe against those of another, a float one: the difference, and what is known of its error.
+    called: what the former is, and its verb."""
     gap = mean_bpb(trit) - mean_bpb(real)
-    ahead = (called if called.endswith("are") else f"{called} is") if gap < 0 else "float is"
+    ahead = called if gap < 0 else "float is"
     told = f"{_named(trit)} against {_named(real)}, difference **{_signed(gap)}** bits per byte; {ahead} ahead."
     if len(trit) > 1 and len(real) > 1:
         error = sum(statistics.variance(map(bpb_of, group)) / len(group) for group in (trit, real)) ** 0.5
