@@ -50,7 +50,7 @@ from tritwise.data.source import describe, locate
 from tritwise.errors import UserError
 from tritwise.files import atomic_write, make_folder, read_json, write_json
 from tritwise.report.bench_markdown import markdown
-from tritwise.report.budget_rows import CONTESTS, WHOLE, unpacked
+from tritwise.report.budget_rows import CONTESTS, WHOLE, trits_of, unpacked
 from tritwise.report.budget_tables import HEAD, PART_HEAD, caption, part_rows, table_of
 from tritwise.train import Config, override
 from tritwise.train.progress import PlainLines
@@ -147,11 +147,11 @@ class Study:
         return self.main(4_000_000)
 
     def seeds(self) -> list[Config]:
-        """More seeds of the best of each kind in `main`."""
+        """More seeds of the best of each kind in `main`: in float, and of each number of trits a weight."""
         done = [record for config in self.main() if (record := self.record(config)) is not None]
         best = {}
         for record in sorted(done, key=lambda record: record["scores"]["val_sliding"]["bpb"]):
-            best.setdefault(record["config"]["model"]["weights"], record["recipe"])
+            best.setdefault(trits_of(record), record["recipe"])
         if len(best) < 2:
             raise UserError("seeds needs the records of main; run main first")
         return [self.contestant(name, 16_000_000, seed) for seed in (1, 2) for name in best.values()]

@@ -204,7 +204,7 @@ def ship(records: Sequence[Record]) -> Iterator[str]:
         yield f"{place}:"
         groups = [(where, group) for where, own in held for group in sorted(alike(own), key=mean_bpb)]
         yield markdown(head, [_shipped(where, group) for where, group in groups])
-    if gaps := _chunked_gaps(record for record in records if record["config"]["model"]["weights"] == "trit"):
+    if gaps := _chunked_gaps(record for record in records if trits_of(record) == 1):
         most = max(map(abs, gaps))
         told = "is the same to the last digit" if not most else f"differs by at most {most:.1e}"
         yield f"Of {len(gaps)} ternary models the score in chunks, before shipping and of the file, {told}."
@@ -232,8 +232,8 @@ def average(records: Sequence[Record]) -> Iterator[str]:
         groups = [(where, group) for where, own in held for group in alike(own)]
         yield markdown([*head, "trits that differ", "ships"], [_averaged(where, group) for where, group in groups])
     told = []
-    for weights, word in (("trit", "ternary"), ("float", "float")):
-        own = [record["averaged"] for record in records if record["config"]["model"]["weights"] == weights]
+    for trits, word in zip(KINDS, ("ternary", "several-trit", "float"), strict=True):
+        own = [record["averaged"] for record in records if trits_of(record) in trits]
         gaps = [averaged["bpb"] - averaged["bpb_unaveraged"] for averaged in own if averaged]
         told += [f"{sum(gap < 0 for gap in gaps)} of {len(gaps)} {word} models"] if gaps else []
     if told:
