@@ -69,13 +69,14 @@ def test_five_trits_of_every_register():
     assert digits.tolist() == [balanced(value) for value in VALUES]
     assert torch.equal((digits * torch.tensor([81, 27, 9, 3, 1])).sum(1), ALL.long())
     assert torch.equal(digits[:, 0], leading_trit(ALL))
+    assert all(torch.equal(to_trits(ALL, count), digits[:, :count]) for count in range(1, 6))
 
 
 @pytest.mark.parametrize("trits", [1, 2, 3, 4, 5])
 def test_a_weight_of_leading_trits_is_the_nearest_multiple(trits):
     lead, register = lead_of(trits), torch.arange(-121, 122, dtype=torch.int16).to(torch.int8)
     found = leading_number(register, lead)
-    digits = to_trits(register)[:, :trits].int() * torch.tensor([3**place for place in reversed(range(trits))])
+    digits = to_trits(register, trits).int() * torch.tensor([3**place for place in reversed(range(trits))])
     assert found.dtype == torch.int8 and torch.equal(found.int(), digits.sum(1))
     assert (register.int() - found.int() * lead).abs().max() == (lead - 1) // 2
 

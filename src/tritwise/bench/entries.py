@@ -11,9 +11,10 @@ recurrent-ternary-constant   the same at full depth from the first step
 recurrent-ternary-half       the one that grows, made for half of the bytes
 recurrent-ternary-lean, recurrent-float-lean   the ones that grow, without the parts that cost time and were worth
                     little when taken away
-flat-ternary-ngrams, recurrent-ternary-ngrams, recurrent-ternary-lean-ngrams, recurrent-float-ngrams   made for a part
-                    of the bytes, whose rest are hashed tables of 2- to 5-grams and of words: they cost next to no time,
-                    ternary ones a fifth of the bytes; in training a fifth of the lookups find nothing
+flat-ternary-ngrams, recurrent-ternary-ngrams, recurrent-ternary-lean-ngrams, recurrent-float-ngrams,
+recurrent-float-lean-ngrams   made for a part of the bytes, whose rest are hashed tables of 2- to 5-grams and of words:
+                    they cost next to no time, ternary ones a fifth of the bytes; in training a fifth of the lookups
+                    find nothing
 recurrent-ternary-lean-2-trits-ngrams, recurrent-ternary-lean-3-trits-ngrams   with two or three trits a weight: less
                     time for the same bytes, as a matrix of the same bytes is smaller
 flat-ternary-experts   with eight experts of which a byte meets two: bytes that cost no time, as tables do
@@ -94,7 +95,7 @@ ENTRIES |= {
     f"{name}-ngrams": {**ENTRIES[name], **_TABLES}
     for name in (
         *("flat-ternary", "flat-ternary-experts"),
-        *("recurrent-ternary", "recurrent-ternary-lean", "recurrent-float"),
+        *("recurrent-ternary", "recurrent-ternary-lean", "recurrent-float", "recurrent-float-lean"),
     )
 }
 
@@ -112,6 +113,7 @@ SMALLER = {
     "recurrent-ternary-lean-2-trits-ngrams": 0.6,
     "recurrent-ternary-lean-3-trits-ngrams": 0.85,
     "recurrent-float-ngrams": 0.75,
+    "recurrent-float-lean-ngrams": 0.75,
 }
 """Share of the budget that an entry is made for; with 0 rows of n-grams, the rest is for these."""
 EXTRA = 4  # widths come in steps of 64; blocks beyond an entry's own fill what such a step leaves

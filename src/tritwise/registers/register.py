@@ -46,14 +46,14 @@ def join(trit: Tensor, rest: Tensor) -> Tensor:
     return (trit * LEAD + rest).to(torch.int8)
 
 
-def to_trits(register: Tensor) -> Tensor:
-    """All five balanced-ternary digits, most significant first: shape [..., 5], int8, sum of digit * 3**(4-k) is R."""
-    digits = []
-    rest = register.to(torch.int16)
-    for place in PLACES:
+def to_trits(register: Tensor, count: int = TRITS) -> Tensor:
+    """The first `count` balanced-ternary digits, most significant first: shape [..., count], int8. With all five, the
+    sum of digit * 3**(4-k) is R."""
+    digits, rest = [], register
+    for place in PLACES[:count]:
         half = (place - 1) // 2  # what the lower places can hold: the digit is 0 within +-half
-        digit = (rest > half).to(torch.int16) - (rest < -half).to(torch.int16)
-        digits.append(digit.to(torch.int8))
+        digit = (rest > half).view(torch.int8) - (rest < -half).view(torch.int8)
+        digits.append(digit)
         rest = rest - digit * place
     return torch.stack(digits, dim=-1)
 

@@ -25,6 +25,7 @@ from tritwise.ship.quantise import SMALL
 
 KIND, ARB = "byte_lm", "arb"
 TOKENIZER = "tokenizer"  # the stream of this name
+_PART = 1 << 24  # registers that are taken apart at a time, so that little of a GPU's memory is needed
 
 
 class OverBudgetError(UserError):
@@ -130,8 +131,9 @@ def _described(
 
 def _trits(layer: TritModule) -> torch.Tensor:
     """The trits that a layer ships, int8 [weight_trits * rows * columns]: all first ones, then all second ones."""
-    kept = to_trits(layer.register.detach().cpu())[..., : layer.weight_trits]
-    return kept.movedim(-1, 0).reshape(-1)
+    parts = layer.register.detach().reshape(-1).split(_PART)  # where they lie: a GPU is quick at it
+    kept = [to_trits(part, layer.weight_trits).T.contiguous().cpu() for part in parts]
+    return torch.cat(kept, dim=1).reshape(-1)
 
 
 def _fill_trits(layer: TritModule, trits: torch.Tensor) -> None:
