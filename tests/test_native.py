@@ -225,11 +225,12 @@ def test_every_register_and_every_scale_decodes_to_the_same_bits():
 @needs_kernels
 @pytest.mark.parametrize("ids_shape", [(), (0,), (3,), (5, 40), (2, 3, 4)])
 @pytest.mark.parametrize(("columns", "group"), [(1, 256), (37, 16), (300, 256)])
-def test_embedded_rows_are_bit_equal(ids_shape, columns, group):
+@pytest.mark.parametrize("lead", [81, 27, 9])
+def test_embedded_rows_are_bit_equal(ids_shape, columns, group, lead):
     register, exponent = int8(-121, 121, (50, columns), 1), int8(-128, 127, (50, -(-columns // group)), 2)
     ids = torch.randint(50, ids_shape, generator=torch.Generator().manual_seed(3))
-    got = assert_same(lambda i, r, e: ops.embedding(i, r, e, group), ids, register, exponent)[0]
-    assert torch.equal(got, embedding_reference.forward(ids, register, exponent, group, torch.float32))
+    got = assert_same(lambda i, r, e: ops.embedding(i, r, e, group, lead=lead), ids, register, exponent)[0]
+    assert torch.equal(got, embedding_reference.forward(ids, register, exponent, group, torch.float32, lead))
 
 
 @needs_kernels
@@ -502,7 +503,7 @@ def test_the_self_test_is_what_the_reference_computes(monkeypatch):
             r, d = self._tensor(register, torch.int8, count), self._tensor(direction, torch.float32, count)
             return int(update_reference.move_registers(r, d, -factor / 65536, limit, Key(*key)))
 
-        def _weight(self, register, exponent, scales, rows, columns, group, lead=81):
+        def _weight(self, register, exponent, scales, rows, columns, group, lead):
             e = self._tensor(exponent, torch.int8, rows, -1)
             table = self._tensor(scales, torch.float32, 256)
             monkeypatch.setattr(linear_reference, "scale_values", lambda e, dtype: table[e.long() + 128])

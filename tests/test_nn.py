@@ -20,8 +20,8 @@ from tritwise.nn import (
     TritEmbedding,
     TritLinear,
     TritModule,
+    of_trits,
     tensor_roles,
-    trit_linear,
     trit_modules,
 )
 from tritwise.nn.ngram import WORD_REACH, word_codes
@@ -284,7 +284,7 @@ def test_trits_are_what_the_matmul_uses():
 
 @pytest.mark.parametrize(("trits", "lead", "most"), [(2, 27, 4), (3, 9, 13)])
 def test_a_weight_of_several_trits_is_the_number_that_they_make(trits, lead, most):
-    layer = trit_linear(trits)(243, 1, group=243)
+    layer = of_trits(TritLinear, trits)(243, 1, group=243)
     assert isinstance(layer, TritLinear) and (layer.weight_trits, layer.lead) == (trits, lead)
     with torch.no_grad():
         layer.exponent.zero_()
@@ -309,7 +309,7 @@ def test_manual_seed_fixes_the_registers():
 
 
 @pytest.mark.parametrize("inputs", [16, 100, 384])
-@pytest.mark.parametrize("linear", [TritLinear, FloatLinear, trit_linear(2), trit_linear(3)])
+@pytest.mark.parametrize("linear", [TritLinear, FloatLinear, of_trits(TritLinear, 2), of_trits(TritLinear, 3)])
 def test_linear_weights_start_with_deviation_one_over_root_fan_in(linear, inputs):
     torch.manual_seed(0)
     layer = linear(inputs, 400)
@@ -319,7 +319,7 @@ def test_linear_weights_start_with_deviation_one_over_root_fan_in(linear, inputs
     assert abs(weight.mean().item()) < 4 / math.sqrt(inputs * weight.numel())
 
 
-@pytest.mark.parametrize("embedding", [TritEmbedding, FloatEmbedding])
+@pytest.mark.parametrize("embedding", [TritEmbedding, FloatEmbedding, of_trits(TritEmbedding, 3)])
 def test_embeddings_start_with_unit_deviation(embedding):
     torch.manual_seed(0)
     layer = embedding(256, 100)
@@ -435,7 +435,7 @@ def test_blocks_and_role_are_kept():
 # --- n-gram embeddings ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("embedding", [TritEmbedding, FloatEmbedding])
+@pytest.mark.parametrize("embedding", [TritEmbedding, FloatEmbedding, of_trits(TritEmbedding, 3)])
 def test_ngram_embedding_is_a_sum_of_one_row_of_each_table(embedding):
     torch.manual_seed(0)
     layer = NGramEmbedding(64, 5, 3, embedding=embedding)

@@ -81,13 +81,16 @@ def test_rows_and_gradient_against_dense_autograd(rows, columns, group, shape, d
     assert torch.equal(grad_of(port) == 0, grad_of(weight) == 0)  # rows that were not used get nothing
 
 
-def test_both_ways_of_decoding_agree():
+@pytest.mark.parametrize("lead", [81, 27, 9])
+def test_both_ways_of_decoding_agree(lead):
     """A short list of ids decodes rows, a long one the table: the same bits."""
     register, exponent = table(40, 300, 256)
     ids = draw_ids(40, 200)
-    whole = ops.embedding(ids, register, exponent)
-    parts = torch.cat([ops.embedding(part, register, exponent) for part in ids.split(39)])
+    whole = ops.embedding(ids, register, exponent, lead=lead)
+    parts = torch.cat([ops.embedding(part, register, exponent, lead=lead) for part in ids.split(39)])
     assert torch.equal(whole, parts)
+    number = (register.double() / lead).round()  # W where every scale is 1
+    assert torch.equal(ops.embedding(ids, register, torch.zeros_like(exponent), lead=lead).double(), number[ids])
 
 
 def test_a_row_used_often_sums_its_gradients():
@@ -158,5 +161,5 @@ def test_opcheck(rows, columns, group, shape, ported):
     register, exponent = table(rows, columns, group)
     port = open_port(rows, columns) if ported else None
     ids = draw_ids(rows, *shape)
-    torch.library.opcheck(OPS.embedding.default, (ids, register, exponent, group, port, torch.float32))
+    torch.library.opcheck(OPS.embedding.default, (ids, register, exponent, group, port, torch.float32, 27))
     torch.library.opcheck(OPS.embedding_weight_grad.default, (torch.randn(*shape, columns), ids, rows))

@@ -208,15 +208,15 @@ def shape_bytes(config: Config) -> int:
 
 
 def shapes_of(c: ModelConfig) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[int]]:
-    """(rows, columns) of every matrix and of every table of a ByteLM of this shape, and of its vectors how many numbers
-    each layer of them has."""
+    """(rows, columns) of every matrix and of every hashed table of a ByteLM of this shape, and of its vectors how many
+    numbers each layer of them has."""
     inside = c.hidden_of_expert if c.experts else c.mlp_ratio * c.width
     block = [((c.heads + 2 * c.kv_heads) * c.head_size, c.width), (c.width, c.width)]
     block += [(inside, c.width), (c.width, inside)] * max(1, c.experts)
     block += [(c.experts, c.width)] * (c.experts > 0)  # the router
     own = c.ngram_width or c.width
-    tables = [(c.vocab, c.width)] * (1 + c.value_tables) + [(c.ngram_rows, own)] * c.hashed_tables
-    matrices = block * c.depth + [(c.vocab, c.width)]
+    tables = [(c.ngram_rows, own)] * c.hashed_tables
+    matrices = block * c.depth + [(c.vocab, c.width)] * (2 + c.value_tables)  # embedding and head among them
     if c.hashed_tables and c.ngram_width:
         matrices.append((c.width, own * c.hashed_tables))
     layers = len(c.layers())

@@ -16,7 +16,7 @@ from tritwise.models.bridge import Bridge
 from tritwise.models.byte_lm import ByteLM, DecodeState, add_column_scales
 from tritwise.models.config import ModelConfig
 from tritwise.models.denoiser import Denoiser
-from tritwise.nn import FloatLinear, rms_norm, trit_linear
+from tritwise.nn import FloatLinear, TritLinear, of_trits, rms_norm
 
 IGNORED = -100  # a target that is not scored
 CTC_SHARE = 0.5  # of the loss of a sound, where its bridge spells too
@@ -46,7 +46,7 @@ class Arb(nn.Module):
         super().__init__()
         self.parts = parts
         self.trunk = ByteLM(config, dtype, checkpoint=checkpoint, loss_chunk=loss_chunk)
-        linear = trit_linear(config.weight_trits) if config.weights == "trit" else FloatLinear
+        linear = of_trits(TritLinear, config.weight_trits) if config.weights == "trit" else FloatLinear
         bridge = {"depth": parts.bridge_depth, "linear": linear, "group": config.group}
         self.vision = Bridge(parts.vision_size, config.width, stride=1, reach=0, **bridge) if parts.vision else None
         self.audio = self.spell = None

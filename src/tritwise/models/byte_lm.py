@@ -21,10 +21,11 @@ from tritwise.nn import (
     NGramEmbedding,
     Rotary,
     TritEmbedding,
+    TritLinear,
     TritVector,
     dropout,
+    of_trits,
     rms_norm,
-    trit_linear,
     trit_modules,
 )
 
@@ -111,15 +112,16 @@ class ByteLM(nn.Module):
         super().__init__()
         self.config, self.dtype, self.checkpoint, self.loss_chunk = config, dtype, checkpoint, loss_chunk
         ternary = config.weights == "trit"
-        linear = linear or (trit_linear(config.weight_trits) if ternary else FloatLinear)
-        embedding = embedding or (TritEmbedding if ternary else FloatEmbedding)
+        hashed = embedding or (TritEmbedding if ternary else FloatEmbedding)  # large tables: one trit
+        linear = linear or (of_trits(TritLinear, config.weight_trits) if ternary else FloatLinear)
+        embedding = embedding or (of_trits(TritEmbedding, config.weight_trits) if ternary else FloatEmbedding)
         vector = TritVector if ternary else FloatVector
         full = config.layers()
         self.embed = embedding(config.vocab, config.width, group=config.group)
         self.ngrams = (
             NGramEmbedding(
                 *(config.ngram_rows, config.width, config.ngrams),
-                embedding=embedding,
+                embedding=hashed,
                 linear=linear,
                 words=config.word_tables,
                 inner=config.ngram_width,

@@ -39,7 +39,7 @@ class ModelConfig:
     graph      whether bytes get messages from their neighbours and from what followed the same trigram before
     weights    "trit", or "float" for the baseline with the same shape
     weight_trits  trits that a weight of a matrix has, the first of its register: 1, 2 or 3 for 3, 9 or 27 values;
-               embeddings, tables and what draws pictures have one
+               hashed tables and what draws pictures have one
     prelude    blocks at the start that run once; coda: at the end
     loops      times that the blocks between them run
     loop_embedding  a learned vector is added before every layer, one for each repeat of a block

@@ -1,5 +1,7 @@
 """Embeddings: `TritEmbedding`, and `FloatEmbedding`, its float twin for baselines."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,11 +24,14 @@ class TritEmbedding(TritModule):
         role: str = "embedding",
         group: int = 256,
         sparse: bool = False,
+        weight_trits: int = 1,
     ) -> None:
-        super().__init__(num_embeddings, embedding_dim, role=role, fan_in=1, group=group, sparse=sparse)
+        how: dict[str, Any] = {"group": group, "sparse": sparse, "weight_trits": weight_trits}
+        super().__init__(num_embeddings, embedding_dim, role=role, fan_in=1, **how)
 
     def forward(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.scale_columns(ops.embedding(ids, self.register, self.exponent, self.group, self.port, dtype))
+        how = self.group, self.port, dtype, self.lead
+        return self.scale_columns(ops.embedding(ids, self.register, self.exponent, *how))
 
 
 class FloatEmbedding(nn.Module):

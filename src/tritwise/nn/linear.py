@@ -1,10 +1,9 @@
 """Linear layers without bias: `TritLinear`, and `FloatLinear`, its float twin for baselines."""
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +67,6 @@ class TritLinear(TritModule):
             how = self.group, self.port, self.fp8_least, self.unit_inputs, x8
             return ops.linear_fp8(x, self.register, self.exponent, *how)
         return ops.linear(x, self.register, self.exponent, self.group, self.port, self.lead)
-
-
-def trit_linear(weight_trits: int) -> type[TritLinear]:
-    """The layer with so many trits a weight, to be called as its class is."""
-    made = functools.partial(TritLinear, weight_trits=weight_trits) if weight_trits > 1 else TritLinear
-    return cast(type[TritLinear], made)
 
 
 def give_unit_inputs(*layers: nn.Module) -> None:

@@ -1,8 +1,9 @@
 """The base of every ternary layer: registers, scale exponents, the gradient port, and the roles of tensors."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ WEIGHT_TRITS = (1, 2, 3)
 """How many of a register's first trits can be its weight."""
 
 Consumer = Callable[["TritModule", Tensor], None]
+Layer = TypeVar("Layer", bound="TritModule")
 
 
 class TritModule(nn.Module):
@@ -174,6 +176,12 @@ class TritModule(nn.Module):
         return f"rows={rows}, columns={columns}, role={self.role}, group={self.group}, blocks={self.blocks}" + (
             f", weight_trits={self.weight_trits}" * (self.weight_trits > 1)
         )
+
+
+def of_trits(layer: type[Layer], weight_trits: int) -> type[Layer]:
+    """The class `layer`, TritLinear or TritEmbedding, with so many trits a weight, to be called as the class is."""
+    made = functools.partial(layer, weight_trits=weight_trits) if weight_trits > 1 else layer
+    return cast(type[Layer], made)
 
 
 def trit_modules(model: nn.Module) -> Iterator[tuple[str, TritModule]]:

@@ -119,7 +119,7 @@ static void round_row(int8_t *restrict momentum, const float *restrict grad, int
 }
 
 /* Bumped when a signature below changes. */
-int32_t tritwise_version(void) { return 2; }
+int32_t tritwise_version(void) { return 3; }
 
 /* momentum int8 [rows, columns] and row_exponent int8 [rows] <- decay * momentum + grad, rounded by (first, second).
    1: taken. 0: not finite, nothing changed. -1: no memory, nothing changed. */
@@ -199,14 +199,14 @@ void tritwise_decode(const int8_t *reg, const int8_t *exponent, const float *sca
 
 /* out float [count, columns] <- the decoded rows `ids`. 1: done. 0: an id is not in 0 … rows-1; out is then unfinished. */
 int32_t tritwise_gather(const int64_t *ids, const int8_t *reg, const int8_t *exponent, const float *scales, float *out,
-                        int64_t count, int64_t rows, int64_t columns, int64_t group)
+                        int64_t count, int64_t rows, int64_t columns, int64_t group, int32_t lead)
 {
     int64_t groups = (columns + group - 1) / group;
     for (int64_t n = 0; n < count; n++) {
         int64_t row = ids[n];
         if (row < 0 || row >= rows)
             return 0;
-        decode_row(reg + row * columns, exponent + row * groups, scales, out + n * columns, columns, group, LEAD);
+        decode_row(reg + row * columns, exponent + row * groups, scales, out + n * columns, columns, group, lead);
     }
     return 1;
 }

@@ -28,7 +28,7 @@ from tritwise.errors import UserError
 from tritwise.files import CACHE_REMEDY, atomic_write, cache_folder, make_folder, read_bytes, sha256_of
 
 SOURCE = Path(__file__).with_name("native.c")
-VERSION = 2  # what tritwise_version() of native.c says
+VERSION = 3  # what tritwise_version() of native.c says
 FLAGS = ["-O3", "-ffp-contract=off", "-fwrapv", "-fno-math-errno", "-shared", "-fPIC", "-std=c11"]
 # Some compilers know no -march=native on their processor; the code is right without it, only slower.
 TUNINGS = (["-march=native"], [])
@@ -54,7 +54,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "accumulate": (_INT32, [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _FLOAT, _INT32, _INT32]),
     "move": (_INT64, [_POINTER, _POINTER, _INT64, _FLOAT, _INT32, _INT32, _INT32]),
     "decode": (None, [_POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT32]),
-    "gather": (_INT32, [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64]),
+    "gather": (_INT32, [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64, _INT32]),
 }
 
 
@@ -159,7 +159,7 @@ def _open(path: Path) -> Kernels:
     return found
 
 
-SELF_TEST = (1, 38, 1, 3806541359, 3294684452, 4071778013, 2305270176, 3420149933)
+SELF_TEST = (1, 38, 1, 3806541359, 3294684452, 4071778013, 2305270176, 2745339587)
 """What `self_test` gives where the kernels compute as the reference does."""
 
 
@@ -177,5 +177,5 @@ def self_test(run: Kernels) -> tuple[int, ...]:
     scales = (ctypes.c_float * 256)(*(i / 3 for i in range(256)))
     weight, gathered = (ctypes.c_float * count)(), (ctypes.c_float * columns)()
     run.decode(register, groups, scales, weight, rows, columns, group, 27)
-    found = run.gather((ctypes.c_int64 * 1)(1), register, groups, scales, gathered, 1, rows, columns, group)
+    found = run.gather((ctypes.c_int64 * 1)(1), register, groups, scales, gathered, 1, rows, columns, group, 9)
     return taken, flips, found, *(zlib.crc32(bytes(x)) for x in (momentum, exponent, register, weight, gathered))

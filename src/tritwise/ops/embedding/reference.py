@@ -4,15 +4,18 @@ import torch
 from torch import Tensor
 
 from tritwise.ops.linear.reference import decode
+from tritwise.registers import LEAD
 
 
-def forward(ids: Tensor, register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+def forward(
+    ids: Tensor, register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype, lead: int = LEAD
+) -> Tensor:
     """W[ids] as `dtype` [..., D]."""
     flat = ids.reshape(-1)
     if flat.numel() >= register.shape[0]:  # a small table: decode it once, then gather
-        rows = torch.nn.functional.embedding(flat, decode(register, exponent, group, dtype))
+        rows = torch.nn.functional.embedding(flat, decode(register, exponent, group, dtype, lead))
     else:
-        rows = decode(register.index_select(0, flat), exponent.index_select(0, flat), group, dtype)
+        rows = decode(register.index_select(0, flat), exponent.index_select(0, flat), group, dtype, lead)
     return rows.view(*ids.shape, register.shape[1])
 
 

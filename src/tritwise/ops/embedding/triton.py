@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tritwise.ops import gpu
 from tritwise.ops.embedding import reference
+from tritwise.registers import LEAD
 
 ROWS = 512  # up to which a table is small: the product grows with them, the sort that is its alternative does not
 PARTS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1}  # bfloat16s that hold a number
@@ -26,16 +27,18 @@ def _kernels() -> ModuleType:
     return importlib.import_module("tritwise.ops.embedding.kernels")
 
 
-def forward(ids: Tensor, register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+def forward(
+    ids: Tensor, register: Tensor, exponent: Tensor, group: int, dtype: torch.dtype, lead: int = LEAD
+) -> Tensor:
     """W[ids] as `dtype` [..., D]. On a GPU an id outside the table gives a row of NaN: to look would be to wait."""
     served = ids.dtype is torch.int64 and ids.numel() > 0 and ids.device == register.device and dtype in gpu.FLOATS
     if not served or not gpu.is_served(register, exponent, group):
-        return reference.forward(ids, register, exponent, group, dtype)
+        return reference.forward(ids, register, exponent, group, dtype, lead)
     rows = register.shape[0]
     if ids.is_cpu and not bool(((ids >= 0) & (ids < rows)).all()):
-        return reference.forward(ids, register, exponent, group, dtype)  # says which id it is
+        return reference.forward(ids, register, exponent, group, dtype, lead)  # says which id it is
     flat = ids.reshape(-1).contiguous()
-    return gpu.decode(register, exponent, group, dtype, flat).view(*ids.shape, register.shape[1])
+    return gpu.decode(register, exponent, group, dtype, flat, lead).view(*ids.shape, register.shape[1])
 
 
 def weight_grad(grad: Tensor, ids: Tensor, rows: int) -> Tensor:
