@@ -26,6 +26,7 @@ SHAPES = [
     {"width": 34, "depth": 1, "heads": 1, "mlp_ratio": 3, "group": 7},
     {"width": 32, "depth": 1, "weight_trits": 2, "ngrams": 2, "ngram_rows": 37, "ngram_width": 6},
     {"width": 32, "depth": 1, "weight_trits": 3, "mixer": "lstm"},
+    {"width": 32, "depth": 1, "weight_trits": 5},
 ]
 
 

@@ -271,7 +271,7 @@ def test_cells_are_known_by_what_shapes_them(small_text: Path, tmp_path: Path):
         ({"rate": math.nan}, "rate is nan"),
         ({"settings": {"beta": 1}}, "has no setting 'beta'"),
         ({"settings": {"momentum": "much"}}, "momentum of ours is 'much'"),
-        ({"settings": {"weight_trits": 4}}, "weight_trits of ours is 4; choose 1 to 3"),
+        ({"settings": {"weight_trits": 6}}, "weight_trits of ours is 6; choose 1 to 5"),
         ({"steps": 0}, "steps is 0"),
         ({"decay": 2.0}, "share of the steps"),
         ({"dtype": "float16"}, "choose one of float32, bfloat16"),

@@ -92,7 +92,7 @@ def test_what_is_given_is_not_derived():
         ({"softcap": math.nan}, "softcap is nan; it must be above 0 and finite"),
         ({"softcap": math.inf}, "softcap is inf; it must be above 0 and finite"),
         ({"weights": "int4"}, "weights is 'int4'; choose trit or float"),
-        ({"weight_trits": 4}, "weight_trits is 4; choose 1 to 3"),
+        ({"weight_trits": 6}, "weight_trits is 6; choose 1 to 5"),
         (
             {"weights": "float", "weight_trits": 2},
             "weight_trits is for ternary weights; use weights=trit, or leave it out",

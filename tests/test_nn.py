@@ -282,7 +282,7 @@ def test_trits_are_what_the_matmul_uses():
     assert torch.equal(layer.trits(), -trits)  # of now, not of when they were first asked for
 
 
-@pytest.mark.parametrize(("trits", "lead", "most"), [(2, 27, 4), (3, 9, 13)])
+@pytest.mark.parametrize(("trits", "lead", "most"), [(2, 27, 4), (3, 9, 13), (4, 3, 40), (5, 1, 121)])
 def test_a_weight_of_several_trits_is_the_number_that_they_make(trits, lead, most):
     layer = of_trits(TritLinear, trits)(243, 1, group=243)
     assert isinstance(layer, TritLinear) and (layer.weight_trits, layer.lead) == (trits, lead)
@@ -415,7 +415,7 @@ def test_trit_modules_come_in_order_and_once():
         (lambda: TritEmbedding(0, 3), "at least one row and one column, not 0 x 3"),
         (lambda: TritLinear(3, 3, role="weights"), "there is no role 'weights'; choose one of matrix, embedding"),
         (lambda: TritLinear(3, 8, blocks=3), "8 rows do not divide into 3 blocks"),
-        (lambda: TritLinear(3, 3, weight_trits=4), "weight_trits is 4; choose one of 1, 2, 3"),
+        (lambda: TritLinear(3, 3, weight_trits=6), "weight_trits is 6; choose one of 1, 2, 3, 4, 5"),
         (lambda: TritLinear(3, 3, group=0), "group is 0 and blocks is 1; both must be at least 1"),
         (lambda: TritLinear(3, 3, blocks=0), "group is 256 and blocks is 0; both must be at least 1"),
     ],

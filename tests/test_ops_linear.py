@@ -72,7 +72,7 @@ SHAPES = [  # leading dimensions, inputs, outputs, group
 ]
 
 
-LEADS = (LEAD, 27, 9)  # of one, two and three trits a weight
+LEADS = (LEAD, 27, 9, 1)  # of one, two, three and five trits a weight
 
 
 @pytest.mark.parametrize("lead", LEADS)

@@ -220,7 +220,7 @@ def test_every_register_with_every_exponent(device):
     register = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).repeat(256, 1)
     exponent = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).view(256, 1)
     for dtype in (torch.float32, torch.bfloat16):
-        for lead in (81, 27, 9):
+        for lead in (81, 27, 9, 3, 1):
             found = triton.decode(register.to(device), exponent.to(device), 256, dtype, lead).cpu()
             assert torch.equal(found, reference.decode(register, exponent, 256, dtype, lead))
 

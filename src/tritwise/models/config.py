@@ -38,7 +38,7 @@ class ModelConfig:
     max_moe_iters   passes through the experts, as many of them as a byte learns to need, 1 … 4
     graph      whether bytes get messages from their neighbours and from what followed the same trigram before
     weights    "trit", or "float" for the baseline with the same shape
-    weight_trits  trits that a weight of a matrix has, the first of its register: 1, 2 or 3 for 3, 9 or 27 values;
+    weight_trits  trits that a weight of a matrix has, the first of its register: 1 to 5 for 3, 9, 27, 81 or 243 values;
                hashed tables and what draws pictures have one
     prelude    blocks at the start that run once; coda: at the end
     loops      times that the blocks between them run

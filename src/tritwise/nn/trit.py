@@ -22,7 +22,7 @@ ROLES = ("matrix", "embedding", "head", "vector", "scale", "table", "count")
 """matrix, embedding, head, vector: weights by what they do. scale: scale exponents. table: constants, not trained.
 count: integers that a layer counts with while it is trained."""
 
-WEIGHT_TRITS = (1, 2, 3)
+WEIGHT_TRITS = (1, 2, 3, 4, 5)
 """How many of a register's first trits can be its weight."""
 
 Consumer = Callable[["TritModule", Tensor], None]
@@ -46,7 +46,8 @@ class TritModule(nn.Module):
     fan_in: terms of the sum that the scale normalises; W starts with standard deviation 1/sqrt(fan_in).
     sparse: only rows that received a gradient are updated (large embeddings).
     weight_trits: 1, or how many of a register's first trits are its weight: with two W has nine values, round(R / 27)
-    times the scale, and ships as two trits a weight. `lead` is what 1 of W is worth in a register: 81, 27, 9.
+    times the scale, and ships as two trits a weight; with five it is the register. `lead` is what 1 of W is worth in a
+    register: 81, 27, 9, 3, 1.
     blocks: how many matrices lie one above the other in the rows (3 for query, key and value in one).
     Initial registers come from torch's default generator, so `torch.manual_seed` fixes them.
     """
