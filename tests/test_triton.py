@@ -317,7 +317,8 @@ def test_embedding_rows(device, rows, columns, group, shape, poisoned):
     register, exponent = int8(-128, 127, (rows, columns), 0), int8(-20, 8, (rows, -(-columns // group)), 1)
     ids = torch.randint(0, rows, shape, generator=torch.Generator().manual_seed(7))
     for dtype in (torch.float32, torch.bfloat16):
-        assert_same_bits(device, ops.embedding, ids, register, exponent, group, None, dtype)
+        for lead in (81, 27, 9):
+            assert_same_bits(device, ops.embedding, ids, register, exponent, group, None, dtype, lead)
 
 
 @on_each_device

@@ -101,7 +101,7 @@ ENTRIES |= {
 }
 
 for _trits, _rate in ((2, 0.01), (3, 0.007)):  # more trits, slower: docs/LOG.md
-    _own = {"weight_trits": _trits, "rate": _rate, "ship_average": True}  # as float ones, which it helps less
+    _own = {"weight_trits": _trits, "rate": _rate, "ship_average": True}  # as float ones
     ENTRIES[f"recurrent-ternary-lean-{_trits}-trits-ngrams"] = {**ENTRIES["recurrent-ternary-lean-ngrams"], **_own}
 
 SMALLER = {
