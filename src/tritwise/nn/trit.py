@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tritwise.registers import (
+    TRITS,
     exponent_for,
     init_registers,
     lead_of,
@@ -22,7 +23,7 @@ ROLES = ("matrix", "embedding", "head", "vector", "scale", "table", "count")
 """matrix, embedding, head, vector: weights by what they do. scale: scale exponents. table: constants, not trained.
 count: integers that a layer counts with while it is trained."""
 
-WEIGHT_TRITS = (1, 2, 3, 4, 5)
+WEIGHT_TRITS = tuple(range(1, TRITS + 1))
 """How many of a register's first trits can be its weight."""
 
 Consumer = Callable[["TritModule", Tensor], None]
