@@ -135,9 +135,28 @@ def test_the_course_says_where_curves_cross():
     trit, real = (1 + recipes.index(name) for name in ("flat-ternary", "flat-float"))
     found = [(row[0], row[trit], row[real], row[3]) for row in rows_of(text)]
     assert found == [("90", "1.6000", "1.5000", "+0.1000"), ("400", "1.3000", "1.3500", "−0.0500")]
-    assert "The curves cross: between 90 s and 400 s ternary takes the lead." in text
+    assert "The curves of ternary and float cross: between 90 s and 400 s ternary takes the lead." in text
     text = budget_table("course", [*at(400.0, 1.36, 1.35), *one])
-    assert "Float leads at every length; from 90 s to 400 s the difference narrows." in text
+    assert "Float leads over ternary at every length; from 90 s to 400 s the difference narrows." in text
+
+
+def test_the_course_of_several_trits_is_told_apart():
+    scores = {90.0: (1.6, 1.45, 1.5), 400.0: (1.36, 1.2, 1.35)}  # one trit, five, float
+    records = []
+    for seconds, (one, five, real) in scores.items():
+        records += [record("flat-ternary", one, seconds=seconds), record("flat-float", real, seconds=seconds)]
+        records += [record("flat-ternary-ngrams", five, seconds=seconds, weight_trits=5)]
+    text = budget_table("course", records)
+    assert "| best ternary − best float | best of several trits − best float |" in text
+    assert [row[-2:] for row in rows_of(text)] == [["+0.1000", "−0.0500"], ["+0.0100", "−0.1500"]]
+    assert "Float leads over ternary at every length; from 90 s to 400 s the difference narrows." in text
+    assert "Several trits lead over float at every length; from 90 s to 400 s the difference widens." in text
+    records = [one for one in records if "ngrams" not in one["recipe"]]
+    records += [record("flat-ternary-ngrams", 1.6, seconds=90.0, weight_trits=2)]
+    assert [row[-1] for row in rows_of(budget_table("course", records))] == ["+0.1000", ""]  # one length has none
+    records += [record("flat-ternary-ngrams", 1.2, seconds=400.0, weight_trits=2)]
+    told = budget_table("course", records)
+    assert "The curves of several trits and float cross: between 90 s and 400 s several trits take the lead." in told
 
 
 def test_growing_depth_stands_beside_constant_depth():

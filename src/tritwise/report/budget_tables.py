@@ -44,7 +44,8 @@ HEAD = (
     "sd",
 )
 PART_HEAD = ("without", "bpb with it", "bpb without", "difference", "of each seed")
-KINDS = ((1,), (2, 3), (0,))  # trits a weight: of ternary models, of those with several, and of float ones
+KINDS = ((1,), range(2, 6), (0,))  # trits a weight: of ternary models, of those with several, and of float ones
+TERNARY, SEVERAL = "ternary", "several trits"  # what the first two are called
 BUSY = 1.5  # steps of one seed over another's from which on the machine was busy with other things
 
 
@@ -311,33 +312,47 @@ def course(records: Sequence[Record]) -> Iterator[str]:
         if len(by_time) < 2:
             continue
         recipes = list(dict.fromkeys(record["recipe"] for own in by_time.values() for record in own))
-        rows, gaps = [], {}
-        for seconds, own in sorted(by_time.items()):
+        head, rows, gaps = ["seconds", *recipes], [[f"{seconds:g}"] for seconds in sorted(by_time)], {}
+        for row, (_, own) in zip(rows, sorted(by_time.items()), strict=True):
             cells = [_best([record for record in own if record["recipe"] == recipe]) for recipe in recipes]
-            trit, _, real = (_best(own, kind) for kind in KINDS)
-            if trit and real:
-                gaps[seconds] = mean_bpb(trit) - mean_bpb(real)
-            told = _signed(gaps[seconds]) if seconds in gaps else ""
-            rows.append([f"{seconds:g}", *(f"{mean_bpb(cell):.4f}" if cell else "" for cell in cells), told])
+            row += [f"{mean_bpb(cell):.4f}" if cell else "" for cell in cells]
+        for kind, called in zip(KINDS[:-1], (TERNARY, SEVERAL), strict=True):
+            if own := _gaps(by_time, kind):
+                gaps[called] = own
+                head.append(f"best {'of ' * (called == SEVERAL)}{called} − best float")
+                for row, seconds in zip(rows, sorted(by_time), strict=True):
+                    row.append(_signed(own[seconds]) if seconds in own else "")
         yield f"**{where.budget:,} bytes.** {where.place}:"
-        yield markdown(["seconds", *recipes, "best ternary − best float"], rows)
-        if len(gaps) > 1:
-            yield _crossing(gaps)
+        yield markdown(head, rows)
+        if told := [_crossing(own, called) for called, own in gaps.items() if len(own) > 1]:
+            yield " ".join(told)
 
 
-def _crossing(gaps: Mapping[float, float]) -> str:
-    """Where ternary less float changes its sign, over rising seconds; or how it moves without."""
+def _gaps(by_time: Mapping[float, Sequence[Record]], kind: Collection[int]) -> dict[float, float]:
+    """Best of this kind less the best float one, by rising seconds, where there are both."""
+    found = {}
+    for seconds, own in sorted(by_time.items()):
+        trit, real = _best(own, kind), _best(own, KINDS[-1])
+        if trit and real:
+            found[seconds] = mean_bpb(trit) - mean_bpb(real)
+    return found
 
-    def leader(gap: float) -> str:
-        return "ternary" if gap < 0 else "float"
+
+def _crossing(gaps: Mapping[float, float], called: str) -> str:
+    """Where what is `called` so less float changes its sign, over rising seconds; or how it moves without."""
+
+    def leads(gap: float, verb: str = "leads") -> str:
+        several = verb.removesuffix("s") if called == SEVERAL else verb
+        return f"{called} {several}" if gap < 0 else f"float {verb}"
 
     crossed = [(one, two) for one, two in pairwise(gaps) if (gaps[one] < 0) != (gaps[two] < 0)]
     if crossed:
-        told = [f"between {one:g} s and {two:g} s {leader(gaps[two])} takes the lead" for one, two in crossed]
-        return f"The curves cross: {'; '.join(told)}."
+        told = [f"between {one:g} s and {two:g} s {leads(gaps[two], 'takes')} the lead" for one, two in crossed]
+        return f"The curves of {called} and float cross: {'; '.join(told)}."
     first, last = min(gaps), max(gaps)
     moves = "narrows" if abs(gaps[last]) < abs(gaps[first]) else "widens"
-    told = f"{leader(gaps[last])} leads at every length; from {first:g} s to {last:g} s the difference {moves}."
+    told = f"{leads(gaps[last])} over {called if gaps[last] > 0 else 'float'} at every length"
+    told = f"{told}; from {first:g} s to {last:g} s the difference {moves}."
     return told[0].upper() + told[1:]
 
 
