@@ -181,14 +181,19 @@ class Study:
 
     def best_rate(self, name: str) -> float:
         """The rate that was given, else the one at which `tune` scored best, else the contestant's own. Where a known
-        file has several rates for the whole time these decide: what is best for a tenth of it may be too high."""
+        file has several rates for the whole time, of the contestant or else of the one that it is made after, these
+        decide: what is best for a tenth of it may be too high."""
         if self.rate is not None:
             return self.rate
         tuned = max((own for own in RATES if name.startswith(own)), key=len)
-        done = [one for one in self.whole if one["recipe"] == tuned]
-        if len({one["rate"] for one in done}) < 2:
+        for known in (name, tuned):  # its own rates, else those of the one that it is made after
+            done = [one for one in self.whole if one["recipe"] == known]
+            if len({one["rate"] for one in done}) > 1:
+                break
+        else:
             done = [record for config in self.tune() if (record := self.record(config)) is not None]
-        scores = [(r["scores"]["val_sliding"]["bpb"], r["rate"]) for r in done if r["recipe"] == tuned]
+            done = [record for record in done if record["recipe"] == tuned]
+        scores = [(r["scores"]["val_sliding"]["bpb"], r["rate"]) for r in done]
         return min(scores)[1] if scores else float(ENTRIES[name]["rate"])
 
     def record(self, config: Config) -> dict[str, Any] | None:

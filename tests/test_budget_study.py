@@ -98,6 +98,12 @@ def test_what_a_result_file_has_of_tune_is_not_run_again(study, small_text, tmp_
         write_json(tmp_path / "known.json", {"kind": "budget", "records": [*records[:-1], *whole[:count]]})
         again = study.Study(str(small_text), tmp_path / "new", tiny=True, known=tmp_path / "known.json")
         assert again.best_rate("flat-ternary") == again.best_rate("flat-ternary-ngrams") == best
+    # Rates of its own for the whole time come before those of the one that it is made after.
+    own = [one | {"recipe": "flat-ternary-ngrams"} for one in made_at(again, {0.03: 1.2, 0.014: 1.1, 0.02: 1.3})]
+    for count, best in ((1, 0.045), (3, 0.014)):
+        write_json(tmp_path / "known.json", {"kind": "budget", "records": [*records[:-1], *whole, *own[:count]]})
+        again = study.Study(str(small_text), tmp_path / "new", tiny=True, known=tmp_path / "known.json")
+        assert (again.best_rate("flat-ternary"), again.best_rate("flat-ternary-ngrams")) == (0.045, best)
     longer = study.Study(str(small_text), tmp_path, tiny=True, seconds=800.0, known=tmp_path / "known.json")
     assert longer.best_rate("flat-ternary") == 0.02
 
