@@ -52,7 +52,7 @@ from tritwise.report.bench_plots import choose_bench_plots
 from tritwise.report.bench_rows import read_bench
 from tritwise.report.budget_rows import unpacked
 from tritwise.report.budget_tables import TABLES as BUDGET_TABLES
-from tritwise.report.budget_tables import budget_sources, budget_table
+from tritwise.report.budget_tables import budget_sources, budget_table, short_budget
 from tritwise.report.engine_tables import capacity_markdown, engine_markdown, newest_of_each
 from tritwise.report.score_tables import TABLES, score_sources, score_table
 
@@ -107,6 +107,7 @@ def blocks(root: Path) -> dict[str, str]:
         "cost": _cost(root, cost) if cost else "The cost of a step has not been recorded yet.",
         "rules": _rules(root),
         "engine": _engine(root),
+        "budget": _budget(root),
     }
 
 
@@ -169,13 +170,17 @@ def budget_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
     files = newest_of(root, BUDGET_STUDIES)
     links = links_of(root, files)
     read = [_read(file) for file in files]
-    records = [record for file in read for record in unpacked(file)]
+    records = _budget_records(files)
     made = {}
     for block in dict.fromkeys(wanted):
         name = block.removeprefix("budget_")
         if block in BUDGET_BLOCKS:
             made[block] = budget_sources(read, links) if name == "sources" else budget_table(name, records)
     return made
+
+
+def _budget_records(files: Iterable[Path]) -> list[dict[str, Any]]:
+    return [record for file in files for record in unpacked(_read(file))]
 
 
 PAGES = {RULE: rule_blocks, SCORING: score_blocks, ARB: arb_blocks, RECURRENCE: budget_blocks}
@@ -343,6 +348,13 @@ def _engine(root: Path) -> str:
         told += f"\n\n{capacity_markdown(_read(capacity))}"
     links = ", ".join(f"[{name}]({RESULTS}/{name})" for name in names)
     return f"{told}\n\nFrom {links}."
+
+
+def _budget(root: Path) -> str:
+    told = short_budget(_budget_records(newest_of(root, BUDGET_STUDIES)))
+    if not told:
+        return "No contest on a GPU has been recorded yet; `benchmarks/budget_study.py` measures it."
+    return f"{told}\n\nAll contestants, rates and ways to ship: [{RECURRENCE}]({RECURRENCE}#the-contest)."
 
 
 def _date(file: Path) -> str:

@@ -11,7 +11,7 @@ import pytest
 from tritwise.bench.entries import ENTRIES, PARTS
 from tritwise.files import write_json
 from tritwise.report.budget_rows import packed, unpacked
-from tritwise.report.budget_tables import NOT_ON_GPU, NOTHING, TABLES, budget_sources, budget_table
+from tritwise.report.budget_tables import NOT_ON_GPU, NOTHING, TABLES, budget_sources, budget_table, short_budget
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/RECURRENCE.md").read_text(encoding="utf-8")
@@ -157,6 +157,29 @@ def test_the_course_of_several_trits_is_told_apart():
     records += [record("flat-ternary-ngrams", 1.2, seconds=400.0, weight_trits=2)]
     told = budget_table("course", records)
     assert "The curves of several trits and float cross: between 90 s and 400 s several trits take the lead." in told
+
+
+def test_the_best_of_each_kind_in_short():
+    records = [record("flat-ternary", 1.40), record("flat-float", 1.41), record("flat-float", 1.39, seed=1)]
+    records += [record("flat-ternary-ngrams", 1.35, weight_trits=2), record("recurrent-ternary", 1.45)]
+    records += [record("flat-ternary", 1.1, device="cpu"), record("flat-float", 1.2, device="cpu")]
+    records += [record("flat-ternary", 1.1, budget=4_000_000)]  # nothing in float beside it
+    records += [record(name, 1.1, seconds=0.0, steps=800) for name in ("flat-ternary", "flat-float")]  # by steps
+    rows = rows_of(short_budget(records))
+    assert [row[:2] for row in rows] == [["16,000,000", "90"]] * 3
+    assert [row[2:4] for row in rows] == [
+        ["2 trits", "`flat-ternary-ngrams`"],
+        ["−1, 0, +1", "`flat-ternary`"],
+        ["float, int7", "`flat-float`"],
+    ]
+    assert [row[6:] for row in rows] == [
+        ["1.3500", "1.2500", "−0.0500", "1"],
+        ["1.4000", "1.3000", "0", "1"],
+        ["1.4000", "1.3000", "0", "2"],
+    ]
+    del records[0]["scores"]["test_sliding"]
+    assert [row[7] for row in rows_of(short_budget(records))] == ["1.2500", "", "1.3000"]
+    assert short_budget([one for one in records if "float" not in one["recipe"]]) == ""
 
 
 def test_growing_depth_stands_beside_constant_depth():

@@ -45,7 +45,7 @@ HEAD = (
 )
 PART_HEAD = ("without", "bpb with it", "bpb without", "difference", "of each seed")
 KINDS = ((1,), range(2, 6), (0,))  # trits a weight: of ternary models, of those with several, and of float ones
-TERNARY, SEVERAL = "ternary", "several trits"  # what the first two are called
+TERNARY, SEVERAL, FLOAT = "ternary", "several trits", "float"  # what these are called
 BUSY = 1.5  # steps of one seed over another's from which on the machine was busy with other things
 
 
@@ -109,6 +109,37 @@ def contest(records: Sequence[Record]) -> Iterator[str]:
         yield markdown(HEAD, table_of(own))
         if told := verdict(where, own):
             yield told
+
+
+def short_budget(records: Sequence[Record]) -> str:
+    """For README: of each contest of so many seconds on a GPU the best in float, with one trit and with several trits a
+    weight, where there are the first two; "" without any."""
+    head = ["budget", "seconds", "weights", "recipe", "steps", "file", "bits/byte, val", "test", "against float", "n"]
+    told = []
+    for place, held in places([record for record in records if record["device"] != "cpu"]).items():
+        rows = []
+        for where, own in held:
+            best = {called: _best(own, kind) for called, kind in zip((TERNARY, SEVERAL, FLOAT), KINDS, strict=True)}
+            if not where.seconds or not best[TERNARY] or not best[FLOAT]:
+                continue
+            for called, group in sorted(best.items(), key=lambda pair: mean_bpb(pair[1]) if pair[1] else 0.0):
+                if group:
+                    gap = _signed(mean_bpb(group) - mean_bpb(best[FLOAT]))
+                    length = [f"{where.budget:,}", f"{where.seconds:g}"]
+                    rows.append([*length, *_in_short(called, group), gap, str(len(group))])
+        if rows:
+            told += [f"{place}.", markdown(head, rows)]
+    return "\n\n".join(told)
+
+
+def _in_short(called: str, group: Sequence[Record]) -> list[str]:
+    """What runs of one recipe are, and what they reached."""
+    first = group[0]
+    weights = {TERNARY: "−1, 0, +1", SEVERAL: f"{trits_of(first)} trits", FLOAT: f"float, {first['way']}"}[called]
+    size = f"{max(record['bytes'] for record in group):,}"
+    tests = [record["scores"].get("test_sliding") for record in group]
+    test = f"{statistics.fmean(one['bpb'] for one in tests):.4f}" if all(tests) else ""
+    return [weights, f"`{first['recipe']}`", f"{_mean(group, 'steps'):,.0f}", size, f"{mean_bpb(group):.4f}", test]
 
 
 def verdict(where: Where, records: Sequence[Record]) -> str:
