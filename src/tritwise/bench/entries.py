@@ -13,8 +13,8 @@ recurrent-ternary-lean, recurrent-float-lean   the ones that grow, without the p
                     little when taken away
 flat-ternary-ngrams, recurrent-ternary-ngrams, recurrent-ternary-lean-ngrams, recurrent-float-ngrams,
 recurrent-float-lean-ngrams   made for a part of the bytes, whose rest are hashed tables of 2- to 5-grams and of words:
-                    they cost next to no time, ternary ones a fifth of the bytes; in training a fifth of the lookups
-                    find nothing
+                    they cost next to no time, ternary ones a fifth of the bytes; in training a quarter of the
+                    lookups find nothing
 recurrent-ternary-lean-2-trits-ngrams, recurrent-ternary-lean-3-trits-ngrams   with two or three trits a weight: less
                     time for the same bytes, as a matrix of the same bytes is smaller; the last weights or the mean of
                     the last part ship, whichever score better
@@ -69,7 +69,7 @@ _RECURRENT = {
 }
 _SPARED = dict.fromkeys(("loop_embedding", "repeat_skip", "input_mix", "gains"), False) | {"value_tables": 0}
 _WORTH = {part: PARTS[part] for part in ("exclusive", "leak")}
-_TABLES = {"ngrams": 5, "word_tables": 1, "ngram_rows": 0, "ngram_width": 0, "ngram_dropout": 0.2}
+_TABLES = {"ngrams": 5, "word_tables": 1, "ngram_rows": 0, "ngram_width": 0, "ngram_dropout": 0.25}
 _AVERAGED = {"average_every": 50, "average_from": 0.8}
 ENTRIES: dict[str, dict[str, Any]] = {
     "flat-float": {**_FLOAT, "depth": 8, "rate": 0.02, "ship_as": "int8+zlib"},
@@ -101,7 +101,7 @@ ENTRIES |= {
 }
 
 for _trits, _rate in ((2, 0.01), (3, 0.007)):  # more trits, slower: docs/LOG.md
-    _own = {"weight_trits": _trits, "rate": _rate, "ship_average": True}  # as float ones
+    _own = {"weight_trits": _trits, "rate": _rate, "ngram_dropout": 0.3, "ship_average": True}  # the last as float ones
     ENTRIES[f"recurrent-ternary-lean-{_trits}-trits-ngrams"] = {**ENTRIES["recurrent-ternary-lean-ngrams"], **_own}
 
 SMALLER = {
