@@ -28,6 +28,7 @@ from tritwise.errors import UserError
 from tritwise.files import JsonLines, atomic_write, canonical_json, make_folder, read_json, read_json_lines, write_json
 from tritwise.report.budget_rows import CONTESTS, packed, unpacked
 from tritwise.report.budget_rows import STAGES as ORDER
+from tritwise.report.machine import machine_name
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINES = {"H100": "h100", "H200": "h200", "cpu": "cpu2"}  # what a device's name holds -> what files are called
@@ -55,8 +56,8 @@ class Run(NamedTuple):
 
     @property
     def identity(self) -> bytes:
-        """The same for two records of one cell on one kind of machine."""
-        return canonical_json([self.record["recipe"], self.record["config"], self.machine])
+        """The same for two records of one cell on one kind of machine; processors differ in what they do in a time."""
+        return canonical_json([self.record["recipe"], self.record["config"], machine_name(self.record)])
 
 
 def runs_of(place: Path) -> list[Run]:

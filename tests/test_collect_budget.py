@@ -134,6 +134,17 @@ def test_runs_of_other_folders_are_kept_if_they_are_named(collect, tmp_path, cap
     assert [record["config"]["train"]["seconds"] for record in unpacked(read_json(second))] == [400.0, 90.0]
 
 
+def test_one_cell_on_two_processors_is_two_runs(collect, tmp_path):
+    words = ["--root", str(tmp_path / "root"), "--date", "2026-01-31"]
+    for cpu in ("abacus", "slide rule"):
+        make_run(tmp_path / cpu, "flat-float-0-aaaa", "cpu", cpu=cpu)
+    assert collect.main([str(tmp_path / "abacus"), str(tmp_path / "slide rule"), *words]) == 0
+    target = tmp_path / "root/benchmarks/results/budget_cpu2_2026-01-31.json"
+    assert sorted(record["cpu"] for record in unpacked(read_json(target))) == ["abacus", "slide rule"]
+    assert collect.main([str(target), str(tmp_path / "abacus"), *words]) == 0  # again: it takes the place of its own
+    assert sorted(record["cpu"] for record in unpacked(read_json(target))) == ["abacus", "slide rule"]
+
+
 def test_records_that_do_not_say_their_stage(collect, tmp_path):
     """Those of an older study by what they are, and all others are of `tritwise bench budget`, with its command."""
     changes: list[dict[str, Any]] = [
