@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tritwise.data import open_bytes
@@ -119,6 +119,7 @@ def test_a_row_keeps_the_commonest_followers():
 
 
 @given(st.integers(0, 2**32), st.integers(1, 60), st.floats(0.1, 40))
+@example(1186, 50, 38.0)  # 100 nats and more for a byte
 @settings(max_examples=50, deadline=None)
 def test_the_bound_of_the_switch(seed, length, sharp):
     rng = np.random.default_rng(seed)
@@ -131,7 +132,9 @@ def test_the_bound_of_the_switch(seed, length, sharp):
     np.testing.assert_allclose(np.exp(rows.astype(np.float64)).sum(axis=1), 1, atol=1e-5)
     taken, place = np.cumsum(-rows[np.arange(length), ids], dtype=np.float64), np.arange(1, length + 1)
     base = np.cumsum(-trusted[np.arange(length), ids], dtype=np.float64)
-    assert (taken <= base + place * (WORST_NATS + 2e-6)).all()  # after every byte, not only at the end
+    # A mixture is rounded to float32 once more than the trusted row: by half a unit of its last place at most.
+    rounded = np.cumsum(np.spacing(np.abs(rows[np.arange(length), ids])) / 2, dtype=np.float64)
+    assert (taken <= base + place * (WORST_NATS + 2e-6) + rounded).all()  # after every byte, not only at the end
 
 
 def test_a_switch_follows_the_better_one_there_and_back():
