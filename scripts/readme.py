@@ -170,17 +170,13 @@ def budget_blocks(root: Path, wanted: Iterable[str]) -> dict[str, str]:
     files = newest_of(root, BUDGET_STUDIES)
     links = links_of(root, files)
     read = [_read(file) for file in files]
-    records = _budget_records(files)
+    records = [record for file in read for record in unpacked(file)]
     made = {}
     for block in dict.fromkeys(wanted):
         name = block.removeprefix("budget_")
         if block in BUDGET_BLOCKS:
             made[block] = budget_sources(read, links) if name == "sources" else budget_table(name, records)
     return made
-
-
-def _budget_records(files: Iterable[Path]) -> list[dict[str, Any]]:
-    return [record for file in files for record in unpacked(_read(file))]
 
 
 PAGES = {RULE: rule_blocks, SCORING: score_blocks, ARB: arb_blocks, RECURRENCE: budget_blocks}
@@ -351,7 +347,8 @@ def _engine(root: Path) -> str:
 
 
 def _budget(root: Path) -> str:
-    told = short_budget(_budget_records(newest_of(root, BUDGET_STUDIES)))
+    files = newest_of(root, BUDGET_STUDIES)
+    told = short_budget([record for file in files for record in unpacked(_read(file))])
     if not told:
         return "No contest on a GPU has been recorded yet; `benchmarks/budget_study.py` measures it."
     return f"{told}\n\nAll contestants, rates and ways to ship: [{RECURRENCE}]({RECURRENCE}#the-contest)."

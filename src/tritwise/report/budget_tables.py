@@ -44,8 +44,8 @@ HEAD = (
     "sd",
 )
 PART_HEAD = ("without", "bpb with it", "bpb without", "difference", "of each seed")
-KINDS = ((1,), range(2, 6), (0,))  # trits a weight: of ternary models, of those with several, and of float ones
-TERNARY, SEVERAL, FLOAT = "ternary", "several trits", "float"  # what these are called
+TERNARY, SEVERAL, FLOAT = "ternary", "several trits", "float"
+KINDS = {TERNARY: (1,), SEVERAL: range(2, 6), FLOAT: (0,)}  # what models are called -> how many trits a weight has
 BUSY = 1.5  # steps of one seed over another's from which on the machine was busy with other things
 
 
@@ -119,7 +119,7 @@ def short_budget(records: Sequence[Record]) -> str:
     for place, held in places([record for record in records if record["device"] != "cpu"]).items():
         rows = []
         for where, own in held:
-            best = {called: _best(own, kind) for called, kind in zip((TERNARY, SEVERAL, FLOAT), KINDS, strict=True)}
+            best = _best_of_each(own)
             if not where.seconds or not best[TERNARY] or not best[FLOAT]:
                 continue
             for called, group in sorted(best.items(), key=lambda pair: mean_bpb(pair[1]) if pair[1] else 0.0):
@@ -145,7 +145,7 @@ def _in_short(called: str, group: Sequence[Record]) -> list[str]:
 def verdict(where: Where, records: Sequence[Record]) -> str:
     """The best ternary contestant against the best float one, in a sentence or two, and the best of those with several
     trits a weight; "" if one of the first two is missing."""
-    trit, several, real = (_best(records, kind) for kind in KINDS)
+    trit, several, real = _best_of_each(records).values()
     if not trit or not real:
         return ""
     told = (
@@ -264,7 +264,7 @@ def average(records: Sequence[Record]) -> Iterator[str]:
         groups = [(where, group) for where, own in held for group in alike(own)]
         yield markdown([*head, "trits that differ", "ships"], [_averaged(where, group) for where, group in groups])
     told = []
-    for trits, word in zip(KINDS, ("ternary", "several-trit", "float"), strict=True):
+    for trits, word in zip(KINDS.values(), ("ternary", "several-trit", "float"), strict=True):
         own = [record["averaged"] for record in records if trits_of(record) in trits]
         gaps = [averaged["bpb"] - averaged["bpb_unaveraged"] for averaged in own if averaged]
         told += [f"{sum(gap < 0 for gap in gaps)} of {len(gaps)} {word} models"] if gaps else []
@@ -343,29 +343,26 @@ def course(records: Sequence[Record]) -> Iterator[str]:
         if len(by_time) < 2:
             continue
         recipes = list(dict.fromkeys(record["recipe"] for own in by_time.values() for record in own))
-        head, rows, gaps = ["seconds", *recipes], [[f"{seconds:g}"] for seconds in sorted(by_time)], {}
-        for row, (_, own) in zip(rows, sorted(by_time.items()), strict=True):
+        lead = {called: gaps for called in (TERNARY, SEVERAL) if (gaps := _gaps(by_time, called))}
+        rows = []
+        for seconds, own in sorted(by_time.items()):
             cells = [_best([record for record in own if record["recipe"] == recipe]) for recipe in recipes]
-            row += [f"{mean_bpb(cell):.4f}" if cell else "" for cell in cells]
-        for kind, called in zip(KINDS[:-1], (TERNARY, SEVERAL), strict=True):
-            if own := _gaps(by_time, kind):
-                gaps[called] = own
-                head.append(f"best {'of ' * (called == SEVERAL)}{called} − best float")
-                for row, seconds in zip(rows, sorted(by_time), strict=True):
-                    row.append(_signed(own[seconds]) if seconds in own else "")
+            told = [_signed(gaps[seconds]) if seconds in gaps else "" for gaps in lead.values()]
+            rows.append([f"{seconds:g}", *(f"{mean_bpb(cell):.4f}" if cell else "" for cell in cells), *told])
+        heads = [f"best {'of ' * (called == SEVERAL)}{called} − best float" for called in lead]
         yield f"**{where.budget:,} bytes.** {where.place}:"
-        yield markdown(head, rows)
-        if told := [_crossing(own, called) for called, own in gaps.items() if len(own) > 1]:
+        yield markdown(["seconds", *recipes, *heads], rows)
+        if told := [_crossing(gaps, called) for called, gaps in lead.items() if len(gaps) > 1]:
             yield " ".join(told)
 
 
-def _gaps(by_time: Mapping[float, Sequence[Record]], kind: Collection[int]) -> dict[float, float]:
-    """Best of this kind less the best float one, by rising seconds, where there are both."""
+def _gaps(by_time: Mapping[float, Sequence[Record]], called: str) -> dict[float, float]:
+    """Best of the kind that is `called` so less the best float one, by rising seconds, where there are both."""
     found = {}
     for seconds, own in sorted(by_time.items()):
-        trit, real = _best(own, kind), _best(own, KINDS[-1])
-        if trit and real:
-            found[seconds] = mean_bpb(trit) - mean_bpb(real)
+        best = _best_of_each(own)
+        if best[called] and best[FLOAT]:
+            found[seconds] = mean_bpb(best[called]) - mean_bpb(best[FLOAT])
     return found
 
 
@@ -407,6 +404,11 @@ def _best(records: Iterable[Record], trits: Collection[int] = range(6)) -> list[
     """Of those with so many trits a weight the runs of the recipe and setting with the best mean; none: []."""
     own = [record for record in records if trits_of(record) in trits]
     return min(alike(own), key=mean_bpb, default=[])
+
+
+def _best_of_each(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The best of each of KINDS."""
+    return {called: _best(records, trits) for called, trits in KINDS.items()}
 
 
 def _named(group: Sequence[Record]) -> str:
