@@ -30,7 +30,7 @@ def test_cells_are_the_contest_and_fit_into_nine_minutes(study, tmp_path):
     assert [config.recipe for config in cells.main()] == list(ENTRIES)
     assert {config.train.seconds for config in cells.main4()} == {400}
     assert {config.train.budget for config in cells.main4()} == {4_000_000}
-    assert len(cells.tune()) == 20 and {config.train.seconds for config in cells.tune()} == {100}
+    assert len(cells.tune()) == 21 and {config.train.seconds for config in cells.tune()} == {100}
     for stage in ("tune", "main", "ablate"):
         assert all(study.estimated(config, stage, {}) <= 540 for config in getattr(cells, stage)())
     assert study.estimated(cells.main()[0], "main", {"main flat-float": 50.0}) == pytest.approx(455)
@@ -65,9 +65,9 @@ def tuned(study, folder, small_text):
 def test_the_best_rate_is_taken(study, small_text, tmp_path, capsys):
     words = ["--data", str(small_text), "--out", str(tmp_path / "new"), "--tiny"]
     assert study.run(["tune", *words, "--minutes", "-1"]) == 3
-    assert "20 cells are left" in capsys.readouterr().out
+    assert "21 cells are left" in capsys.readouterr().out
     assert study.run(["tune", *words, "--minutes", "-1", "--only", "flat-float,flat-ternary"]) == 3
-    assert "7 cells are left" in capsys.readouterr().out
+    assert "8 cells are left" in capsys.readouterr().out
     assert study.run(["tune", *words, "--only", "flat-flat"]) == 2
     assert "there is no contestant 'flat-flat'" in capsys.readouterr().err
     cells = tuned(study, tmp_path, small_text)
