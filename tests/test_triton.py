@@ -291,7 +291,8 @@ def test_column_gradients(device, rows, columns, group, lead, poisoned):
 @on_each_device
 def test_gradients_of_scales_of_many_have_the_bits_of_each(device, poisoned):
     """A step that is recorded takes all matrices at once, another one by one."""
-    sizes = [(600, 768, 256), (1030, 256, 256), (33, 768, 256), (48, 2048, 4096), (40, 70, 64), (64, 2048, 4096)]
+    large = [(600, 768, 256), (1030, 256, 256)] if device == "cuda" else [(260, 400, 256), (390, 256, 256)]
+    sizes = [*large, (33, 768, 256), (48, 2048, 4096), (40, 70, 64), (64, 2048, 4096)]
     registers = [int8(-121, 121, size[:2], n) for n, size in enumerate(sizes)]
     exponents = [int8(-20, 8, (rows, -(-columns // group)), rows) for rows, columns, group in sizes]
     grads, groups = [normal(*size[:2], seed=n) for n, size in enumerate(sizes)], [size[2] for size in sizes]
@@ -324,10 +325,11 @@ def test_embedding_rows(device, rows, columns, group, shape, poisoned):
 @on_each_device
 @pytest.mark.parametrize(("count", "rows"), [(300, 9), (5000, 256), (5000, 900)])
 def test_embedding_gradients_are_the_same_every_time(device, count, rows):
+    times, count = (3, count) if device == "cuda" else (1, min(count, 2500))
     ids = torch.randint(0, rows, (count,), generator=torch.Generator().manual_seed(7)) ** 3 % rows  # some are common
     grad = normal(count, 40)
     first, *_ = results("triton", device, OPS.embedding_weight_grad, grad, ids, rows)
-    for _ in range(3):
+    for _ in range(times):
         assert torch.equal(results("triton", device, OPS.embedding_weight_grad, grad, ids, rows)[0], first)
     expected = torch.zeros(rows, 40, dtype=torch.float64).index_add_(0, ids, grad.double())
     assert_close(first, expected, 1e-6)
