@@ -2,7 +2,7 @@
 
 python scripts/coverage_rooms.py build/coverage.json      the JSON report of coverage.py
 
-Triton's kernels run in its interpreter, in processes that tests start and coverage.py follows. Where Triton is not
+Triton's kernels run in its interpreter, in processes whose lines tests have counted too. Where Triton is not
 installed its files are left out, and that is said; so is TileLang's. Single lines that only a GPU can run are left out
 too; they say so themselves in a `pragma: no cover`, and are counted.
 """

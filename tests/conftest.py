@@ -9,8 +9,9 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,7 @@ import torch
 from tritwise import ops
 from tritwise.cli.app import main
 from tritwise.data import open_bytes
-from tritwise.ops import backends
+from tritwise.ops import backends, gpu
 from tritwise.recipes import recipe
 from tritwise.train import Config, override, train
 from tritwise.train.checkpoint import CheckpointStore
@@ -49,6 +50,16 @@ SMALL = {
     "sample_bytes": 8,
 }
 
+# The tests of the rooms whose lines are counted (scripts/coverage_rooms.py).
+COUNTED = tuple(
+    f"test_{name}"
+    for name in (
+        *("registers", "packing", "random", "rounding", "scales"),
+        *("ops_", "triton", "backends", "native", "decoded", "tilelang", "compile", "memory"),
+        *("optim", "muon"),
+    )
+)
+
 
 def refusals(operation: str, device: str = "cpu") -> dict[str, str | None]:
     """Backend -> why it cannot run on this machine's CPU, or its GPU, or None."""
@@ -68,6 +79,50 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "left_out" in metafunc.fixturenames:
         found = [(operation, refusals(operation)) for operation in backends._backends]
         metafunc.parametrize("left_out", found, ids=[operation for operation, _ in found])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that run many others in Triton's interpreter come first: the last to start would keep one core waiting."""
+    items.sort(key=lambda item: "in_the_interpreter" not in item.name)
+
+
+def counting() -> Any:
+    """The Coverage that counts the lines of this process, or None."""
+    coverage = sys.modules.get("coverage")
+    return coverage.Coverage.current() if coverage is not None else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Lines are counted in the tests of COUNTED alone, as that takes time. pytest-cov's own mark for it, no_cover, does
+    nothing in processes of pytest-xdist."""
+    trace = sys.gettrace()
+    if counting() is None or item.path.name.startswith(COUNTED):
+        return (yield)
+    sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(trace)
+
+
+@pytest.fixture
+def in_interpreter() -> Callable[..., str]:
+    """Runs the tests `some`, an expression of -k, of these files in Triton's interpreter, which needs a process of its
+    own, and gives what pytest printed. None may fail. The process's lines are counted if those of this one are."""
+
+    def run(files: Sequence[Path], some: str) -> str:
+        command = [sys.executable]
+        if (coverage := counting()) is not None:
+            place, source = Path(coverage.get_option("run:data_file")).resolve(), coverage.get_option("run:source")
+            command += ["-m", "coverage", "run", "-p", f"--data-file={place}", f"--source={','.join(source)}"]
+        command += ["-m", "pytest", "-m", "not gpu", "-k", some, "-p", "no:cacheprovider", "-rs", *map(str, files)]
+        environment = os.environ | {gpu.INTERPRET: "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,7 @@
 What compares backends runs as in test_triton.py: in Triton's interpreter in a process of its own, and with -m gpu.
 """
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ from torch import Tensor
 
 from test_triton import assert_same_bits, floats, int8, needs_triton, normal, not_interpreted, on_each_device
 from tritwise import ops
-from tritwise.ops import gpu
 from tritwise.ops.nibble import EXPONENT_FLOOR, GROUP
 from tritwise.registers import (
     MOMENTUM_LEVELS,
@@ -405,12 +401,9 @@ def test_triton_tensors_that_are_not_contiguous(device):
 
 @needs_triton
 @not_interpreted
-def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-m", "not gpu", "-k", "test_triton_", "-p", "no:cacheprovider", "-rs"]
-    environment = os.environ | {gpu.INTERPRET: "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([*command, str(Path(__file__))], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
-    assert re.findall(r"(\d+) passed", run.stdout) == ["24"] and "skipped" not in run.stdout
+def test_in_the_interpreter(in_interpreter):
+    printed = in_interpreter([Path(__file__)], "test_triton_")
+    assert re.findall(r"(\d+) passed", printed) == ["24"] and "skipped" not in printed
 
 
 @needs_triton

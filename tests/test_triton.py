@@ -7,8 +7,6 @@ imported and therefore has a process of its own (`test_in_the_interpreter`), and
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -584,9 +582,8 @@ def test_half_precision_newton_schulz_is_close(shape, steps, tolerance):
 @needs_triton
 @not_interpreted
 @pytest.mark.timeout(900)
-def test_in_the_interpreter():
+def test_in_the_interpreter(in_interpreter):
     """Every test above on CPU tensors, those of lists of tensors, and torch's own checks of the operations."""
-    here = Path(__file__).parent
     names = (
         "triton",
         "triton_tables",
@@ -600,15 +597,12 @@ def test_in_the_interpreter():
         "ops_activation",
         "ops_heads",
     )
-    files = [f"test_{name}.py" for name in names]
+    files = [Path(__file__).with_name(f"test_{name}.py") for name in names]
     some = "test_triton or (triton and (many or ops_scales or opcheck or matrix or autograd or products or rounds))"
-    command = [sys.executable, "-m", "pytest", "-m", "not gpu", "-k", some, "-p", "no:cacheprovider", "-rs"]
-    environment = os.environ | {gpu.INTERPRET: "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([*command, *(str(here / f) for f in files)], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
-    (passed,) = re.findall(r"(\d+) passed", run.stdout)
+    printed = in_interpreter(files, some)
+    (passed,) = re.findall(r"(\d+) passed", printed)
     assert int(passed) > 120
-    reasons = set(re.findall(r"^SKIPPED .*?: (.*)$", run.stdout, flags=re.MULTILINE))
+    reasons = set(re.findall(r"^SKIPPED .*?: (.*)$", printed, flags=re.MULTILINE))
     assert reasons <= {"is about a process without the interpreter"}
 
 
