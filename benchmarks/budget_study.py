@@ -125,7 +125,7 @@ class Study:
 
     def tune(self) -> list[Config]:
         """The rates of every contestant that has its own, on a part of val; to ship in many ways would take time."""
-        order = (1, 0, 2, 3, 4)  # the middle first
+        order = (1, 0, *range(2, max(map(len, RATES.values()))))  # the middle first
         middle_first = [(name, rates[at]) for at in order for name, rates in RATES.items() if at < len(rates)]
         cells = []
         for name, rate in middle_first:

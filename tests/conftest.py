@@ -96,9 +96,9 @@ def counting() -> Any:
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """Lines are counted in the tests of COUNTED alone, as that takes time. pytest-cov's own mark for it, no_cover, does
     nothing in processes of pytest-xdist."""
-    trace = sys.gettrace()
     if counting() is None or item.path.name.startswith(COUNTED):
         return (yield)
+    trace = sys.gettrace()
     sys.settrace(None)
     try:
         return (yield)
