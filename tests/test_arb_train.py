@@ -186,6 +186,17 @@ def test_a_mixture_learns_every_kind(tmp_path, small_text, image_pairs, sound_pa
     assert RunFolder(folder).read("audit")["float_trainable"] == 0
 
 
+@pytest.mark.parametrize("accum", [1, 3])
+def test_an_image_run_by_the_clock_is_warmed_before_it(accum, tmp_path, image_pairs, tiny_vision):
+    """Captions differ in length, so that there are more shapes to warm than a step has micro-batches."""
+    words = ["--data", image_pairs, "--encoder", tiny_vision, "--ctx", "32", "--batch", "2", *SMALL]
+    words += ["--steps", "4", "--set=seconds=1000", "--accum", accum]
+    run("train", "vision", *words, "--out", tmp_path / "run")
+    said = [line["message"] for line in lines_of(tmp_path / "run") if line["kind"] == "event"]
+    assert any("before the clock" in message for message in said)
+    assert RunFolder(tmp_path / "run").read("result")["steps"] == 4
+
+
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, image_pairs, tiny_vision, assert_same_state):
     words = ["--data", image_pairs, "--encoder", tiny_vision, *QUICK, "--ctx", "32", *SMALL]
     run("train", "vision", *words, "--out", tmp_path / "whole")

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from tritwise.cli.app import main
 from tritwise.errors import UserError
 from tritwise.files import read_json, read_json_lines
 from tritwise.ship.container import read_container
@@ -57,6 +58,37 @@ def test_two_processes_have_the_registers_of_one(small_config, small_text, tmp_p
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6) and len(losses[0]) == 25
     assert read_json(tmp_path / "two/config.json")["train"]["accum"] == 2
+
+
+EXPERTS = ["train", "--recipe", "tiny", "--set=experts=16", "--set=active_experts=1", "--batch", "1", "--ctx", "64"]
+
+
+@pytest.mark.parametrize("weights", ["trit", "float"])
+def test_experts_that_one_process_sends_nothing_to(weights, tmp_path, assert_same_state):
+    """Of 16 experts, which 64 bytes are shared out to, a process has no gradient now of these, now of those."""
+    words = [*EXPERTS, "--steps", "12", "--accum", "2", f"--set=weights={weights}", "--set=eval_bytes=2000"]
+    if weights == "float":
+        words += ["--set=optimizer=muon", "--rate", "0.02"]
+    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+    told = torchrun(*words, "--out", tmp_path / "two")
+    assert told.returncode == 0, told.stderr
+    assert_same_state(tmp_path / "one", tmp_path / "two")
+
+
+def test_processes_whose_batches_are_of_different_kinds(
+    tmp_path, small_text, image_pairs, tiny_vision, assert_same_state, monkeypatch
+):
+    monkeypatch.setenv("TRITWISE_CACHE", str(tmp_path / "cache"))
+    words = ["pretrain", "--mixture", "text=1,vision=1", "--text", small_text, "--images", image_pairs]
+    words += ["--vision-encoder", tiny_vision, "--ctx", "32", "--batch", "2", "--accum", "2", "--steps", "12"]
+    words += ["--set=width=32", "--set=depth=1", "--set=eval_examples=2", "--set=eval_bytes=2000"]
+    words += ["--set=seconds=1000"]  # so that every shape is warmed before the clock
+    assert main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
+    told = torchrun(*words, "--out", tmp_path / "two")
+    assert told.returncode == 0, told.stderr
+    assert_same_state(tmp_path / "one", tmp_path / "two")
+    lines = read_json_lines(tmp_path / "two/metrics.jsonl")
+    assert any(set(line["losses"]) == {"text", "vision"} for line in lines if line["kind"] == "train")
 
 
 def test_micro_batches_are_shared_evenly_or_not_at_all():

@@ -143,9 +143,11 @@ def _train(
     warmed = None
     if (settings.seconds or len(course.depths) > 1) and not course.over(step, trained):
         warmed = time.perf_counter()
-        some = batches(step)
-        if task.shapes == "few":  # a batch of every shape that the first steps bring
-            some = list({shape_of(one): one for at in range(step, step + LOOKED) for one in batches(at)}.values())
+        # A batch of every shape that the first steps bring to any process; where shapes are many no code is of one.
+        looked = ((at, m) for at in range(step, step + LOOKED) for m in range(settings.accum))
+        if task.shapes != "few":
+            looked = ((step, 0),)
+        some = list({shape_of(one): one for one in (task.batch(device, *at) for at in looked)}.values())
         warm_up(stepper, model, optimizers, some, [loops % config.model.loops for loops in course.depths])
         wait_for(device)
         warmed = time.perf_counter() - warmed

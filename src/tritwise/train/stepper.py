@@ -18,11 +18,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tritwise.models import Arb, ByteLM, DecodeState
 from tritwise.models.byte_lm import Compiled
-from tritwise.nn import TritModule, decoded, noise_of, rms_norm, trit_modules
+from tritwise.nn import TritModule, TritMoE, decoded, noise_of, rms_norm, trit_modules
 from tritwise.ops import gpu
 from tritwise.optim import Muon, TritOptimizer
 from tritwise.train.crew import Crew
@@ -39,9 +39,11 @@ class Stepper:
     nothing and counts as "skipped" in the optimizers' groups. Ternary optimizers see to that themselves, on the
     device, and on a GPU so do Muon and fused AdamW, which `settle` counts; for other float ones the host waits for the
     device once a step. clip: largest norm of all float gradients together; 0: none. crew: the processes that share a
-    step's micro-batches; `accum` counts those of all. seed: of dropout, whose masks follow from it, from `taken`, the
-    steps taken so far (set by whoever resumes a run), and from the number of the micro-batch. steady: nothing but rates
-    will change from step to step, so that a step may be recorded whole. ValueError for a graph away from a GPU.
+    step's micro-batches; `accum` counts those of all. They exchange a layer's gradient the moment it is made, but for
+    what a batch may leave out, which waits until backward is over: experts, and all of an ARB model. seed: of dropout,
+    whose masks follow from it, from `taken`, the steps taken so far (set by whoever resumes a run), and from the number
+    of the micro-batch. steady: nothing but rates will change from step to step, so that a step may be recorded whole.
+    ValueError for a graph away from a GPU.
     """
 
     def __init__(
@@ -80,10 +82,11 @@ class Stepper:
         # 0-d on the device: steps that were held back there, and not counted yet.
         self._held = torch.zeros((), device=device) if self._guarded and able and device.type == "cuda" else None
         self._floats = [p for optimizer in floats for group in optimizer.param_groups for p in group["params"]]
+        self._optional = left_out(model) if self.crew.size > 1 else set()
+        self._kept: dict[TritModule, Tensor] = {}  # gradients of those, until every process knows who has which
         if self.crew.size > 1:
-            for optimizer in self.optimizers:
-                if isinstance(optimizer, TritOptimizer):
-                    _exchange(optimizer, self.crew)
+            for optimizer in self._ternary:
+                self._exchange(optimizer)
 
     def step(self, ids: Tensor, targets: Tensor) -> Tensor:
         """`step_over` a single batch of text."""
@@ -112,6 +115,8 @@ class Stepper:
             self.shares.append(loss)
             total = loss if total is None else total + loss
         assert total is not None, "a step needs a batch"
+        if not self._optional.isdisjoint(self._floats):
+            self._fill_in()
         grads = [p.grad for p in self._floats if p.grad is not None]
         self.crew.add_up([total, *grads])
         norm = torch.nn.utils.get_total_norm(grads) if grads and (self.clip or self._guarded) else None
@@ -221,10 +226,53 @@ class Stepper:
                     p.grad = None  # it lies in a recording, which would be written over
             loss = self._share(*batch, loops=loops)
             loss.backward()
-            return loss.detach()
-        loss = recording(batch).clone()  # the next replay writes over it
-        _deliver(self.optimizers, recording.port_grads, self.crew)
+            loss = loss.detach()
+        else:
+            loss = recording(batch).clone()  # the next replay writes over it
+            made = recording.port_grads
+            self._kept = {layer: grad for layer, grad in made.items() if layer in self._optional}
+            _deliver(self.optimizers, {layer: made[layer] for layer in made if layer not in self._kept}, self.crew)
+        if self._optional:
+            self._exchange_kept()
         return loss
+
+    def _exchange(self, optimizer: TritOptimizer) -> None:
+        """From now on every process's gradient of a layer goes into its momentum, those of lower ranks first."""
+
+        def consume(layer: TritModule, grad: Tensor) -> None:
+            if layer in self._optional:
+                self._kept[layer] = grad
+            else:
+                _consume_all(optimizer, self.crew, [layer], [grad])
+
+        for layer in optimizer.layers:
+            layer.consumer = consume
+
+    def _exchange_kept(self) -> None:
+        """The same of what a batch may leave out, after a pass: processes talk of what any of them has a gradient of,
+        all in one order, and no momentum takes a gradient that was not made."""
+        kept, self._kept = self._kept, {}
+        for optimizer in self._ternary:
+            layers = [layer for layer in optimizer.layers if layer in self._optional]
+            for layer, who in zip(layers, self._who_has([layer in kept for layer in layers]), strict=True):
+                if any(who):
+                    grad = kept.get(layer)
+                    if grad is None:
+                        grad = torch.zeros(layer.register.shape, device=layer.register.device)
+                    told = self.crew.gather(grad)
+                    for rank in (rank for rank, has in enumerate(who) if has):
+                        optimizer.consume([layer], [told[rank]])
+
+    def _fill_in(self) -> None:
+        """Float parameters of which another process has a gradient get one of zeros, to be added up with."""
+        for p, who in zip(self._floats, self._who_has([p.grad is not None for p in self._floats]), strict=True):
+            if p.grad is None and any(who):
+                p.grad = torch.zeros_like(p)
+
+    def _who_has(self, mine: list[bool]) -> list[list[bool]]:
+        """Of each thing that this process has or has not, which ranks have it; the host waits for it."""
+        told = self.crew.gather(torch.tensor(mine, dtype=torch.uint8, device=self.crew.device))
+        return torch.stack(told, dim=1).bool().tolist()
 
     def _share(self, *batch: Any, loops: int) -> Tensor:
         given: dict[str, Any] = {"loops": loops} if loops else {}
@@ -251,6 +299,14 @@ def loss_of(model: ByteLM | Arb, *, compile: bool = False, blocks: bool = False)
     if compile:
         return torch.compile(model.loss, dynamic=False)
     return _ByBlocks(model) if blocks else model.loss
+
+
+def left_out(model: ByteLM | Arb) -> set[TritModule | nn.Parameter]:
+    """What a batch may have no gradient of, ternary layers and float parameters: experts that no position goes to, and
+    of an ARB model anything, as it depends on the kind of the batch."""
+    parts = [model] if isinstance(model, Arb) else [m.experts for m in model.modules() if isinstance(m, TritMoE)]
+    layers = {layer for part in parts for _, layer in trit_modules(part)}
+    return layers | {p for part in parts for p in part.parameters() if p.requires_grad}
 
 
 class _ByBlocks:
@@ -372,16 +428,6 @@ def _deliver(
     for layer, grad in waiting.items():
         if layer.consumer is not None:
             layer.consumer(layer, grad)
-
-
-def _exchange(optimizer: TritOptimizer, crew: Crew) -> None:
-    """From now on every process's gradient of a layer goes into its momentum, those of lower ranks first."""
-
-    def consume(layer: TritModule, grad: Tensor) -> None:
-        _consume_all(optimizer, crew, [layer], [grad])
-
-    for layer in optimizer.layers:
-        layer.consumer = consume
 
 
 def _consume_all(optimizer: TritOptimizer, crew: Crew, layers: list[TritModule], grads: list[Tensor]) -> None:

@@ -18,9 +18,10 @@ def warm_up(
     batches: Sequence[tuple[Any, ...]],
     depths: Sequence[int],
 ) -> None:
-    """Take a step over `batches` at every number of repeats in `depths`, then put weights and optimizers back.
+    """Take a step over each of `batches` at every number of repeats in `depths`, then put weights and optimizers back.
 
-    The weights stay where they are in memory, so what was recorded still holds. Afterwards every bit is as before.
+    batches: one of every shape, of the same shapes for every process, as a step is taken together. The weights stay
+    where they are in memory, so what was recorded still holds. Afterwards every bit is as before.
     """
     if stepper.records_whole_steps:  # which takes its own trial steps back, and keeps every tensor where it is
         for loops in depths:
@@ -29,8 +30,10 @@ def warm_up(
         return
     weights = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     states = [_copied(optimizer.state_dict()) for optimizer in optimizers]
+    share = len(stepper.crew.micros(stepper.accum))
     for loops in depths:
-        stepper.step_over(batches, loops)
+        for batch in batches:
+            stepper.step_over([batch] * share, loops)
     stepper.settle()
     with torch.no_grad():
         for tensor, before in weights:
