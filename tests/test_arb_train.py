@@ -165,6 +165,30 @@ def test_text_of_an_arb_model_and_finetuning_it(tmp_path, small_text, image_pair
     assert "does not fit" in cli(*wrong, "--set=width=64", "--out", tmp_path / "y").err
 
 
+def test_a_run_without_text_ships_without_bits_per_byte(captions, tmp_path, cli):
+    out = tmp_path / "model.tritwise"
+    shipped = cli("ship", captions, "--out", out, "--json")
+    assert shipped.code == 0 and shipped.json["bytes"] == out.stat().st_size
+    assert "bits per byte" not in shipped.err and not {"bpb_before", "scored"} & set(shipped.json)
+    refused = cli("ship", captions, "--out", out, "--budget", out.stat().st_size - 1)
+    assert refused.code == 2 and "1 over the budget of" in refused.err and out.exists()
+
+
+def test_image_runs_keep_to_their_budget_and_ship_float_weights_if_asked(image_pairs, tiny_vision, tmp_path, cli):
+    words = ["train", "vision", "--data", image_pairs, "--encoder", tiny_vision, *QUICK, "--ctx", "32", *SMALL]
+    over = cli(*words, "--set=budget=9000", "--out", tmp_path / "over")
+    assert over.code == 2 and "over the budget of 9,000" in over.err
+    floats = ["--set=weights=float", "--set=optimizer=adamw", "--rate=0.001", "--set=ship_as=auto"]
+    run(*words, *floats, "--set=budget=60000", "--set=ship_small=500", "--out", tmp_path / "float")
+    told = RunFolder(tmp_path / "float").read("result")
+    assert told["artifact"]["way"] == "int8" and told["artifact"]["bytes"] <= 60_000
+    trained, shipped = load(tmp_path / "float").model, load(tmp_path / "float/model.tritwise").model
+    assert torch.equal(trained.vision.mean, shipped.vision.mean) and trained.vision.mean.any()
+    features = torch.randn(1, 9, 16, generator=torch.Generator().manual_seed(0))
+    near, exact = shipped.hidden_of("vision", features), trained.hidden_of("vision", features)
+    assert 0 < (near - exact).norm() < 0.05 * exact.norm()
+
+
 def test_finetuning_starts_from_the_weights_of_the_run(captions, tmp_path, state_of):
     words = ["--start", captions, "--steps", "1", "--batch", "4", "--set=rate=0", "--set=eval_examples=4"]
     run("finetune", "vision", *words, "--out", tmp_path / "tuned")

@@ -167,21 +167,45 @@ FOREIGN = {
     ),
     "another shape": (lambda header, streams: header["config"].update(width=64), "does not fit the shape it names"),
     "float weights": (lambda header, streams: header["config"].update(weights="float"), "does not fit the shape"),
-    "an impossible shape": (lambda header, streams: header["config"].update(width=0), "width is 0; it must be"),
+    "an impossible shape": (
+        lambda header, streams: header["config"].update(width=0),
+        "(width is 0); ship it again",
+    ),
+    "nothing about itself": (lambda header, streams: header.pop("about"), "no byte model this version understands"),
+    "a number about itself": (change_header(about=5), "no byte model this version understands"),
     "a layer less": (lambda header, streams: header["layers"].pop(), "does not fit the shape it names"),
     "too few trits": (
         lambda header, streams: streams.update(trits=streams["trits"][:-1]),
-        "another number of weights",
+        "another number of trits",
     ),
     "too many scales": (
         lambda header, streams: streams.update(scales=streams["scales"] + b"\0"),
-        "another number of weights",
+        "another number of scales",
     ),
     "no trits but bytes": (
         lambda header, streams: streams.update(trits=b"\xff" * len(streams["trits"])),
         "bytes that are no trits; ship it again",
     ),
 }
+
+
+HUGE = [{"width": 64_000}, {"depth": 2_000}, {"ctx": 10**8}, {"experts": 1000}, {"loops": 10**9}, {"vocab": 10**9}]
+
+
+@pytest.mark.parametrize("change", HUGE, ids=str)
+def test_no_header_makes_us_take_memory_for_what_the_file_does_not_hold(change, shipped: Path, tmp_path, monkeypatch):
+    header, streams = read_container(shipped)
+    header["config"].update(change)
+    write_container(tmp_path / "huge", header, streams)
+
+    def built(config):
+        raise AssertionError("a model of this shape was built")
+
+    monkeypatch.setattr("tritwise.ship.artifact.ByteLM", built)
+    with pytest.raises(UserError, match=r"a shape that no model has|does not fit the shape it names"):
+        read_artifact(tmp_path / "huge")
+    with pytest.raises(AssertionError, match="was built"):
+        read_artifact(shipped)
 
 
 @pytest.mark.parametrize("name", FOREIGN)

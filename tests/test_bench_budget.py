@@ -18,14 +18,12 @@ from tritwise.bench.entries import (
     base_config,
     entry,
     shape_bytes,
-    shapes_of,
 )
 from tritwise.errors import UserError
 from tritwise.files import read_json, sha256_of
 from tritwise.models import ByteLM
-from tritwise.nn import trit_modules
 from tritwise.report.budget_tables import table_of
-from tritwise.ship import estimate
+from tritwise.ship import estimate, write_artifact
 
 BUDGET = 130_000
 QUICK = ["--budget", BUDGET, "--steps", 3, "--ctx", 16, "--batch", 2, "--set", "ship_small=500"]
@@ -61,19 +59,17 @@ def test_a_contestant_is_as_wide_as_fits_and_its_count_is_the_models(name, budge
     assert given.model.width == 64 and given.model.depth == least
     torch.manual_seed(0)
     config = replace(config, model=whole)
-    model = ByteLM(whole)
-    of_matrices, of_tables, vectors = shapes_of(whole)
-    shapes = of_matrices + of_tables
-    if config.model.weights == "trit":
-        layers = [layer for _, layer in trit_modules(model)]
-        matrices = sorted(tuple(layer.register.shape) for layer in layers if layer.role != "vector")
-        assert sorted(vectors) == sorted(layer.register.numel() for layer in layers if layer.role == "vector")
-        assert shape_bytes(config) == pytest.approx(estimate(model)["total"], rel=0.02)
-    else:
-        tensors = [m for m in model.modules() if hasattr(m, "weight")]
-        matrices = sorted(tuple(m.weight.shape) for m in tensors if m.roles["weight"] != "vector")
-        assert sorted(vectors) == sorted(m.weight.numel() for m in tensors if m.roles["weight"] == "vector")
-    assert matrices == sorted(shapes)
+    drawn = torch.get_rng_state()
+    count = shape_bytes(config)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert count == estimate(ByteLM(whole), config.train.ship_as, 500)["total"]
+
+
+@pytest.mark.parametrize("changes", [{"mixer": "lstm"}, {"graph": "true"}, {"max_moe_iters": 3, "experts": 4}])
+def test_what_is_counted_is_the_model_whatever_it_is_made_of(changes, tmp_path):
+    config = entry("flat-ternary", base(), 400_000, changes)
+    info = write_artifact(ByteLM(config.model), tmp_path / "model")
+    assert 0.85 * 400_000 < shape_bytes(config) <= SPARE * 400_000 and info.bytes <= shape_bytes(config)
 
 
 def test_the_recurrent_contestants_have_every_part_but_for_lean_ones():

@@ -1,5 +1,8 @@
 """Shipping under a budget of bytes: float rows in few bits, estimates, the best way that fits, refusals."""
 
+import tracemalloc
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -84,8 +87,8 @@ def test_float_files_that_lie_are_refused(tmp_path):
     write_artifact(model_of(), path, method="int8", small=SMALL)
     header, streams = read_container(path)
     for change, message in (
-        ({"streams": streams | {"codes": streams["codes"][:-1]}}, "numbers are missing"),
-        ({"streams": streams | {"small": streams["small"] + b"\0\0"}}, "left over"),
+        ({"streams": streams | {"codes": streams["codes"][:-1]}}, "another number of codes"),
+        ({"streams": streams | {"small": streams["small"] + b"\0\0"}}, "another number of small"),
         ({"header": header | {"packing": "base3"}}, "does not fit"),
         ({"header": header | {"packing": "int8+zlib"}}, "does not fit"),
         ({"header": header | {"packing": "int5"}}, "upgrade tritwise"),
@@ -93,6 +96,15 @@ def test_float_files_that_lie_are_refused(tmp_path):
         write_container(bad, change.get("header", header), change.get("streams", streams))
         with pytest.raises(UserError, match=message):
             read_artifact(bad)
+    write_artifact(model_of(), path, method="int8+zlib", small=SMALL)
+    header, streams = read_container(path)
+    for stream in (zlib.compress(bytes(10**8)), streams["codes"][:-9], b"no zlib"):  # the first is 97 kB
+        write_container(bad, header, streams | {"codes": stream})
+        tracemalloc.start()
+        with pytest.raises(UserError, match="does not fit the shape it names"):
+            read_artifact(bad)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+        tracemalloc.stop()
     with pytest.raises(UserError, match="only ternary models can be shipped"):
         write_artifact(model_of(), bad)
 
@@ -136,10 +148,11 @@ def test_the_best_way_that_fits_is_taken(tmp_path):
     for way, size in sizes.items():
         info, taken = ship_within(model, path, {}, size, small=SMALL)
         assert (info.bytes, taken) == (size, way)
-    path.unlink()
-    with pytest.raises(UserError, match=f"1 over the budget of {sizes['int6'] - 1:,}"):
-        ship_within(model, path, {}, sizes["int6"] - 1, small=SMALL)
-    assert not path.exists()
+    kept = path.read_bytes()
+    for other in (path, tmp_path / "new"):
+        with pytest.raises(UserError, match=f"1 over the budget of {sizes['int6'] - 1:,}"):
+            ship_within(model, other, {}, sizes["int6"] - 1, small=SMALL)
+    assert path.read_bytes() == kept and not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="no way 'int5'"):
         ship_within(model, path, {}, method="int5")
 
@@ -177,6 +190,8 @@ def test_a_float_run_ships_with_its_loss_measured(small_config, tmp_path, cli):
     config = override(plain, {"ship_as": "auto", "budget": 60_000, "ship_small": SMALL})
     result = train(config, tmp_path / "run")
     assert result["artifact"]["way"] == "int8" and result["artifact"]["bytes"] <= 60_000
+    tracked = [line["bytes"] for line in read_json_lines(tmp_path / "run/metrics.jsonl") if line["kind"] == "size"]
+    assert tracked[-1] == pytest.approx(result["artifact"]["bytes"], rel=0.02)
     assert 0 < abs(result["before"]["bpb"] - result["val"]["bpb"]) < 0.05
     assert train(plain, tmp_path / "plain")["val"]["bpb"] == result["before"]["bpb"]
     again = ship_run(tmp_path / "run", tmp_path / "again", ship_as="int6", budget=0)

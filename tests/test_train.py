@@ -633,15 +633,27 @@ def test_displays_show_skipped_steps_and_float_runs(terminal: bool):
     assert terminal or "left 1:15:00" in shown
 
 
-def test_an_artifact_with_one_wrong_trit_is_never_reported(small_config, tmp_path: Path, monkeypatch):
-    def misread(path: Path):
-        model, header = read_artifact(path)
+@pytest.mark.parametrize("what", ["a trit", "what is no weight"])
+def test_an_artifact_that_differs_is_never_reported(what, small_config, tmp_path: Path, monkeypatch):
+    def one_trit(model):
         weight = model.head.register[65, 0]
         weight.copy_(LEAD if weight == 0 else 0)
+
+    spoil, message = {
+        "a trit": (one_trit, "head of the artifact differs from the model's; do not use it"),
+        "what is no weight": (
+            lambda m: m.rotary.sin.neg_(),
+            "the artifact's logits differ from the model's; do not use",
+        ),
+    }[what]
+
+    def misread(path: Path):
+        model, header = read_artifact(path)
+        spoil(model)
         return model, header
 
     monkeypatch.setattr(finish, "read_artifact", misread)
-    with pytest.raises(UserError, match="the artifact's logits differ from the model's; do not use it"):
+    with pytest.raises(UserError, match=message):
         train(small_config(), tmp_path)
     assert not (tmp_path / "result.json").exists() and saved_steps(tmp_path) == [8, 12]
 

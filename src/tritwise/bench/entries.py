@@ -31,10 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from tritwise.errors import UserError
-from tritwise.models import ModelConfig
-from tritwise.registers import packed_bytes
-from tritwise.ship.budget import A_LAYER, HEADER
-from tritwise.ship.floats import METHODS, SEARCHED, code_bytes
+from tritwise.models import ModelConfig, skeleton
+from tritwise.ship import estimate
 from tritwise.train import Config, TrainConfig, override
 from tritwise.train.config import for_tokens, parsed, tokenizer_of
 
@@ -189,41 +187,12 @@ def _rows(base: Config, own: dict[str, Any], room: int) -> int:
 
 
 def shape_bytes(config: Config) -> int:
-    """About how many bytes a model of this shape takes when shipped, told without building it."""
-    c, settings = config.model, config.train
-    matrices, tables, vectors = shapes_of(c)
-    shapes = matrices + tables
-    extra = HEADER + (Path(settings.tokenizer).stat().st_size if settings.tokenizer else 0)
-    if c.weights == "trit":
-        trits = c.weight_trits * sum(rows * columns for rows, columns in matrices)
-        trits += sum(rows * columns for rows, columns in tables)
-        scales = sum(rows * -(-columns // c.group) + columns * c.column_scales for rows, columns in shapes)
-        return packed_bytes(trits) + scales + sum(vectors) + extra + A_LAYER * (len(shapes) + len(vectors))
+    """About how many bytes a model of this shape takes when shipped, told without its numbers."""
+    settings = config.train
     # auto is sized for the smallest of its ways, and a float that does not ship for nothing.
-    bits = {"auto": METHODS[SEARCHED[-1]].bits, "none": 8}.get(settings.ship_as) or METHODS[settings.ship_as].bits
-    total = sum(vectors) * 2.0 + extra
-    for rows, columns in shapes:
-        large = rows * columns > settings.ship_small
-        total += rows * (columns * code_bytes(bits, columns) + 2) if large else 2 * rows * columns
-    return int(total)
-
-
-def shapes_of(c: ModelConfig) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[int]]:
-    """(rows, columns) of every matrix and of every hashed table of a ByteLM of this shape, and of its vectors how many
-    numbers each layer of them has."""
-    inside = c.hidden_of_expert if c.experts else c.mlp_ratio * c.width
-    block = [((c.heads + 2 * c.kv_heads) * c.head_size, c.width), (c.width, c.width)]
-    block += [(inside, c.width), (c.width, inside)] * max(1, c.experts)
-    block += [(c.experts, c.width)] * (c.experts > 0)  # the router
-    own = c.ngram_width or c.width
-    tables = [(c.ngram_rows, own)] * c.hashed_tables
-    matrices = block * c.depth + [(c.vocab, c.width)] * (2 + c.value_tables)  # embedding and head among them
-    if c.hashed_tables and c.ngram_width:
-        matrices.append((c.width, own * c.hashed_tables))
-    layers = len(c.layers())
-    rows = [layers * c.loop_embedding, layers * c.value_tables, c.core * (c.loops - 1) * c.repeat_skip]
-    rows += [2] * c.depth * (c.input_mix + c.gains)
-    return matrices, tables, [count * c.width for count in rows if count]
+    way = "int8" if settings.ship_as == "none" else settings.ship_as
+    tokenizer = Path(settings.tokenizer).stat().st_size if settings.tokenizer else 0
+    return estimate(skeleton(config.model), way, settings.ship_small)["total"] + tokenizer
 
 
 def base_config(data: str, split: str, *, ctx: int, batch: int, steps: int, seconds: float, seed: int) -> Config:

@@ -266,7 +266,7 @@ def ship(
     score_bytes: Annotated[int, option("Bytes of val that are scored, before and after [all].")] = 0,
     json: Json = False,
 ) -> None:
-    """Write a run's newest model as one file, read it back, and score what was read."""
+    """Write a run's newest model as one file, read it back, and score what was read, if it is a model of text."""
     from tritwise.train.finish import ship_run
 
     result = ship_run(run, out, budget=budget, ship_as=ship_as, count=score_bytes)
@@ -276,8 +276,9 @@ def ship(
     rows.append(["file", f"{result['bytes']:,} bytes, {result['bits_per_weight']:.3f} bits a weight, {result['way']}"])
     if result["budget"]:
         rows.append(["left of the budget", f"{result['budget'] - result['bytes']:,} of {result['budget']:,} bytes"])
-    rows.append(["bits per byte, before", f"{result['bpb_before']:.4f}"])
-    rows.append(["bits per byte, re-read", f"{result['bpb_reread']:.4f}"])
+    for name, when in (("bpb_before", "before"), ("bpb_reread", "re-read")):
+        if name in result:  # a model that has learned no text has no bits per byte
+            rows.append([f"bits per byte, {when}", f"{result[name]:.4f}"])
     console.print(output.table("", ["artifact", str(out)], rows))
     if json:
         output.print_json(result)

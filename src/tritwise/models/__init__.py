@@ -1,6 +1,6 @@
 """Models: what is trained. They build layers and never an optimizer."""
 
-from tritwise.models.arb import Arb
+from tritwise.models.arb import Arb, skeleton
 from tritwise.models.arb_parts import PartsConfig
 from tritwise.models.block import Block
 from tritwise.models.byte_lm import AtDepth, ByteLM, DecodeState
@@ -20,4 +20,5 @@ __all__ = [
     "PartsConfig",
     "draw",
     "generate",
+    "skeleton",
 ]

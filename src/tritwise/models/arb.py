@@ -22,6 +22,12 @@ IGNORED = -100  # a target that is not scored
 CTC_SHARE = 0.5  # of the loss of a sound, where its bridge spells too
 
 
+def skeleton(config: ModelConfig, parts: PartsConfig | None = None) -> "ByteLM | Arb":
+    """The model of this shape without its numbers, on the meta device: no memory is taken, and names and sizes told."""
+    with torch.device("meta"):
+        return ByteLM(config) if parts is None else Arb(config, parts)
+
+
 class Arb(nn.Module):
     """A byte trunk with the parts that `parts` names; float weights where config.weights says so, for baselines.
 

@@ -12,6 +12,9 @@ from tritwise.nn.moe import MOST_ITERS
 from tritwise.nn.ngram import WORD_REACH
 from tritwise.nn.trit import WEIGHT_TRITS
 
+MOST = {"depth": 4096, "ctx": 1 << 20, "loops": 4096, "experts": 4096, "ngrams": 64, "value_tables": 64}
+"""What takes time or memory without a weight of its own, so that no file of a few bytes can ask for much of either."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -93,6 +96,9 @@ class ModelConfig:
         for name in ("width", "depth", "ctx", "mlp_ratio", "vocab", "group", "ngrams", "ngram_rows", "loops"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise UserError(f"{name} is {getattr(self, name):,}; it must be at most {most:,}")
         for name in ("heads", "kv_heads", "window", "experts", "ngram_width"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 (0 derives it)")

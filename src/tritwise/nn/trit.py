@@ -126,6 +126,8 @@ class TritModule(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, span: float = 0.9) -> None:
         """New registers, uniform within +-span of a leading trit, and the scale that gives W its standard deviation."""
+        if self.register.is_meta:
+            return  # a layer without numbers, made to know its shape
         key = make_key(int(torch.randint(2**62, ())))
         self.register.copy_(init_registers(tuple(self.register.shape), key, span))
         self.exponent.fill_(exponent_for(1.0 / math.sqrt(self.fan_in * max(self._mean_square(), 1e-6))))

@@ -16,20 +16,16 @@ import numpy as np
 import torch
 
 from tritwise.errors import UserError
-from tritwise.models import Arb, ByteLM, ModelConfig, PartsConfig
+from tritwise.models import Arb, ByteLM, ModelConfig, PartsConfig, skeleton
 from tritwise.nn import TritModule, TritVector, trit_modules
 from tritwise.registers import PLACES, pack_base3, packed_bytes, to_trits, unpack_base3
 from tritwise.ship.container import container_bytes, read_container, write_container
-from tritwise.ship.floats import METHODS, fill_floats, float_streams
+from tritwise.ship.floats import METHODS, fill_floats, float_streams, unpacked
 from tritwise.ship.quantise import SMALL
 
 KIND, ARB = "byte_lm", "arb"
 TOKENIZER = "tokenizer"  # the stream of this name
 _PART = 1 << 24  # registers that are taken apart at a time, so that little of a GPU's memory is needed
-
-
-class OverBudgetError(UserError):
-    """A file that has more bytes than it may."""
 
 
 class ArtifactInfo(NamedTuple):
@@ -56,19 +52,13 @@ def write_artifact(
 
     method: for float weights, one of `ship.floats.METHODS`; small: tensors of up to so many numbers stay float16.
     budget: bytes that the file may have; 0: any number. tokenizer: what a model of tokens reads with.
-    Raises UserError for a model with float weights and no method (it has no lossless artifact), for a file over the
-    budget, of which nothing is left then, and if the file cannot be written.
+    Raises UserError for a model with float weights and no method (it has no lossless artifact), and if the file cannot
+    be written; OverBudgetError for one over the budget. Then a file that was there before is as it was.
     """
     header, streams, weights = _described(model, about or {}, method, small)
     streams |= _reading(tokenizer)
-    info = write_container(path, header, streams)
+    info = write_container(path, header, streams, budget=budget)
     size = Path(path).stat().st_size  # of the file, not of what was meant to be in it
-    if budget and size > budget:
-        Path(path).unlink()
-        raise OverBudgetError(
-            f"{path} has {size:,} bytes, {size - budget:,} over the budget of {budget:,}; "
-            "make the model smaller, or the budget larger"
-        )
     return ArtifactInfo(Path(path), size, weights, {s.name: s.stored for s in info.streams})
 
 
@@ -106,7 +96,7 @@ def _described(
             )
         weights = sum(parameter.numel() for parameter in model.parameters())
         header |= {"weights": weights, "packing": method, "small": small}
-        return header, float_streams(model, method, small), weights
+        return header, float_streams(model, method, small) | _measured(model), weights
     layers, (matrices, vectors) = list(trit_modules(model)), _sorted(model)
     trits = torch.cat([_trits(layer) for layer in matrices])
     scales = torch.cat([e.detach().reshape(-1).cpu() for layer in matrices for e in layer.exponents()])
@@ -123,10 +113,7 @@ def _described(
     if vectors:
         numbers = torch.cat([layer.register.detach().reshape(-1).cpu() for layer in vectors])
         streams["vectors"] = numbers.view(torch.uint8).numpy()
-    if isinstance(model, Arb):
-        tables = [table.detach().float().cpu() for table in _tables(model)]
-        streams["tables"] = torch.cat([torch.empty(0), *tables]).view(torch.uint8).numpy()
-    return header, streams, weights
+    return header, streams | _measured(model), weights
 
 
 def _trits(layer: TritModule) -> torch.Tensor:
@@ -144,9 +131,18 @@ def _fill_trits(layer: TritModule, trits: torch.Tensor) -> None:
         layer.register.add_(plane * place)
 
 
-def _tables(model: Arb) -> list[torch.Tensor]:
+def tables_of(model: ByteLM | Arb) -> list[torch.Tensor]:
     """The constants that were measured on the training data, float32 [D] each, in the order of the parts."""
-    return [table for part in (model.vision, model.audio) if part is not None for table in (part.mean, part.spread)]
+    parts = (model.vision, model.audio) if isinstance(model, Arb) else ()
+    return [table for part in parts if part is not None for table in (part.mean, part.spread)]
+
+
+def _measured(model: ByteLM | Arb) -> dict[str, np.ndarray]:
+    """These as a stream, of an ARB model."""
+    if not isinstance(model, Arb):
+        return {}
+    tables = [table.detach().float().cpu() for table in tables_of(model)]
+    return {"tables": torch.cat([torch.empty(0), *tables]).view(torch.uint8).numpy()}
 
 
 def _public(parts: PartsConfig) -> dict[str, Any]:
@@ -170,42 +166,78 @@ def read_artifact(path: Path) -> tuple[ByteLM | Arb, dict[str, Any]]:
     """
     header, streams = read_container(path)
     try:
-        packing = header["packing"]
-        if header["kind"] not in (KIND, ARB) or packing not in ("base3", *METHODS):
-            raise UserError(f"{path} holds a {header['kind']!r} in {packing!r}; upgrade tritwise to read it")
-        config = ModelConfig(**header["config"])
-        if (config.weights == "trit") != (packing == "base3"):
-            raise UserError(f"{path} does not fit the shape it names; ship it again from its run")
-        model = Arb(config, PartsConfig(**header["parts"])) if header["kind"] == ARB else ByteLM(config)
-        if packing != "base3":
-            fill_floats(model, streams, packing, header["small"])
-            return model.eval().requires_grad_(False), header
-        layers = list(trit_modules(model))
-        expected = [[name, list(layer.register.shape)] for name, layer in layers]
-        if [[entry["name"], entry["shape"]] for entry in header["layers"]] != expected:
-            raise UserError(f"{path} does not fit the shape it names; ship it again from its run")
-        matrices, vectors = _sorted(model)
-        trits, scales = streams["trits"], streams["scales"]
-        numbers = streams["vectors"] if vectors else b""
+        config, parts = _shape_named(path, header)
+        # What the streams must hold is told by the model's shape alone: no memory is taken on the word of a header.
+        streams = _checked(skeleton(config, parts), header, streams)
+    except UserError:
+        raise
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is no byte model this version understands ({error}); upgrade tritwise") from None
-    except ValueError as error:  # of the float streams
+    except ValueError as error:
         raise UserError(f"{path} does not fit the shape it names ({error}); ship it again from its run") from error
-    count = sum(layer.weight_trits * layer.register.numel() for layer in matrices)
-    shared = sum(e.numel() for layer in matrices for e in layer.exponents())
-    if (len(trits), len(scales), len(numbers)) != (
-        packed_bytes(count),
-        shared,
-        sum(v.register.numel() for v in vectors),
-    ):
-        raise UserError(f"{path} holds another number of weights than it names; ship it again from its run")
+    model = ByteLM(config) if parts is None else Arb(config, parts)
+    if header["packing"] != "base3":
+        fill_floats(model, streams, header["small"])
+    else:
+        _fill(model, streams, path)
+    flat = torch.from_numpy(np.frombuffer(streams.get("tables", b""), np.float32).copy())
+    for table in tables_of(model):
+        table.copy_(flat[: table.numel()])
+        flat = flat[table.numel() :]
+    return model.eval().requires_grad_(False), header
+
+
+def _shape_named(path: Path, header: dict[str, Any]) -> tuple[ModelConfig, PartsConfig | None]:
+    """The shape of the model that a header names, and of an ARB model its parts. UserError if this version has no such
+    thing, KeyError or TypeError if the header does not say."""
+    kind, packing = header["kind"], header["packing"]
+    if kind not in (KIND, ARB) or packing not in ("base3", *METHODS):
+        raise UserError(f"{path} holds a {kind!r} in {packing!r}; upgrade tritwise to read it")
+    if not isinstance(header["about"], dict):
+        raise TypeError("about")
     try:
-        flat = unpack_base3(torch.from_numpy(np.frombuffer(trits, np.uint8).copy()), count)
+        config = ModelConfig(**header["config"])
+        parts = PartsConfig(**header["parts"]) if kind == ARB else None
+    except UserError as error:
+        what = str(error).split(";")[0]
+        raise UserError(f"{path} names a shape that no model has ({what}); ship it again from its run") from None
+    if (config.weights == "trit") != (packing == "base3"):
+        raise UserError(f"{path} does not fit the shape it names; ship it again from its run")
+    return config, parts
+
+
+def _checked(bare: ByteLM | Arb, header: dict[str, Any], streams: dict[str, bytes]) -> dict[str, bytes]:
+    """The streams, ready to be read, of a model whose shape is `bare`'s. KeyError if one is missing, ValueError if one
+    has another size than the model needs."""
+    sizes = {"tables": 4 * sum(table.numel() for table in tables_of(bare))} if isinstance(bare, Arb) else {}
+    if header["packing"] == "base3":
+        layers, (matrices, vectors) = list(trit_modules(bare)), _sorted(bare)
+        named = [[entry["name"], entry["shape"]] for entry in header["layers"]]
+        if named != [[name, list(layer.register.shape)] for name, layer in layers]:
+            raise ValueError("other layers")
+        sizes["trits"] = packed_bytes(sum(layer.weight_trits * layer.register.numel() for layer in matrices))
+        sizes["scales"] = sum(e.numel() for layer in matrices for e in layer.exponents())
+        if vectors:
+            sizes["vectors"] = sum(layer.register.numel() for layer in vectors)
+    else:
+        streams = streams | unpacked(bare, streams, header["packing"], header["small"])
+    for name, size in sizes.items():
+        if len(streams[name]) != size:
+            raise ValueError(f"another number of {name} than it needs")
+    return streams
+
+
+def _fill(model: ByteLM | Arb, streams: dict[str, bytes], path: Path) -> None:
+    """Put trits, scales and vectors into a ternary model, which is frozen then."""
+    matrices, vectors = _sorted(model)
+    count = sum(layer.weight_trits * layer.register.numel() for layer in matrices)
+    try:
+        flat = unpack_base3(torch.from_numpy(np.frombuffer(streams["trits"], np.uint8).copy()), count)
     except ValueError as error:  # checksums do not vouch for a file that somebody made by hand
         raise UserError(f"{path} holds bytes that are no trits; ship it again from its run") from error
-    exponents = torch.from_numpy(np.frombuffer(scales, np.int8).copy())
+    exponents = torch.from_numpy(np.frombuffer(streams["scales"], np.int8).copy())
     with torch.no_grad():
-        vector_N = torch.from_numpy(np.frombuffer(numbers, np.int8).copy())
+        vector_N = torch.from_numpy(np.frombuffer(streams["vectors"] if vectors else b"", np.int8).copy())
         for layer in vectors:
             layer.register.copy_(vector_N[: layer.register.numel()].view_as(layer.register))
             vector_N = vector_N[layer.register.numel() :]
@@ -216,18 +248,5 @@ def read_artifact(path: Path) -> tuple[ByteLM | Arb, dict[str, Any]]:
             for kept in layer.exponents():
                 kept.copy_(exponents[: kept.numel()].view_as(kept))
                 exponents = exponents[kept.numel() :]
-        for _, layer in layers:
+        for layer in (*matrices, *vectors):
             layer.trainable(False)
-    if isinstance(model, Arb):
-        _read_tables(model, streams.get("tables", b""), path)
-    return model.eval(), header
-
-
-def _read_tables(model: Arb, raw: bytes, path: Path) -> None:
-    tables = _tables(model)
-    if len(raw) != 4 * sum(table.numel() for table in tables):
-        raise UserError(f"{path} holds other constants than its bridges need; ship it again from its run")
-    flat = torch.from_numpy(np.frombuffer(raw, np.float32).copy())
-    for table in tables:
-        table.copy_(flat[: table.numel()])
-        flat = flat[table.numel() :]

@@ -9,7 +9,8 @@ from tritwise.errors import UserError
 from tritwise.models import Arb, ByteLM
 from tritwise.nn import TritVector, trit_modules
 from tritwise.registers import packed_bytes
-from tritwise.ship.artifact import ArtifactInfo, OverBudgetError, write_artifact
+from tritwise.ship.artifact import ArtifactInfo, tables_of, write_artifact
+from tritwise.ship.container import OverBudgetError
 from tritwise.ship.floats import METHODS, SEARCHED, float_estimate
 from tritwise.ship.quantise import SMALL
 
@@ -37,6 +38,8 @@ def estimate(model: ByteLM | Arb, method: str = AUTO, small: int = SMALL, tokeni
         }
     else:
         sizes = float_estimate(model, SEARCHED[-1] if method == AUTO else method, small) | {"header": HEADER}
+    if tables := 4 * sum(table.numel() for table in tables_of(model)):
+        sizes["tables"] = tables
     if tokenizer:
         sizes["tokenizer"] = len(zstandard.compress(tokenizer))
     return sizes | {"total": sum(sizes.values())}
@@ -65,7 +68,7 @@ def ship_within(
 ) -> tuple[ArtifactInfo, str]:
     """Write the artifact, of at most `budget` bytes (0: any number), and say how: base3, or the way of `WAYS` taken.
 
-    Raises UserError if it does not fit, with the bytes that are too many; no file is left then.
+    Raises UserError if it does not fit, with the bytes that are too many; nothing is written then.
     """
     if model.config.weights == "trit" or method == "none":  # the latter is refused there
         return write_artifact(model, path, about, budget=budget, tokenizer=tokenizer), "base3"

@@ -31,6 +31,10 @@ _DIGEST = 32
 _LEVEL = 22
 
 
+class OverBudgetError(UserError):
+    """A file that would have more bytes than it may."""
+
+
 @dataclass(frozen=True)
 class StreamInfo:
     """One stream as the header lists it. The offset counts from the end of the header's SHA-256."""
@@ -54,7 +58,12 @@ class ContainerInfo:
 
 
 def write_container(
-    path: str | Path, header: dict[str, Any], streams: Mapping[str, bytes | np.ndarray], *, compress: bool = True
+    path: str | Path,
+    header: dict[str, Any],
+    streams: Mapping[str, bytes | np.ndarray],
+    *,
+    compress: bool = True,
+    budget: int = 0,
 ) -> ContainerInfo:
     """Write a container atomically. The same input makes the same bytes (with one version of zstd).
 
@@ -62,14 +71,22 @@ def write_container(
         header: plain JSON values: lists and not tuples, keys that are strings, no NaN.
         streams: bytes, or uint8 arrays of any shape in C order; stored in the order given.
         compress: store a stream as zstd where that is smaller.
+        budget: bytes that the file may have; 0: any number.
 
     Raises:
-        UserError: the disk is full or read-only, or the folder is missing. A previous file is intact.
+        UserError: the disk is full or read-only, or the folder is missing. OverBudgetError: it would have more bytes
+            than it may, which are not written. A previous file is intact.
     """
     start, stored, infos = _assembled(header, streams, _LEVEL if compress else None)
-    atomic_write(path, [start, hashlib.sha256(start).digest(), *stored])
     front = len(start) + _DIGEST
-    return ContainerInfo(Path(path), front + sum(info.stored for info in infos), front, tuple(infos))
+    size = front + sum(info.stored for info in infos)
+    if budget and size > budget:
+        raise OverBudgetError(
+            f"{path} would have {size:,} bytes, {size - budget:,} over the budget of {budget:,}; "
+            "make the model smaller, or the budget larger"
+        )
+    atomic_write(path, [start, hashlib.sha256(start).digest(), *stored])
+    return ContainerInfo(Path(path), size, front, tuple(infos))
 
 
 def container_bytes(header: dict[str, Any], streams: Mapping[str, bytes | np.ndarray], level: int = _LEVEL) -> int:

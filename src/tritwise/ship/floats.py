@@ -6,7 +6,7 @@ byte a number of every large matrix; `row_scales`, float16; `small`, all other p
 
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,13 +48,8 @@ def float_streams(model: nn.Module, method: str, small: int = SMALL) -> dict[str
     return {name: zlib.compress(raw, 9) for name, raw in streams.items()} if how.zlib else streams
 
 
-def fill_floats(model: nn.Module, streams: dict[str, bytes], method: str, small: int) -> None:
-    """Put the streams of `float_streams` into a model of the same shape. ValueError if they do not fit."""
-    if METHODS[method].zlib:
-        try:
-            streams = {name: zlib.decompress(raw) for name, raw in streams.items()}
-        except zlib.error as error:
-            raise ValueError(str(error)) from error
+def fill_floats(model: nn.Module, streams: dict[str, bytes], small: int) -> None:
+    """Put the `unpacked` streams into a model of the same shape."""
     codes, scales = _taker(streams["codes"], np.int8), _taker(streams["row_scales"], np.float16)
     rest = _taker(streams["small"], np.float16)
     with torch.no_grad():
@@ -64,25 +59,48 @@ def fill_floats(model: nn.Module, streams: dict[str, bytes], method: str, small:
             else:
                 found = rest(parameter.shape).to(torch.float32)
             parameter.copy_(found)
-    for take in (codes, scales, rest):
-        take(None)
 
 
-def _taker(raw: bytes, kind: Any) -> Any:
-    """A function of a shape that gives the next numbers; of None, that says whether any are left. ValueError."""
-    numbers, place = torch.from_numpy(np.frombuffer(raw, kind).copy()), 0
+def unpacked(model: nn.Module, streams: dict[str, bytes], method: str, small: int) -> dict[str, bytes]:
+    """The streams of `float_streams` without zlib, for a model of this shape, whose numbers are not looked at.
 
-    def take(shape: Iterable[int] | None) -> Tensor | None:
-        nonlocal place
-        if shape is None:
-            if place != len(numbers):
-                raise ValueError("numbers are left over")
-            return None
+    ValueError if one has another size than the model needs: what somebody made by hand takes no more memory than that.
+    """
+    sizes, found = {"codes": 0, "row_scales": 0, "small": 0}, {}
+    for parameter in model.parameters():
+        if _is_large(parameter, small):
+            sizes["codes"] += parameter.numel()
+            sizes["row_scales"] += 2 * parameter.shape[0]
+        else:
+            sizes["small"] += 2 * parameter.numel()
+    for name, size in sizes.items():
+        found[name] = _inflated(streams[name], size) if METHODS[method].zlib else streams[name]
+        if len(found[name]) != size:
+            raise ValueError(f"another number of {name} than it needs")
+    return found
+
+
+def _inflated(raw: bytes, size: int) -> bytes:
+    """What is in a zlib stream, at most one byte more than `size`. ValueError if it is damaged or cut off."""
+    reader = zlib.decompressobj()
+    try:
+        found = reader.decompress(raw, size + 1)
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
+    if len(found) == size and not reader.eof:
+        raise ValueError("a stream is cut off")
+    return found
+
+
+def _taker(raw: bytes, kind: Any) -> Callable[[Iterable[int]], Tensor]:
+    """A function of a shape that gives the next numbers."""
+    numbers = torch.from_numpy(np.frombuffer(raw, kind).copy())
+
+    def take(shape: Iterable[int]) -> Tensor:
+        nonlocal numbers
         size = tuple(shape)
-        place += int(np.prod(size))
-        if place > len(numbers):
-            raise ValueError("numbers are missing")
-        return numbers[place - int(np.prod(size)) : place].view(size)
+        found, numbers = numbers[: math.prod(size)], numbers[math.prod(size) :]
+        return found.view(size)
 
     return take
 

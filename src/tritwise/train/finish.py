@@ -16,7 +16,8 @@ from tritwise.models import Arb, ByteLM
 from tritwise.nn import trit_modules
 from tritwise.registers import REGISTER_LIMIT
 from tritwise.score import Score, ladder, score
-from tritwise.ship import ArtifactInfo, read_artifact, ship_within, shipped_bytes
+from tritwise.ship import ArtifactInfo, estimate, read_artifact, ship_within, shipped_bytes
+from tritwise.ship.floats import SEARCHED
 from tritwise.train.audit import audit
 from tritwise.train.average import Average, changed_trits
 from tritwise.train.config import Config, TrainConfig, tokenizer_of
@@ -126,19 +127,41 @@ def ship_and_reread(
     budget, ship_as: other than the config's. tokenizer: of the symbols of val; it ships too. Returns what was written,
     the way it was, and the score.
     """
+    how: dict[str, Any] = {"budget": budget, "ship_as": ship_as, "tokenizer": tokenizer}
+    info, way, reread = ship_and_read(model, path, config, about, device, **how)
+    if config.model.weights == "trit":
+        require_same_logits(model, reread, val, device)
+    return info, way, score(reread, val, stride=config.train.stride, device=device, alphabet=tokenizer)
+
+
+def ship_and_read(
+    model: ByteLM | Arb,
+    path: Path,
+    config: Config,
+    about: dict[str, Any],
+    device: torch.device,
+    *,
+    budget: int | None = None,
+    ship_as: str | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> tuple[ArtifactInfo, str, ByteLM | Arb]:
+    """As `ship_and_reread`, but the model that was read in the place of its score. Raises UserError unless a ternary
+    one has the weights that were trained."""
     settings = config.train
-    # Where a private text lies is nobody's business; the bundled one can be named.
+    # Where private data lie is nobody's business; the bundled text can be named.
     trained = {"split": settings.split}
     if settings.data in BUNDLED_NAMES:
         trained["data"] = settings.data
+    if config.media.task:
+        trained["task"] = config.media.task
     told = {"recipe": config.recipe, "train": trained, **about}
     limit, way = settings.budget if budget is None else budget, ship_as or settings.ship_as
     info, way = ship_within(model, path, told, limit, way, settings.ship_small, raw_of(tokenizer))
     reread, _ = read_artifact(path)
-    reread.to(device).dtype = model.dtype
     if config.model.weights == "trit":
-        require_same_logits(model, reread, val, device)
-    return info, way, score(reread, val, stride=settings.stride, device=device, alphabet=tokenizer)
+        require_same_weights(model, reread)
+    reread.to(device).dtype = model.dtype
+    return info, way, reread
 
 
 def raw_of(tokenizer: Tokenizer | None) -> bytes:
@@ -147,10 +170,14 @@ def raw_of(tokenizer: Tokenizer | None) -> bytes:
 
 
 def size_now(model: ByteLM | Arb, settings: TrainConfig, tokenizer: Tokenizer | None = None) -> int:
-    """Bytes that the model would ship in now, quickly compressed: a little more than it will be."""
-    way = {"none": "int6", "auto": "int6"}.get(settings.ship_as, settings.ship_as)
-    way = None if model.config.weights == "trit" else way
-    return shipped_bytes(model, way, settings.ship_small, tokenizer=raw_of(tokenizer))
+    """Bytes that the model would ship in now, quickly compressed: a little more than it will be. Float weights that may
+    ship in several ways: in the best whose estimate fits."""
+    raw, small = raw_of(tokenizer), settings.ship_small
+    if model.config.weights == "trit":
+        return shipped_bytes(model, tokenizer=raw)
+    ways = SEARCHED if settings.ship_as in ("none", "auto") else (settings.ship_as,)
+    fits = (way for way in ways if estimate(model, way, small, raw)["total"] <= settings.budget)
+    return shipped_bytes(model, next(fits, ways[-1]), small, tokenizer=raw)
 
 
 def told_sizes(sizes: dict[str, int]) -> str:
@@ -168,6 +195,14 @@ def require_same_logits(model: ByteLM | Arb, reread: ByteLM | Arb, val: np.ndarr
         raise UserError("the artifact's logits differ from the model's; do not use it, and report this as a bug")
 
 
+def require_same_weights(model: ByteLM | Arb, reread: ByteLM | Arb) -> None:
+    """Raises UserError unless every layer of both has the same trits and exponents."""
+    for (name, one), (_, two) in zip(trit_modules(model), trit_modules(reread), strict=True):
+        pairs = [(one.trits(), two.trits()), *zip(one.exponents(), two.exponents(), strict=True)]
+        if not all(torch.equal(ours.cpu(), theirs) for ours, theirs in pairs):
+            raise UserError(f"{name} of the artifact differs from the model's; do not use it, and report this as a bug")
+
+
 def register_histogram(model: ByteLM | Arb) -> dict[str, list[int]]:
     """Layer name -> how many registers hold each value -121 … 121."""
     shift, size = REGISTER_LIMIT, 2 * REGISTER_LIMIT + 1
@@ -180,25 +215,35 @@ def register_histogram(model: ByteLM | Arb) -> dict[str, list[int]]:
 def ship_run(
     run: Path | str, out: Path, *, budget: int | None = None, ship_as: str | None = None, count: int = 0
 ) -> dict[str, Any]:
-    """Ship the newest checkpoint of `run` to `out`: bytes, streams, and the scores before and after, as plain JSON.
+    """Ship the newest checkpoint of `run` to `out`: bytes, streams, and the scores before and after, as plain JSON;
+    without scores if the model has learned no text.
 
     budget, ship_as: other than the run's; count: bytes of val that are scored, 0: all.
     Raises UserError if the run or its text cannot be read, `out` cannot be written, or it does not fit the budget.
     """
     config, model, _, checkpoint = load_run(run)
+    about = {"steps": checkpoint.step, "seconds": checkpoint.meta["seconds"]}
+    cpu, how = torch.device("cpu"), {"budget": budget, "ship_as": ship_as}
+    if "text" not in config.media.shares():
+        info, way, _ = ship_and_read(model, Path(out), config, about, cpu, **how)  # type: ignore[arg-type]
+        return _told(info, way, config, budget)
     tokenizer = tokenizer_of(config)[1]
     val = open_parts(config.train.data, config.train.split, tokenizer)["val"][: count or None]
-    about = {"steps": checkpoint.step, "seconds": checkpoint.meta["seconds"]}
 
     def scored(whose: ByteLM | Arb) -> Score:
         return score(whose, val, stride=config.train.stride, alphabet=tokenizer)
 
     mean = averaged_of(checkpoint, model) if config.train.ship_average else None
     model, before, _ = (model, scored(model), None) if mean is None else chosen(model, mean, scored)
-    cpu = torch.device("cpu")
     info, way, final = ship_and_reread(
         model, Path(out), config, val, about, cpu, budget=budget, ship_as=ship_as, tokenizer=tokenizer
     )
+    scores = {"bpb_before": before.bpb, "bpb_reread": final.bpb, "nats_reread": final.nats, "scored": final.bytes}
+    return _told(info, way, config, budget) | scores
+
+
+def _told(info: ArtifactInfo, way: str, config: Config, budget: int | None) -> dict[str, Any]:
+    """What was shipped, as plain JSON."""
     return {
         "path": str(info.path),
         "bytes": info.bytes,
@@ -207,8 +252,4 @@ def ship_run(
         "weights": info.weights,
         "bits_per_weight": 8 * info.bytes / info.weights,
         "streams": info.streams,
-        "bpb_before": before.bpb,
-        "bpb_reread": final.bpb,
-        "nats_reread": final.nats,
-        "scored": final.bytes,
     }
