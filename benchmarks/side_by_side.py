@@ -8,8 +8,8 @@
 A GPU that is rented by the minute goes when the time is up, and with it what was to be packed at the end. So here
 commands on the same GPUs run one after another, those on others beside them; {seconds} and {minutes} stand for what is
 left when a command starts, GRACE less. At the end of the time all are told to stop and then made to, with the
-processes that they started; none starts after it. FOLDER, but for checkpoints and shipped models, is packed as they go
-and once more at the end. What a command prints is in FOLDER/logs. Returns 0 if every command did, else 1.
+processes that they started, which have GRACE to save what they have, whatever their command does; none starts after it.
+FOLDER, but for checkpoints and shipped models, is packed as they go and once more at the end. What a command prints is in FOLDER/logs. Returns 0 if every command did, else 1.
 """
 
 import argparse
@@ -55,6 +55,16 @@ class Lane:
                 start_new_session=True,  # so that what it starts can be stopped with it
             )
 
+    def has_children(self) -> bool:
+        """Whether anything that the command started runs; what has ended and nobody asked after does not."""
+        assert self.process is not None
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _, group, *_ = stat.read_text().rpartition(")")[2].split()
+                if int(group) == self.process.pid and state != "Z":
+                    return True
+        return False
+
     def signal(self, number: signal.Signals) -> None:
         """To the command that runs and all that it started."""
         if self.process is not None:
@@ -87,6 +97,8 @@ def run(folder: Path, lanes: Sequence[Lane], seconds: float, archive: Path | Non
         now = time.monotonic()
         for lane in lanes:
             if lane.process is not None and (code := lane.process.poll()) is not None:
+                if warned and now < ends and lane.has_children():
+                    continue  # told to stop with it, they save what they have
                 print(f"[{now - began:5.0f} s] gpu {lane.gpus}: {lane.command}: {code}, {now - lane.began:.0f} s")
                 lane.signal(signal.SIGKILL)  # what it left running
                 lane.process, wrong = None, wrong + (code != 0)

@@ -64,6 +64,15 @@ def test_the_end_of_the_time_stops_what_runs_and_keeps_what_is_there(lanes, tmp_
     assert not (tmp_path / "late").exists()
 
 
+def test_what_a_command_started_may_save_after_the_command_is_gone(lanes, tmp_path):
+    saves = f"trap 'sleep 0.6; echo saved > {tmp_path}/saved; exit 0' TERM; while true; do sleep 0.05; done"
+    began = time.monotonic()
+    words = [str(tmp_path), "--seconds", "3", "--run", "0", f'bash -c "{saves}" & echo begun > {tmp_path}/begun; wait']
+    assert lanes.main(words) == 1
+    assert (tmp_path / "begun").exists() and (tmp_path / "saved").exists()
+    assert time.monotonic() - began < 2.95  # it was not waited for longer than it lived
+
+
 def test_an_archive_is_there_before_the_end(lanes, tmp_path, monkeypatch):
     monkeypatch.setattr(lanes, "AGAIN", 0.2)
     archive, folder = tmp_path / "all.tgz", tmp_path / "out"
