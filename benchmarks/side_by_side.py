@@ -9,7 +9,8 @@ A GPU that is rented by the minute goes when the time is up, and with it what wa
 commands on the same GPUs run one after another, those on others beside them; {seconds} and {minutes} stand for what is
 left when a command starts, GRACE less. At the end of the time all are told to stop and then made to, with the
 processes that they started, which have GRACE to save what they have, whatever their command does; none starts after it.
-FOLDER, but for checkpoints and shipped models, is packed as they go and once more at the end. What a command prints is in FOLDER/logs. Returns 0 if every command did, else 1.
+FOLDER, but for checkpoints and shipped models, is packed as they go and once more at the end. What a command prints is
+in FOLDER/logs. Returns 0 if every command did, else 1.
 """
 
 import argparse

@@ -172,5 +172,20 @@ def test_a_damaged_idx_file_is_named(tmp_path, drawn_idx):
 
 def test_a_manifest_without_files_or_with_a_broken_line(tmp_path):
     (tmp_path / "manifest.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
-    with pytest.raises(UserError, match="line without 'file'"):
+    with pytest.raises(UserError, match="line without file"):
+        open_collection(tmp_path)
+    (tmp_path / "manifest.jsonl").write_text(json.dumps({"file": "x.png"}) + "\n")
+    with pytest.raises(UserError, match="line without text; every line needs file and text"):
+        open_collection(tmp_path)
+
+
+def test_splits_are_those_that_were_chosen_or_refused(tmp_path):
+    """What is held out as test is in neither part; a word that names no split is no wish to have one drawn."""
+    rows = [{"file": f"{i}.png", "text": "x", "split": split} for i, split in enumerate(("train", "test", "val"))]
+    place = tmp_path / "manifest.jsonl"
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = open_collection(tmp_path)
+    assert found.part("train") == [0] and found.part("val") == [2]
+    place.write_text("".join(json.dumps(row | {"split": "valid"}) + "\n" for row in rows))
+    with pytest.raises(UserError, match="has the split 'valid'; choose train, val or test"):
         open_collection(tmp_path)

@@ -339,6 +339,8 @@ def test_lanes_are_chosen_by_size_and_memory():
     assert archive_module.choose_lanes(10**9, small, torch.device("cuda")) == 1024
     large = ModelConfig(width=1024, depth=12, ctx=2048)  # 201 MB a lane
     assert archive_module.choose_lanes(10**9, large, cpu) == 5
+    again = ModelConfig(width=1024, depth=12, ctx=2048, loops=2)  # 24 layers, each with its own
+    assert archive_module.choose_lanes(10**9, again, cpu) == 2
 
 
 def test_progress_is_told(pack, model: Path, tmp_path: Path):

@@ -75,7 +75,8 @@ def choose_lanes(length: int, config: ModelConfig, device: torch.device) -> int:
     one or two thousandths of what a lane's text is coded in. What it buys is time, which goes with the bytes of a lane:
     64 lanes read twenty times as fast as one.
     """
-    cache = 8 * config.depth * config.ctx * config.kv_heads * config.head_size  # keys and values in float32
+    layers = len(config.layers())  # each repeat of a block has its own
+    cache = 8 * layers * config.ctx * config.kv_heads * config.head_size  # keys and values in float32
     least = min(LANE_BYTES, LANE_CONTEXTS * config.ctx)
     return max(1, min(length // least, LANES[device.type], CACHE_BYTES[device.type] // cache))
 

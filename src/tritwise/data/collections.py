@@ -120,7 +120,10 @@ def _packed_images(folder: Path) -> Collection:
     data = read_bytes(folder / "images_jpg128.bin")
     if index_N2.shape != (len(rows), 2) or (len(rows) and int(index_N2.sum(axis=1).max()) > len(data)):
         raise UserError(f"{folder} is damaged: its index does not fit its captions and images; copy it again")
-    examples = [Example(row["file"], row["caption"], row["split"]) for row in rows]
+    try:
+        examples = [Example(row["file"], row["caption"], _split_of(row["split"], folder) or "train") for row in rows]
+    except KeyError as error:
+        raise UserError(f"{folder / 'captions.jsonl'} has a line without {error}; copy it again") from None
 
     def read(index: int, rate: int) -> np.ndarray:
         start, length = map(int, index_N2[index])
@@ -196,13 +199,15 @@ def _spoken(path: Path) -> Collection:
 
 
 def _manifest(folder: Path) -> Collection:
-    rows = read_json_lines(folder / "manifest.jsonl")
-    try:
-        pairs = [(folder / row["file"], str(row.get("text", row.get("caption"))), row.get("split")) for row in rows]
-    except KeyError as error:
-        raise UserError(
-            f"{folder / 'manifest.jsonl'} has a line without {error}; every line needs file and text"
-        ) from None
+    place = folder / "manifest.jsonl"
+    pairs: list[tuple[Path, str, Any]] = []
+    for row in read_json_lines(place):
+        text = row.get("text", row.get("caption"))
+        if not isinstance(row.get("file"), str) or not isinstance(text, str):
+            raise UserError(
+                f"{place} has a line without {'text' if 'file' in row else 'file'}; every line needs file and text"
+            )
+        pairs.append((folder / row["file"], text, _split_of(row.get("split"), place)))
     return _files(folder, pairs)
 
 
@@ -219,6 +224,13 @@ def _pairs(folder: Path) -> Collection:
     return _files(folder, pairs)
 
 
+def _split_of(named: Any, place: Path) -> str | None:
+    """A split that somebody chose; None: nobody did. What is held out as test is neither trained on nor evaluated."""
+    if named is not None and named not in ("train", "val", "test"):
+        raise UserError(f"{place} has the split {named!r}; choose train, val or test, or leave split out")
+    return named
+
+
 def _files(folder: Path, pairs: Sequence[tuple[Path, str, Any]]) -> Collection:
     """A collection of files of one kind; those without a split get theirs by the order of their names' hashes."""
     kinds = {"images" if path.suffix.lower() in IMAGES else "sounds" for path, _, _ in pairs}
@@ -229,7 +241,7 @@ def _files(folder: Path, pairs: Sequence[tuple[Path, str, Any]]) -> Collection:
     order = sorted(range(len(pairs)), key=lambda index: sha256_of(names[index].encode()))
     drawn = {index for rank, index in enumerate(order) if rank % 10 == 0}
     examples = [
-        Example(name, text, split if split in ("train", "val") else ("val" if index in drawn else "train"))
+        Example(name, text, split or ("val" if index in drawn else "train"))
         for index, (name, (_, text, split)) in enumerate(zip(names, pairs, strict=True))
     ]
     reader = read_image if kind == "images" else None
