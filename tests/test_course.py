@@ -11,7 +11,7 @@ from tritwise.files import read_json_lines
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import TritLinear
 from tritwise.optim import TritOptimizer, rate_factor
-from tritwise.train import TrainConfig, finish, override, train
+from tritwise.train import TrainConfig, finish, loop, override, train
 from tritwise.train.average import Average, changed_trits
 from tritwise.train.course import Course, Phase, plan_of_depth
 from tritwise.train.finish import ship_run
@@ -235,3 +235,41 @@ def test_momentum_of_ternary_weights_follows_the_course(small_config, tmp_path, 
     two = train(small_config(), tmp_path / "two")
     assert one["val"] != two["val"]
     assert isinstance(TritOptimizer(TritLinear(4, 4)).param_groups[0]["momentum"], float)
+
+
+class Device:
+    """A clock, and a device that works on its own: a step takes it a second, and the host asks for one at once."""
+
+    def __init__(self) -> None:
+        self.now, self.done, self.before = 0.0, 0.0, 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def ask(self) -> None:
+        self.before, self.done = self.done, max(self.now, self.done) + 1.0
+
+    def wait(self, _: torch.device) -> None:
+        self.now = max(self.now, self.done)
+
+    def keep(self) -> None:
+        self.now = max(self.now, self.before)
+
+
+@pytest.mark.parametrize("interval", [1, 2, 100])
+def test_no_step_is_done_outside_the_clock(interval, small_config, tmp_path, monkeypatch):
+    device, step_over = Device(), Stepper.step_over
+
+    def asked(self, *given):
+        device.ask()
+        return step_over(self, *given)
+
+    monkeypatch.setattr(Stepper, "step_over", asked)
+    monkeypatch.setattr(loop, "time", device)
+    monkeypatch.setattr(loop, "wait_for", device.wait)
+    monkeypatch.setattr(loop.Pace, "keep", lambda self: device.keep())
+    monkeypatch.setattr(loop, "warm_up", lambda *given: None)
+    settings = {"seconds": 12.0, "steps": 1000, "log_interval": interval, "eval_interval": 0, "save_interval": 0}
+    result = train(small_config(**settings), tmp_path / "run")
+    # One step more may be on its way when the time is up.
+    assert result["trained_seconds"] == 12.0 and result["steps"] == (13 if interval == 100 else 12)

@@ -116,6 +116,10 @@ def _train(
     def where() -> dict[str, Any]:
         return {"step": step, "bytes": step * bytes_a_step, "seconds": round(seconds, 3)}
 
+    def due(interval: int) -> bool:
+        """Whether what happens every so many steps happens after this one; 0: never."""
+        return interval > 0 and step % interval == 0
+
     def log(record: dict[str, Any]) -> None:
         metrics.write(record)
         display.record(record)
@@ -127,6 +131,7 @@ def _train(
     def batches(at: int) -> list[tuple[Any, ...]]:
         return [task.batch(device, at, micro) for micro in micros]
 
+    pauses = settings.log_interval, settings.eval_interval, settings.save_interval if settings.save else 0
     bytes_a_step = task.bytes_a_step
     meter, since, first = Meter(model, task.scale), 0, step
     speed = Speed(False, False)  # whatever goes on from step to step, or comes in too many shapes
@@ -185,9 +190,11 @@ def _train(
                     stepper.state = model.new_state(settings.batch, endless=True)
                 stepper.taken = step
                 loss = stepper.step_over(batches(step), loops % config.model.loops)  # 0: full depth
-                if settings.seconds:
-                    pace.keep()
                 counts, step, since = course.full(step, trained), step + 1, since + 1
+                if settings.seconds and any(map(due, pauses)):
+                    wait_for(device)  # else this step would be done in the pause, outside the clock
+                elif settings.seconds:
+                    pace.keep()
                 trained += time.perf_counter() - step_began
                 if settings.seconds:
                     trained = crew.most(trained)
@@ -195,7 +202,7 @@ def _train(
                 counts = counts and course.share(step, trained) >= settings.average_from
                 if settings.average_every and counts and (last or step % settings.average_every == 0):
                     average.add(model)
-                logs = last or step % settings.log_interval == 0
+                logs = last or due(settings.log_interval)
                 if logs:
                     wait_for(device)
                 now = time.perf_counter()
@@ -214,7 +221,7 @@ def _train(
                             record.pop("bpb", None)  # the loss is not of bytes alone
                         log(record)
                     since = 0
-                if last or (settings.eval_interval and step % settings.eval_interval == 0):
+                if last or due(settings.eval_interval):
                     if crew.first:
                         at = {"loops": loops, "rate": settings.rate * factor, "phase": course.part(step - 1, trained)}
                         shown = model if isinstance(model, Arb) or loops == config.model.loops else model.at(loops)
@@ -223,7 +230,7 @@ def _train(
                         if settings.budget:
                             log({"kind": "size", **where(), "bytes": size_now(model, settings, task.tokenizer)})
                     seconds = time.perf_counter() - began
-                if settings.save and settings.save_interval and step % settings.save_interval == 0:
+                if settings.save and due(settings.save_interval):
                     save()
                     seconds = time.perf_counter() - began
             # Here and not in the loop: a signal may come at any moment, between the last lines of a step too.
