@@ -23,6 +23,7 @@ import torch
 from tritwise.data.source import describe
 from tritwise.data.split import named_part, split
 from tritwise.errors import UserError
+from tritwise.files import write_json
 from tritwise.train.config import Config
 from tritwise.train.run import manifest
 
@@ -147,7 +148,7 @@ def main() -> int:
         about = manifest(Config(), torch.device(chosen.device))
         named = {"bench": "compress", "data": Path(chosen.data).name, "split": chosen.split, "rule": chosen.rule}
         record = named | {"text_bytes": len(part), "manifest": about, "rows": rows}
-        chosen.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(chosen.out, record)
     return int(not all(one["identical"] for one in rows) or rows[0]["over_claim"] > chosen.limit)
 
 

@@ -100,7 +100,7 @@ def train(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, optimizers = rule_called(rule).build(config, {"rate": rate}, seed, dtype, steps, device)
     parts = text(options.text)
-    sampler, stepper = Sampler(parts["train"], batch, ctx, seed), Stepper(model, optimizers)
+    sampler, stepper = Sampler(parts["train"], batch, ctx, seed), Stepper(model, optimizers, seed=seed)
     began, losses = time.perf_counter(), []
     for step in range(steps):
         set_rates(optimizers, rate_factor(step, steps, size["warmup"], size["decay"]))
@@ -337,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.perf_counter()
     if options.out and options.out.exists():
         found = read_json(options.out)
-    known = {(row["study"], row["item"], row["size"]) for row in found["rows"]}
+    known = {(row["study"], row["item"], row["size"]) for row in found["rows"] if not row.get("quick")}
     for name in STUDIES if options.study == "all" else [options.study]:
         for item, run in STUDIES[name](options):
             late = options.seconds and time.perf_counter() - began > options.seconds
@@ -346,6 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
             about = surroundings(torch.device(options.device))
             where = {key: about[key] for key in ("device", "cpu", "threads", "torch", "git_commit")}
             row = {"study": name, "item": item, "size": options.size, **run(), **where}
+            row |= {"quick": True} if options.quick else {}
             found["rows"].append(row)
             print(name, item, {k: round(v, 5) for k, v in row.items() if isinstance(v, float)}, flush=True)
             if options.out:

@@ -68,7 +68,7 @@ def run(changes: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(settings.seed)
     model = ByteLM(config.model).to(device)
     optimizers = build_optimizers(model, settings)
-    stepper = Stepper(model, optimizers, guard=True)
+    stepper = Stepper(model, optimizers, guard=True, seed=settings.seed)
     began, loss = time.perf_counter(), float("nan")
     for step in range(settings.steps):
         set_rates(optimizers, rate_factor(step, settings.steps, settings.warmup, settings.decay))

@@ -83,7 +83,7 @@ def train_item(task: Task) -> dict[str, Any]:
     model = build_model(config, device)
     optimizers = build_optimizers(model, settings)
     sampler = Sampler(parts["train"], settings.batch, config.model.ctx, settings.seed)
-    stepper = Stepper(model, optimizers, **speed_of(settings.compile, model)._asdict(), guard=True)
+    stepper = Stepper(model, optimizers, **speed_of(settings.compile, model)._asdict(), guard=True, seed=settings.seed)
     began, curve, first_step = time.perf_counter(), [], 0.0
     for step in range(settings.steps):
         set_rates(optimizers, rate_factor(step, settings.steps, settings.warmup, settings.decay))

@@ -7,7 +7,6 @@ over rounds and the ratio is the median of the ratios round by round. Exit code 
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ import torch
 from tritwise.data.sampler import Sampler
 from tritwise.data.source import describe
 from tritwise.data.split import split
+from tritwise.files import write_json
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.report.plots import save_png, step_cost_figure
 from tritwise.train.config import Config, TrainConfig
@@ -100,7 +100,7 @@ def main() -> int:
     print(f"worst ratio {worst:.2f}, limit {options.limit}")
     if options.out:
         about = manifest(Config(), torch.device("cpu"))
-        options.out.write_text(json.dumps({"manifest": about, "rows": rows, "worst_ratio": worst}, indent=1) + "\n")
+        write_json(options.out, {"manifest": about, "rows": rows, "worst_ratio": worst})
     if options.plot:
         save_png(step_cost_figure(rows), options.plot)
     return int(worst > options.limit)

@@ -40,6 +40,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tritwise.files import atomic_write
 from tritwise.report import arb_tables
 from tritwise.report.bench_markdown import (
     ablation_markdown,
@@ -254,7 +255,7 @@ def write(root: Path) -> list[str]:
     written = []
     for page, made in pages(root).items():
         path = root / page
-        path.write_text(fill(path.read_text(encoding="utf-8"), made, page), encoding="utf-8")
+        atomic_write(path, fill(path.read_text(encoding="utf-8"), made, page).encode())
         written.append(page)
     return written
 

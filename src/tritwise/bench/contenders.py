@@ -10,17 +10,15 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from tritwise.bench.flips import HORIZON, FlipWatch, zero_share
+from tritwise.bench.flips import HORIZON, FlipWatch, saturated_share, zero_share
 from tritwise.bench.memory import resident_bytes, restart_peak
 from tritwise.bench.phases import PhaseTimer
 from tritwise.bench.rules import rule_called
 from tritwise.bench.true_ternary_tables import show_loss
 from tritwise.data.sampler import Sampler
 from tritwise.models import ByteLM, ModelConfig
-from tritwise.nn import trit_modules
 from tritwise.ops import backend_table
 from tritwise.optim import rate_factor
-from tritwise.registers import REGISTER_LIMIT
 from tritwise.score import NoNumberError, Score, score
 from tritwise.score.ladder import NGram, count_ngrams
 from tritwise.train.audit import audit, peak_bytes
@@ -172,7 +170,7 @@ class Bench:
             "flip_rate": watch.rate(max(1, task.steps // 10)),
             "flip_back": watch.back(),
             "zero_fraction": zero_share(model),
-            "saturation": _saturation(model) if name == "true-ternary" else None,
+            "saturation": saturated_share(model) if name == "true-ternary" else None,
             "backends": backend_table() if CONTENDERS[name].ternary else {},
             "threads": where["threads"],
             "cpu": where["cpu"],
@@ -215,8 +213,3 @@ class Bench:
             for group in optimizer.param_groups:
                 due = step // group["interval"] % self.scale_interval == 0
                 group["scale_rate"] = SCALE_RATE if due else 0.0
-
-
-def _saturation(model: ByteLM) -> float:
-    registers = [layer.register for _, layer in trit_modules(model)]
-    return sum(int((r.abs() == REGISTER_LIMIT).sum()) for r in registers) / sum(r.numel() for r in registers)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritwise.nn import TritVector
+from tritwise.nn import TritVector, trit_modules
+from tritwise.registers import REGISTER_LIMIT
 
 SAMPLE = 16_384  # weights: a rate of 1e-4 a step is known within 3 % after 200 steps
 HORIZON = 100  # steps within which a flip may be taken back
@@ -84,6 +85,13 @@ def flip_back(history_SN: Tensor, horizon: int = HORIZON) -> float | None:
         undone |= history_SN[1 + later : 1 + later + counted] == before
     flips = int(flipped.sum())
     return int((undone & flipped).sum()) / flips if flips else None
+
+
+def saturated_share(model: nn.Module) -> float:
+    """Share of registers at their limits."""
+    registers = [layer.register for _, layer in trit_modules(model)]
+    full = sum(int((register.abs() == REGISTER_LIMIT).sum()) for register in registers)
+    return full / sum(register.numel() for register in registers)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tritwise.bench.flips import FlipWatch, showing_trits, zero_share
+from tritwise.bench.flips import FlipWatch, saturated_share, showing_trits, zero_share
 from tritwise.bench.phases import Clock
 from tritwise.bench.rules import rule_called
 from tritwise.data.sampler import Sampler
@@ -28,9 +28,7 @@ from tritwise.data.split import Split, named_part, split
 from tritwise.errors import UserError
 from tritwise.files import canonical_json, finite
 from tritwise.models import ByteLM, ModelConfig
-from tritwise.nn import trit_modules
 from tritwise.optim import TritOptimizer, rate_factor
-from tritwise.registers import REGISTER_LIMIT
 from tritwise.score import NoNumberError, Score, score
 from tritwise.train.audit import audit
 from tritwise.train.device import DTYPES, batch_on
@@ -273,9 +271,7 @@ def _saturation(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> fl
     """Share of registers at their limits, where registers hold evidence: None for any other rule."""
     if not any(isinstance(optimizer, TritOptimizer) for optimizer in optimizers):
         return None
-    registers = [layer.register for _, layer in trit_modules(model)]
-    full = sum(int((register.abs() == REGISTER_LIMIT).sum()) for register in registers)
-    return full / sum(register.numel() for register in registers)
+    return saturated_share(model)
 
 
 class _Blocks:

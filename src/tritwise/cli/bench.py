@@ -49,7 +49,6 @@ UNTUNED_NOTE = (
     "1e-4 for Lion."
 )
 SHOWN = ("rule", "rate", "val bpb", "n", "spread", "B/weight", "zeros", "ms/step")
-LADDER_BYTES = 16_000_000  # a ladder of a longer text takes longer than a person expects here
 
 
 @app.callback()
@@ -247,6 +246,7 @@ def _measure(
     from tritwise.bench.harness import load_parts
     from tritwise.bench.sweep import SweepLines, run_cells
     from tritwise.bench.tuning import further_seeds
+    from tritwise.score import LADDER_BYTES
 
     console, rows = output.console(json), out / "rows.jsonl"
     settings: dict[str, Any] = {

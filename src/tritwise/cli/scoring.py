@@ -17,7 +17,7 @@ from tritwise.data.split import split as split_data
 from tritwise.data.tokenizer import Tokenizer
 from tritwise.errors import UserError
 from tritwise.loading import load
-from tritwise.score import Score, ladder, score
+from tritwise.score import LADDER_BYTES, Score, ladder, score
 from tritwise.score.compare import Comparison, compare
 from tritwise.score.hf import HFTokens, load_hf
 from tritwise.score.learning import Learning, score_learning
@@ -25,8 +25,6 @@ from tritwise.score.ngram import ngram_predictor
 from tritwise.score.protocol import device_of
 from tritwise.score.scorer import spread
 from tritwise.train.device import device_called
-
-LADDER_LIMIT = 16_000_000  # bytes of a text beside which the ladder is drawn unasked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +265,6 @@ def run_score(
     result = scored(entrants[0], text, reading)
     if ladder_wanted and not text.size:
         raise UserError("a ladder is made of bytes, and shards hold tokens; leave --ladder out")
-    wanted = ladder_wanted or (ladder_wanted is None and 0 < text.size <= LADDER_LIMIT)
+    wanted = ladder_wanted or (ladder_wanted is None and 0 < text.size <= LADDER_BYTES)
     rungs: list[Any] = list(ladder(text.train, text.data)) if wanted else []
     print_score("this model", result, text, rungs, as_json)

@@ -32,6 +32,8 @@ def open_parts(
 
 def tokens_of(text: np.ndarray, tokenizer: Tokenizer, *, cache: Path | str | None = None) -> np.ndarray:
     """The tokens of a text (uint8 [bytes]), kept in the cache: uint16 [N]. Raises UserError as `Tokenizer.encode`."""
+    if not len(text):
+        return np.zeros(0, "<u2")  # no file of nothing can be mapped
 
     def pieces() -> Iterator[bytes]:
         yield tokenizer.encode(text.tobytes()).tobytes()

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from tritwise.data.media import resized
 from tritwise.errors import UserError
-from tritwise.files import read_json, sha256_of
 
 INSTALL = "pip install 'tritwise[hf,media]'"
 VISION = ("vit", "dinov2", "dinov2_with_registers", "clip_vision_model", "clip")
@@ -217,14 +216,3 @@ def weights_digest(network: nn.Module) -> str:
             name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         )
     return digest.hexdigest()
-
-
-def described(folder: Path) -> dict[str, Any]:
-    """model_type and checksum of a local encoder, without loading it; {} for a name on the hub."""
-    if not (folder / "config.json").exists():
-        return {}
-    weights = folder / "model.safetensors"
-    return {
-        "model_type": read_json(folder / "config.json").get("model_type"),
-        "sha256": sha256_of(weights) if weights.exists() else None,
-    }

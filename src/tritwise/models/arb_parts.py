@@ -70,8 +70,3 @@ class PartsConfig:
     def class_names(self) -> tuple[str, ...]:
         """Names of what the diffusion part draws."""
         return tuple(self.classes.split("|")) if self.classes else ()
-
-    @property
-    def vision_tokens(self) -> int:
-        """Tokens of an image."""
-        return 1 + self.vision_grid**2

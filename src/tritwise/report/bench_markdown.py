@@ -19,7 +19,7 @@ from tritwise.report.bench_rows import (
     richest_cell,
     sort_rows,
 )
-from tritwise.report.bench_tables import HEAD, LEGEND, Summary, cells_of, summary, table
+from tritwise.report.bench_tables import HEAD, LEGEND, Summary, cells_of, summary, table, weights_of
 from tritwise.report.numbers import count, number
 
 SEEDS = 3  # that a figure should have
@@ -43,7 +43,7 @@ def rules_markdown(source: Bench | Iterable[Mapping[str, Any]], cell: Cell | Non
     head, rows = table(entries)
     for entry, row in zip(entries, rows, strict=True):
         row[:3] = [f"**{text}**" if entry.own and text else text for text in row[:3]]
-    return f"{_plain(cell.title(_weights(entries)))}\n\n{markdown(head, rows)}\n\n{legend}"
+    return f"{_plain(cell.title(weights_of(entries)))}\n\n{markdown(head, rows)}\n\n{legend}"
 
 
 def texts_markdown(source: Bench | Iterable[Mapping[str, Any]]) -> str:
@@ -103,7 +103,7 @@ def short_markdown(source: Bench | Iterable[Mapping[str, Any]]) -> str:
         row = [entry.label, told["val bpb"], told["n"], told["B/weight"], told["float state"]]
         rows.append([f"**{text}**" if entry.own and text else text for text in row[:2]] + row[2:])
     head = ["rule", "val bpb", "seeds", "bytes a weight", "of them floats"]
-    return f"{_plain(cell.title(_weights(entries)))}\n\n{markdown(head, rows)}"
+    return f"{_plain(cell.title(weights_of(entries)))}\n\n{markdown(head, rows)}"
 
 
 def ablation_markdown(source: Bench | Iterable[Mapping[str, Any]]) -> str:
@@ -136,7 +136,7 @@ def _ablation_table(cell: Cell, entries: Sequence[Summary], bench: Bench) -> str
         told = dict(zip(HEAD, cells_of(entry), strict=True))
         rest = [told[key] for key in ("n", "spread", "B/weight", "zeros")]
         rows.append([name, told["rate"], told["val bpb"], "" if entry is first else gap, *rest])
-    return f"{_plain(cell.title(_weights(entries)))}\n\n{markdown(head, rows)}"
+    return f"{_plain(cell.title(weights_of(entries)))}\n\n{markdown(head, rows)}"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -152,12 +152,6 @@ def _without_dropout(variant: Variant) -> Variant:
 
 def _means(entries: Iterable[Summary]) -> dict[Variant, float]:
     return {entry.variant: entry.mean for entry in entries if entry.mean is not None}
-
-
-def _weights(entries: Iterable[Summary]) -> float | None:
-    """The weights that a cell's rules train; of the own rule if it is there, for others may count gains as well."""
-    known = sorted((not entry.own, entry.weights) for entry in entries if entry.weights is not None)
-    return known[0][1] if known else None
 
 
 def _plain(text: str) -> str:

@@ -16,7 +16,7 @@ from tritwise.report.bench_figures import (
     state_figure,
 )
 from tritwise.report.bench_rows import Bench, Cell, Variant, default_variant, read_bench, richest_cell
-from tritwise.report.bench_tables import LEGEND, Summary, summary, table
+from tritwise.report.bench_tables import LEGEND, Summary, summary, table, weights_of
 from tritwise.report.bench_trends import BAND, robustness, robustness_figure, scaling_figure, trends
 from tritwise.report.drawing import Plot
 from tritwise.report.figures import save_png
@@ -140,7 +140,7 @@ def _rule_plots(
     found: dict[str, Plot] = {}
     if not scored:
         return found
-    title = scored[0].cell.title(_weights(scored))
+    title = scored[0].cell.title(weights_of(scored))
     first = f"{scored[0].label} is best with {scored[0].mean or 0:.3f} bits per byte"
     curves = [entry for entry in _one_a_rule(scored, default) if curve_of(entry)[0]]
     if curves:
@@ -200,13 +200,8 @@ def _default(bench: Bench, entries: Sequence[Summary]) -> Variant | None:
     return default_variant(bench.trials, best)
 
 
-def _weights(entries: Sequence[Summary]) -> float | None:
-    known = sorted((not entry.own, entry.weights) for entry in entries if entry.weights is not None)
-    return known[0][1] if known else None
-
-
 def _title(cell: Cell, entries: Sequence[Summary]) -> str:
-    return cell.title(_weights([entry for entry in entries if entry.cell == cell]))
+    return cell.title(weights_of([entry for entry in entries if entry.cell == cell]))
 
 
 def _table(cell: Cell, entries: Sequence[Summary]) -> str:

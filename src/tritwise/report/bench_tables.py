@@ -187,6 +187,12 @@ def _best(tried: Sequence[Tried]) -> Tried:
     return min(finished, key=order)
 
 
+def weights_of(entries: Iterable[Summary]) -> float | None:
+    """The weights that a cell's rules train; of the own rule if it is there, for others may count gains as well."""
+    known = sorted((not entry.own, entry.weights) for entry in entries if entry.weights is not None)
+    return known[0][1] if known else None
+
+
 def cells_of(entry: Summary) -> list[str]:
     """A summary as text, one cell for each of HEAD; empty where nothing is known."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tritwise.errors import UserError
 
-PATIENCE = datetime.timedelta(minutes=30)  # the first process scores while the others wait
+PATIENCE = datetime.timedelta(minutes=30)  # the first process evaluates while the others wait
 
 
 class Crew:
@@ -46,7 +46,7 @@ class Crew:
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     def leave(self) -> None:
-        """Part when all have finished: a connection that closes while others talk would end them."""
+        """Part when all have trained: a connection that closes while others talk would end them."""
         if self.size > 1:
             dist.barrier()
             dist.destroy_process_group()

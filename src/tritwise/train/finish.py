@@ -15,7 +15,7 @@ from tritwise.errors import UserError
 from tritwise.models import Arb, ByteLM
 from tritwise.nn import trit_modules
 from tritwise.registers import REGISTER_LIMIT
-from tritwise.score import Score, ladder, score
+from tritwise.score import LADDER_BYTES, Score, ladder, score
 from tritwise.ship import ArtifactInfo, estimate, read_artifact, ship_within, shipped_bytes
 from tritwise.ship.floats import SEARCHED
 from tritwise.train.audit import audit
@@ -23,8 +23,6 @@ from tritwise.train.average import Average, changed_trits
 from tritwise.train.config import Config, TrainConfig, tokenizer_of
 from tritwise.train.restore import averaged_of, load_run
 from tritwise.train.run import RunFolder
-
-LADDER_BYTES = 16_000_000  # the ladder of a longer text takes longer than its model's training may
 
 
 def finish(

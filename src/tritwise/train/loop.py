@@ -59,9 +59,7 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
         torch.cuda.set_device(Crew.local_rank())
     device = device_called(config.train.device)
     crew = Crew.join(device)
-    result = _train(config, RunFolder(out), crew, device, resume, (display if crew.first else None) or Quiet())
-    crew.leave()
-    return result
+    return _train(config, RunFolder(out), crew, device, resume, (display if crew.first else None) or Quiet())
 
 
 def _train(
@@ -244,6 +242,7 @@ def _train(
             "trained_seconds": round(trained, 3),
             "bytes_seen": step * bytes_a_step,
         }
+        crew.leave()  # whoever has no files to write need not wait while they are scored
         if not crew.first:
             return {"rank": crew.rank, **done}
         held = memory()
