@@ -65,6 +65,27 @@ def test_a_contestant_is_as_wide_as_fits_and_its_count_is_the_models(name, budge
     assert count == estimate(ByteLM(whole), config.train.ship_as, 500)["total"]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--set", "steps=7"], "steps is the same for all contestants; give --steps"),
+        (["--set", "flat-ternary:budget=7"], "budget is the same for all"),
+        (["--steps", 0], "--steps"),
+        (["--budget", 20_000, "--recipes", "flat-ternary,flat-float"], "flat-ternary: not even 32 channels fit"),
+        (["--recipes", "flat-float,,wings"], "there is no recipe 'wings'; choose one of flat-float,"),
+    ],
+)
+def test_a_contest_that_cannot_be_is_refused_in_one_line(words, said, cli, tmp_path):
+    told = cli("bench", "budget", *QUICK, *words, "--out", tmp_path / "out")
+    assert told.code == 2 and said in told.err and told.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_contest_is_of_one_process(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = cli("bench", "budget", *QUICK, "--out", tmp_path / "out")
+    assert told.code == 2 and "start it without torchrun" in told.err
+
+
 @pytest.mark.parametrize("changes", [{"mixer": "lstm"}, {"graph": "true"}, {"max_moe_iters": 3, "experts": 4}])
 def test_what_is_counted_is_the_model_whatever_it_is_made_of(changes, tmp_path):
     config = entry("flat-ternary", base(), 400_000, changes)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tritwise.errors import UserError
-from tritwise.files import read_json_lines
+from tritwise.files import read_json, read_json_lines
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import trit_modules
 from tritwise.ship import WAYS, estimate, read_artifact, require_room, ship_within, shipped_bytes, write_artifact
@@ -175,6 +175,7 @@ def test_sizes_are_told_before_during_and_after_training(small_config, tmp_path,
     told = [line["message"] for line in lines if line["kind"] == "event"]
     assert told[0].startswith("about ") and "of 20,000: trits" in told[0]
     tracked = [line["bytes"] for line in lines if line["kind"] == "size"]
+    assert all(line["budget"] == 20_000 for line in lines if line["kind"] == "size")
     assert len(tracked) == 2 and tracked[-1] == pytest.approx(result["artifact"]["bytes"], abs=300)
     out = tmp_path / "model.tritwise"
     shipped = cli("ship", tmp_path / "run", "--out", out, "--budget", 20_000, "--score-bytes", 100, "--json")
@@ -183,6 +184,26 @@ def test_sizes_are_told_before_during_and_after_training(small_config, tmp_path,
     assert "left of the budget" in shipped.err and "before" in shipped.err
     refused = cli("ship", tmp_path / "run", "--out", tmp_path / "no", "--budget", out.stat().st_size - 1)
     assert refused.code == 2 and "1 over the budget of" in refused.err and not (tmp_path / "no").exists()
+
+
+def test_a_run_over_its_budget_is_kept_whatever_was_said(small_config, tmp_path, cli):
+    config = override(small_config(weights="float", optimizer="muon", rate=0.02), {"ship_as": "int6", "save": False})
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match=rf"over the budget of 20,000; the training is kept: tritwise ship {folder}"):
+        train(override(config, {"budget": 20_000, "ship_small": SMALL}), folder)
+    told = [line["message"] for line in read_json_lines(folder / "metrics.jsonl") if line["kind"] == "event"]
+    assert any(message.startswith("likely more than the budget") for message in told)
+    refused = read_json(folder / "refused.json")
+    assert 1 < refused["before"]["bpb"] < 9 and "over the budget of 20,000" in refused["error"]
+    assert not (folder / "result.json").exists() and not (folder / "model.tritwise").exists()
+    shipped = cli("ship", folder, "--out", tmp_path / "all", "--budget", 0, "--json")
+    assert shipped.code == 0 and shipped.json["bpb_before"] == refused["before"]["bpb"]
+    finer = cli("ship", folder, "--out", tmp_path / "all", "--budget", 0, "--ship-small", 10**6, "--json")
+    assert finer.json["streams"]["codes"] == 0 < shipped.json["streams"]["codes"]
+    for words in (["--budget", -3], ["--score-bytes", -1], ["--ship-small", -1]):
+        assert cli("ship", folder, "--out", tmp_path / "no", *words).code == 2
+    result = train(override(config, {"budget": 200_000, "ship_small": SMALL}), folder, resume=True)
+    assert result["artifact"]["bytes"] <= 200_000 and not (folder / "refused.json").exists()
 
 
 def test_a_float_run_ships_with_its_loss_measured(small_config, tmp_path, cli):

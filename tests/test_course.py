@@ -47,8 +47,10 @@ def test_a_plan_is_read():
         ("0.4:2,0.4:3,1:4", "rising shares"),
         ("0:1,1:2", "rising shares"),
         ("0.4:2,0.9:3", "the last of them 1"),
-        ("0.4:2,1:5", "repeat 1 to 4 times; set loops=5"),
-        ("0.4:0,1:4", "repeat 1 to 4 times"),
+        ("0.4:2,1:5", "repeats 5 times, and the model 4; set loops=5"),
+        ("0.4:0,1:4", "at least once"),
+        ("0.4:4,1:2", "end it with 1:4, or set loops=2"),
+        ("1:1", "end it with 1:4, or set loops=1"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(text, message):

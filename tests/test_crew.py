@@ -110,7 +110,7 @@ def test_a_crew_of_one_talks_to_nobody():
 
 
 WORKER = """
-import sys, torch
+import os, sys, torch
 from tritwise.errors import UserError
 from tritwise.train.crew import Crew
 
@@ -127,6 +127,12 @@ try:
 except UserError as error:
     sys.stdout.write(f"rank {crew.rank}: {error}\\n")
 crew.leave()
+if crew.rank == 1:
+    os._exit(0)  # as if it had been killed
+try:
+    crew.gather(torch.ones(1))
+except UserError as error:
+    sys.stdout.write(f"rank {crew.rank}: {error}\\n")
 """
 
 
@@ -139,3 +145,4 @@ def test_processes_tell_each_other(tmp_path):
     )
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("drifted apart") == 2
+    assert told.stdout.count("rank 0: another process of this run has ended") == 1

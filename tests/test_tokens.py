@@ -116,8 +116,17 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, tokenizer):
         Tokenizer(sentencepiece_model(bos_id=-1, eos_id=-1))
     with pytest.raises(UserError, match="byte 1 is not UTF-8"):
         tokenizer.encode(b"a\xff")
-    with pytest.raises(UserError, match="no tokenizer of 9 tokens"):
+    with pytest.raises(UserError, match=r"no tokenizer of 9 tokens .* choose more than the 256 bytes"):
         train_tokenizer(TEXT[:1000], 9)
+    with pytest.raises(UserError, match=r"no tokenizer of 60000 tokens .* choose at most \d+$") as most:
+        train_tokenizer(TEXT[:1000], 60_000)
+    assert train_tokenizer(TEXT[:1000], int(str(most.value).split()[-1]))
+
+
+def test_a_tokenizer_that_cannot_be_leaves_no_folder(cli, tmp_path, text_file):
+    for size in ("9", "-4"):
+        refused = cli("tokenize", text_file, "--vocab", size, "--out", tmp_path / "shards")
+        assert refused.code == 2 and "INTERNAL" not in refused.err and not (tmp_path / "shards").exists()
 
 
 # Shards

@@ -36,9 +36,14 @@ def run_record(
         return read_json(place)
     if not (folder / "result.json").exists():
         begun = (folder / "config.json").exists()
-        result = train(config, folder, resume=begun, display=display)
+        if display is not None:
+            display.say(f"{config.recipe}, seed {config.train.seed}")
+        try:
+            result = train(config, folder, resume=begun, display=display)
+        except UserError as error:
+            raise UserError(f"{config.recipe}: {error}") from error
         if result.get("interrupted"):
-            raise UserError(f"stopped at step {result['steps']}; the same command goes on from its checkpoint")
+            raise UserError(f"stopped {config.recipe} at step {result['steps']}; give the same command again to go on")
     record = recorded(config, run, parts)
     write_json(place, record)
     return record

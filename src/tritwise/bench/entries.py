@@ -133,7 +133,8 @@ def entry(name: str, base: Config, budget: int, changes: dict[str, Any]) -> Conf
     """
     if name not in ENTRIES:
         near = difflib.get_close_matches(name, ENTRIES, n=1)
-        raise UserError(f"there is no recipe {name!r}; {f'did you mean {near[0]}' if near else ', '.join(ENTRIES)}?")
+        remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(ENTRIES)}"
+        raise UserError(f"there is no recipe {name!r}; {remedy}")
     changes = parsed(changes)
     if changes.get("tokenizer"):
         base = tokenizer_of(override(base, {"tokenizer": changes["tokenizer"]}))[0]  # the vocabulary takes room too
@@ -168,7 +169,11 @@ def _shape(base: Config, own: dict[str, Any], room: int) -> dict[str, int]:
     while fits < len(widths) and _fits(override(base, own | {"width": widths[fits]}), room):
         fits += 1
     if not fits:
-        raise UserError(f"not even 32 channels fit into {room:,} bytes; give a larger --budget")
+        least = shape_bytes(override(base, own | {"width": widths[0]}))
+        raise UserError(
+            f"not even {widths[0]} channels fit into {room:,} bytes, as they take about {least:,}; "
+            "give a larger --budget, or a smaller --set ship_small"
+        )
     found = deepest(widths[fits - 1], range(depth, depth + EXTRA + 1))
     if shape_bytes(override(base, own | found)) < ENOUGH * room and fits < len(widths):
         least = max(depth - FEWER, own.get("prelude", 0) + own.get("coda", 0) + 1)

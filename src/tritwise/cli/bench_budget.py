@@ -12,11 +12,16 @@ from tritwise.cli import output
 from tritwise.cli.commands import Json, option, settings_given
 from tritwise.errors import UserError
 
+SHOWN = ("recipe", "steps", "bytes", "as", "before", "re-read", "n")  # what fits a terminal; table.md has all columns
+OF_ALL = ("budget", "seconds", "steps", "split", "seed")
+
 
 def budget(
     budget: Annotated[int, typer.Option(min=1, help="Bytes that a shipped file may have.")] = 16_000_000,
     seconds: Annotated[float, typer.Option(min=0, help="Seconds of training each; 0: by --steps.")] = 0.0,
-    steps: Annotated[int | None, option("Optimizer steps each [1000; any number with --seconds].")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps each [1000; any number with --seconds].")
+    ] = None,
     recipes: Annotated[str, option("Contestants a,b,c [all].")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 1,
     data: Annotated[str, typer.Option(help="Text to learn: a file, a folder, or shakespeare.")] = "shakespeare",
@@ -38,13 +43,19 @@ def budget(
     from tritwise.files import atomic_write
     from tritwise.report.bench_markdown import markdown
     from tritwise.report.budget_tables import HEAD, table_of
+    from tritwise.train.crew import Crew
     from tritwise.train.progress import make_display
 
-    names = [name.strip() for name in recipes.split(",")] if recipes else list(ENTRIES)
+    if Crew.size_asked() > 1:
+        raise UserError("bench budget trains in one process; start it without torchrun, or train a contestant with it")
+    names = [name for name in map(str.strip, recipes.split(",")) if name] or list(ENTRIES)
     own: dict[str, dict[str, Any]] = {name: {} for name in names}
     for text in set_ or []:
         name, colon, rest = text.partition(":")
         alone = "=" in name or not colon
+        key = (text if alone else rest).partition("=")[0].strip()
+        if key in OF_ALL:
+            raise UserError(f"--set {text}: {key} is the same for all contestants; give --{key}")
         if not alone and name not in own:
             raise UserError(f"--set {text} names no contestant; choose one of {', '.join(names)}")
         for chosen in names if alone else [name]:
@@ -52,18 +63,20 @@ def budget(
     if data not in BUNDLED_NAMES and Path(data).exists():
         data = str(Path(data).resolve())
     limit = steps or (10**9 if seconds else 1000)
-    configs = [
-        entry(
-            name, base_config(data, split, ctx=ctx, batch=batch, steps=limit, seconds=seconds, seed=seed), budget, more
-        )
-        for seed in range(seeds)
-        for name, more in own.items()
-    ]
+    configs = []
+    for seed in range(seeds):
+        for name, more in own.items():
+            base = base_config(data, split, ctx=ctx, batch=batch, steps=limit, seconds=seconds, seed=seed)
+            try:
+                configs.append(entry(name, base, budget, more))
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
     console = output.console(json)
     records: list[dict[str, Any]] = []
     for records in run_budget(configs, out, make_display(console)):
         atomic_write(out / "table.md", f"{markdown(HEAD, table_of(records))}\n".encode())
-    console.print(output.table("", list(HEAD), table_of(records)))
+    rows = [[cell for at, cell in zip(HEAD, row, strict=True) if at in SHOWN] for row in table_of(records)]
+    console.print(output.table("", [at for at in HEAD if at in SHOWN], rows))
     console.print(f"{out / 'records'} and {out / 'table.md'}")
     if json:
         output.print_json({"records": records, "table": str(out / "table.md")})

@@ -175,12 +175,13 @@ def _print_result(console: Any, folder: Any, result: dict[str, Any]) -> None:
         ["trained for", f"{result['seconds']:.1f} s, {result['steps']} steps, {result['bytes_seen']:,} bytes"],
         ["weights", f"{audit['weights']:,} ({kind})"],
         ["state while training", f"{audit['state_bytes_per_weight']:.3f} bytes a weight"],
-        ["trainable floats", f"{audit['float_trainable']:,}"],
+        ["floats that training keeps", f"{audit['float_trainable']:,}"],
     ]
     if "artifact" in result:
         rows.append(["artifact", f"{result['artifact']['path']}, {result['artifact']['bytes']:,} bytes"])
         if "bpb_reread" in result["artifact"]:
             rows.append(["bits per byte, re-read", f"{result['artifact']['bpb_reread']:.4f}"])
+    rows += output.averaged_rows(result.get("averaged"))
     console.print(output.table("", ["result", str(folder.path)], rows))
 
 
@@ -259,23 +260,31 @@ def sample(
 def ship(
     run: RunArgument,
     out: Annotated[Path, option("The artifact to write.")],
-    budget: Annotated[int | None, option("Bytes that the file may have [the run's].")] = None,
+    budget: Annotated[
+        int | None, typer.Option(min=0, help="Bytes that the file may have; 0: any number [the run's].")
+    ] = None,
     ship_as: Annotated[
         str | None, option("How float weights ship: auto, int8, int7, int6, int8+zlib [the run's].")
     ] = None,
-    score_bytes: Annotated[int, option("Bytes of val that are scored, before and after [all].")] = 0,
+    ship_small: Annotated[
+        int | None, typer.Option(min=0, help="Float tensors of up to so many numbers stay float16 [the run's].")
+    ] = None,
+    score_bytes: Annotated[
+        int, typer.Option(min=0, help="Bytes of val that are scored, before and after; 0: all.")
+    ] = 0,
     json: Json = False,
 ) -> None:
     """Write a run's newest model as one file, read it back, and score what was read, if it is a model of text."""
     from tritwise.train.finish import ship_run
 
-    result = ship_run(run, out, budget=budget, ship_as=ship_as, count=score_bytes)
+    result = ship_run(run, out, budget=budget, ship_as=ship_as, ship_small=ship_small, count=score_bytes)
     console = output.console(json)
     rows = [[name, f"{count:,} bytes"] for name, count in result["streams"].items()]
     rows.append(["header", f"{result['bytes'] - sum(result['streams'].values()):,} bytes"])
     rows.append(["file", f"{result['bytes']:,} bytes, {result['bits_per_weight']:.3f} bits a weight, {result['way']}"])
     if result["budget"]:
         rows.append(["left of the budget", f"{result['budget'] - result['bytes']:,} of {result['budget']:,} bytes"])
+    rows += output.averaged_rows(result.get("averaged"))
     for name, when in (("bpb_before", "before"), ("bpb_reread", "re-read")):
         if name in result:  # a model that has learned no text has no bits per byte
             rows.append([f"bits per byte, {when}", f"{result[name]:.4f}"])

@@ -40,6 +40,17 @@ def score_table(name: str, nats: float, ladder: list[dict[str, Any]]) -> Table:
     return table("", ["", "nats/byte", "bits/byte"], rows)
 
 
+def averaged_rows(averaged: dict[str, Any] | None) -> list[list[str]]:
+    """Of a run with a mean of its weights: the score of the mean beside that of the last weights, and which ships."""
+    if averaged is None:
+        return []
+    of = f" of {averaged['count']} moments" if "count" in averaged else ""
+    rows = [[f"mean{of}", f"{averaged['bpb']:.4f} bits per byte"]]
+    rows.append(["last weights", f"{averaged['bpb_unaveraged']:.4f} bits per byte"])
+    rows[not averaged["shipped"]][1] += ", ships"
+    return rows
+
+
 def media_table(val: dict[str, dict[str, Any]]) -> Table:
     """What an ARB run reached on val, a row for each figure of each kind; a dict in the figures is a row of its own."""
     rows = []

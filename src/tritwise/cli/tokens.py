@@ -14,7 +14,9 @@ def tokenize(
     text: Annotated[str, typer.Argument(help="A file, a folder, or shakespeare.", show_default=False)],
     out: Annotated[Path, option("Folder to write the shards into.")],
     tokenizer: Annotated[Path | None, option("SentencePiece model [OUT/tokenizer.model].")] = None,
-    vocab: Annotated[int, option("Train a new tokenizer of so many tokens on the train part first.")] = 0,
+    vocab: Annotated[
+        int, typer.Option(min=0, help="Train a new tokenizer of so many tokens on the train part first; 0: none.")
+    ] = 0,
     split: Annotated[str, typer.Option(help="How parts are cut; each has shards of its own.")] = "90/10",
     separator: Annotated[str, option(r"A document ends after these bytes, for example \n\n [never].")] = "",
     shard: Annotated[int, typer.Option(min=1, help="Tokens in a shard, at the most.")] = 100_000_000,
@@ -35,9 +37,10 @@ def tokenize(
         raise UserError(f"{place} is there already; leave --vocab out to use it")
     if not vocab and not place.exists():
         raise UserError(f"there is no tokenizer at {place}; name one, or make one with --vocab 1024")
+    made = train_tokenizer(parts.get("train") or next(iter(parts.values())), vocab) if vocab else b""
     make_folder(out)
     if vocab:
-        atomic_write(place, train_tokenizer(parts.get("train") or next(iter(parts.values())), vocab))
+        atomic_write(place, made)
     known, mark, rows, told = Tokenizer.open(place), unescaped(separator), [], {}
     for name, part in parts.items():
         documents = [d + mark for d in part.split(mark)[:-1]] + part.split(mark)[-1:] if mark else [part]

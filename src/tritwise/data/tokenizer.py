@@ -14,6 +14,7 @@ Shapes: N tokens.
 """
 
 import io
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -144,8 +145,12 @@ def train_tokenizer(text: bytes, size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"no tokenizer of {size} tokens can be trained on this text: {reason}") from None
+        # What the library says names its own source and options; what is wrong is the size, too small or too large.
+        most = re.search(r"value <= (\d+)", str(error))
+        remedy = (
+            f"at most {most[1]}" if most else "more than the 256 bytes, 3 signs and letters of the text, such as 1024"
+        )
+        raise UserError(f"no tokenizer of {size} tokens can be trained on this text; choose {remedy}") from None
     return written.getvalue()
 
 

@@ -175,7 +175,7 @@ class ModelConfig:
         """The layers that a pass with `loops` repeats runs, in order; 0: the config's. UserError beyond 1 … loops."""
         loops = loops or self.loops
         if not 1 <= loops <= self.loops:
-            raise UserError(f"the model repeats its core 1 to {self.loops} times, not {loops}; set loops={loops}")
+            raise UserError(f"the model repeats its core 1 to {self.loops} times; choose one of these, not {loops}")
         before, after = self.prelude, self.prelude + self.core * self.loops
         found = [Layer(block, block, 0) for block in range(before)]
         found += [

@@ -221,6 +221,8 @@ class Config:
             raise UserError(
                 "clip is for float gradients; the step of a ternary weight has a fixed size, so leave it out"
             )
+        if self.train.weight_decay and self.train.optimizer == "trit":
+            raise UserError("weight_decay is of float optimizers; a register's size has no meaning, so leave it out")
         if self.train.ship_average and not self.train.average_every:
             raise UserError("ship_average needs a mean; set average_every, for example to 50")
         plan_of_depth(self.train.depth_plan, self.model.loops)  # says what is wrong with a plan before anything runs

@@ -23,7 +23,7 @@ class Phase(NamedTuple):
 def plan_of_depth(text: str, loops: int) -> tuple[Phase, ...]:
     """ "0.4:2,0.65:3,1:4" as phases; an empty text is one phase of all `loops` repeats.
 
-    Raises UserError for a plan that cannot be read, does not end at 1, does not rise, or repeats more than `loops`.
+    Raises UserError for a plan that cannot be read, does not end at 1 with all `loops`, or does not rise.
     """
     if not text:
         return (Phase(1.0, loops),)
@@ -35,9 +35,14 @@ def plan_of_depth(text: str, loops: int) -> tuple[Phase, ...]:
     shares = [phase.until for phase in phases]
     if shares != sorted(set(shares)) or shares[0] <= 0 or shares[-1] != 1:
         raise UserError(f"depth_plan {text!r} must have rising shares, the last of them 1; write 0.4:2,0.65:3,1:4")
-    worst = max(phases, key=lambda phase: phase.loops)
-    if min(phase.loops for phase in phases) < 1 or worst.loops > loops:
-        raise UserError(f"depth_plan {text!r} must repeat 1 to {loops} times; set loops={worst.loops} for more")
+    most = max(phase.loops for phase in phases)
+    if most > loops:
+        raise UserError(f"depth_plan {text!r} repeats {most} times, and the model {loops}; set loops={most}, or less")
+    if min(phase.loops for phase in phases) < 1 or phases[-1].loops != loops:
+        raise UserError(
+            f"depth_plan {text!r} must repeat at least once and end with all {loops} repeats, with which the model is "
+            f"scored; end it with 1:{loops}, or set loops={phases[-1].loops or 1}"
+        )
     return phases
 
 

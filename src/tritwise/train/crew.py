@@ -8,8 +8,11 @@ need no broadcast. Float weights take the sum of all gradients, whose order of a
 every process, and that of one process for two.
 """
 
+import atexit
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -18,6 +21,19 @@ from torch import Tensor
 from tritwise.errors import UserError
 
 PATIENCE = datetime.timedelta(minutes=30)  # the first process evaluates while the others wait
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    """Within it processes wait for each other: whoever waits for one that has ended is told so, and not by a trace."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(
+            "another process of this run has ended, or cannot be reached; see what it said, then go on with --resume"
+        ) from error
 
 
 class Crew:
@@ -38,18 +54,21 @@ class Crew:
 
     @classmethod
     def join(cls, device: torch.device) -> "Crew":
-        """The crew that torchrun's environment describes: NCCL between GPUs, gloo between CPUs."""
+        """The crew that torchrun's environment describes: NCCL between GPUs, gloo between CPUs. It is the same for as
+        long as the process lives. UserError if the others cannot be reached."""
         if cls.size_asked() == 1:
             return cls(device=device)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            with _talking():
+                dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            atexit.register(dist.destroy_process_group)
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     def leave(self) -> None:
-        """Part when all have trained: a connection that closes while others talk would end them."""
+        """Wait until all have trained: a process that ends while others talk to it would end them."""
         if self.size > 1:
-            dist.barrier()
-            dist.destroy_process_group()
+            with _talking():
+                dist.barrier()
 
     @property
     def first(self) -> bool:
@@ -70,7 +89,8 @@ class Crew:
         if self.size == 1:
             return number
         told = torch.tensor(number, dtype=torch.float64, device=self.device)
-        dist.all_reduce(told, dist.ReduceOp.MAX)
+        with _talking():
+            dist.all_reduce(told, dist.ReduceOp.MAX)
         return told.item()
 
     def any(self, asked: bool) -> bool:
@@ -80,15 +100,17 @@ class Crew:
     def add_up(self, tensors: list[Tensor]) -> None:
         """Each tensor becomes its sum over all processes, in place."""
         if self.size > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
+            with _talking():
+                for tensor in tensors:
+                    dist.all_reduce(tensor)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensor of every process, by rank, on every process."""
         if self.size == 1:
             return [tensor]
         found = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(found, tensor.contiguous())
+        with _talking():
+            dist.all_gather(found, tensor.contiguous())
         return found
 
     def require_same(self, tensors: list[Tensor]) -> None:

@@ -17,10 +17,11 @@ from tritwise.nn import trit_modules
 from tritwise.registers import REGISTER_LIMIT
 from tritwise.score import LADDER_BYTES, Score, ladder, score
 from tritwise.ship import ArtifactInfo, estimate, read_artifact, ship_within, shipped_bytes
+from tritwise.ship.container import OverBudgetError
 from tritwise.ship.floats import SEARCHED
 from tritwise.train.audit import audit
 from tritwise.train.average import Average, changed_trits
-from tritwise.train.config import Config, TrainConfig, tokenizer_of
+from tritwise.train.config import Config, TrainConfig, override, tokenizer_of
 from tritwise.train.restore import averaged_of, load_run
 from tritwise.train.run import RunFolder
 
@@ -41,7 +42,8 @@ def finish(
 
     `done` says what training did: steps, seconds, bytes_seen; `memory` what it took, by role. The score in the result
     is of the artifact, read back from disk. With an `average`, mean and last weights are both scored. A ternary model
-    and its artifact must agree to the last bit or this raises UserError.
+    and its artifact must agree to the last bit or this raises UserError; OverBudgetError if it has more bytes than it
+    may, of which refused.json then tells, score included.
     """
     began = time.perf_counter()
     val = parts["val"]
@@ -65,7 +67,13 @@ def finish(
         before = scored(model)
     if ternary or config.train.ship_as != "none":
         shipping = time.perf_counter()
-        info, way, final = ship_and_reread(going, folder.artifact, config, val, done, device, tokenizer=tokenizer)
+        try:
+            info, way, final = ship_and_reread(going, folder.artifact, config, val, done, device, tokenizer=tokenizer)
+        except OverBudgetError as error:
+            refused = before or scored(going)
+            result["before"] = {"nats": refused.nats, "bpb": refused.bpb}
+            folder.write("refused", result | {"error": str(error)})
+            raise
         # Of packing, and of reading it back and comparing; without the score of it.
         result["seconds_shipping"] = round(time.perf_counter() - shipping - final.seconds, 3)
         result["artifact"] = {"path": str(info.path), "bytes": info.bytes, "bpb_reread": final.bpb, "way": way}
@@ -96,6 +104,7 @@ def finish(
             result["averaged"]["changed_trits"] = changed_trits(model, mean)
     result["seconds_after"] = round(time.perf_counter() - began, 3)
     folder.write("result", result)
+    (folder.path / "refused.json").unlink(missing_ok=True)  # of an earlier try with a smaller budget
     return result
 
 
@@ -211,15 +220,22 @@ def register_histogram(model: ByteLM | Arb) -> dict[str, list[int]]:
 
 
 def ship_run(
-    run: Path | str, out: Path, *, budget: int | None = None, ship_as: str | None = None, count: int = 0
+    run: Path | str,
+    out: Path,
+    *,
+    budget: int | None = None,
+    ship_as: str | None = None,
+    ship_small: int | None = None,
+    count: int = 0,
 ) -> dict[str, Any]:
     """Ship the newest checkpoint of `run` to `out`: bytes, streams, and the scores before and after, as plain JSON;
     without scores if the model has learned no text.
 
-    budget, ship_as: other than the run's; count: bytes of val that are scored, 0: all.
+    budget, ship_as, ship_small: other than the run's; count: bytes of val that are scored, 0: all.
     Raises UserError if the run or its text cannot be read, `out` cannot be written, or it does not fit the budget.
     """
     config, model, _, checkpoint = load_run(run)
+    config = config if ship_small is None else override(config, {"ship_small": ship_small})
     about = {"steps": checkpoint.step, "seconds": checkpoint.meta["seconds"]}
     cpu, how = torch.device("cpu"), {"budget": budget, "ship_as": ship_as}
     if "text" not in config.media.shares():
@@ -232,11 +248,20 @@ def ship_run(
         return score(whose, val, stride=config.train.stride, alphabet=tokenizer)
 
     mean = averaged_of(checkpoint, model) if config.train.ship_average else None
-    model, before, _ = (model, scored(model), None) if mean is None else chosen(model, mean, scored)
+    last = model
+    model, before, other = (model, scored(model), None) if mean is None else chosen(model, mean, scored)
     info, way, final = ship_and_reread(
         model, Path(out), config, val, about, cpu, budget=budget, ship_as=ship_as, tokenizer=tokenizer
     )
-    scores = {"bpb_before": before.bpb, "bpb_reread": final.bpb, "nats_reread": final.nats, "scored": final.bytes}
+    scores: dict[str, Any] = {
+        "bpb_before": before.bpb,
+        "bpb_reread": final.bpb,
+        "nats_reread": final.nats,
+        "scored": final.bytes,
+    }
+    if other is not None:
+        of_mean, of_last = (other, before) if model is last else (before, other)
+        scores["averaged"] = {"bpb": of_mean.bpb, "bpb_unaveraged": of_last.bpb, "shipped": model is not last}
     return _told(info, way, config, budget) | scores
 
 

@@ -16,6 +16,7 @@ from tritwise.files import JsonLines, atomic_write
 from tritwise.models import Arb, ByteLM
 from tritwise.optim import TritOptimizer
 from tritwise.ship import estimate, require_room
+from tritwise.ship.container import OverBudgetError
 from tritwise.train.average import Average
 from tritwise.train.config import Config
 from tritwise.train.course import Course
@@ -100,10 +101,11 @@ def _train(
             atomic_write(folder.tokenizer, task.tokenizer.raw)
         folder.write_manifest(config, device)
 
-    def save() -> None:
+    def save(alone: bool = False) -> None:
         nonlocal saved
         stepper.settle()
-        crew.require_same(list(model.parameters()))
+        if not alone:
+            crew.require_same(list(model.parameters()))
         if crew.first:
             tensors, meta = pack_state(model, optimizers, average)
             if stepper.state is not None:
@@ -172,6 +174,10 @@ def _train(
             way = settings.ship_as if settings.ship_as != "none" else "auto"
             sizes = estimate(model, way, settings.ship_small, raw_of(task.tokenizer))
             event(f"about {sizes['total']:,} bytes when shipped, of {settings.budget:,}: {told_sizes(sizes)}")
+            if sizes["total"] > settings.budget:
+                event(
+                    "likely more than the budget, and then nothing ships: make the model smaller or the budget larger"
+                )
         display.start(step, settings.steps, settings.seconds)
         depth = 0
         try:
@@ -226,7 +232,8 @@ def _train(
                         for record in task.evaluate(shown, folder, where(), device):
                             log(record | at if record["kind"] == "eval" else record)
                         if settings.budget:
-                            log({"kind": "size", **where(), "bytes": size_now(model, settings, task.tokenizer)})
+                            size = size_now(model, settings, task.tokenizer)
+                            log({"kind": "size", **where(), "bytes": size, "budget": settings.budget})
                     seconds = time.perf_counter() - began
                 if settings.save and due(settings.save_interval):
                     save()
@@ -253,7 +260,15 @@ def _train(
             return {"interrupted": True, "steps": step, "seconds": seconds, "run": str(folder.path)}
     if warmed is not None:
         done |= {"warm_seconds": round(warmed, 3), "compiled_in_clock": graphs_compiled() - compiled}
-    return task.finish(folder, model, optimizers, done, device, held, average)
+    try:
+        return task.finish(folder, model, optimizers, done, device, held, average)
+    except OverBudgetError as error:
+        if step > saved:
+            save(alone=True)  # whatever --no-save said: nothing else is left of the training
+        raise OverBudgetError(
+            f"{str(error).partition(';')[0]}; the training is kept: "
+            f"tritwise ship {folder.path} --budget N ships it, or train a smaller model"
+        ) from error
 
 
 def stepper_of(

@@ -72,6 +72,12 @@ def evaluation(record: dict[str, Any]) -> str:
     return f"step {record['step']:>6}  " + "  ".join(f"{of}{name} {value:.4f}" for name, value in told)
 
 
+def sizing(record: dict[str, Any]) -> str:
+    """A "size" line for people."""
+    over = "" if record["bytes"] <= record["budget"] else ", too many"
+    return f"step {record['step']:>6}  {record['bytes']:,} bytes when shipped, of {record['budget']:,}{over}"
+
+
 def memory_cells(record: dict[str, Any]) -> dict[str, str]:
     """Role -> how much memory, for people: the roles of `train.memory.memory_by_role` that hold anything."""
     return {role: _size(count) for role, count in record.items() if role != "kind" and count}
@@ -93,7 +99,8 @@ class PlainLines:
             if self.seconds:
                 left = min(left, self.seconds - record["seconds"])
             losses = "  ".join(f"{name} {value}" for name, value in _losses(record).items())
-            line = f"step {record['step']:>6}/{self.total}  {losses}"
+            of = "" if self.seconds else f"/{self.total}"  # by the clock steps are as many as there is time for
+            line = f"step {record['step']:>6}{of}  {losses}"
             line += f"  {_amount(record['bytes_per_second'])} B/s"
             if record.get("flips") is not None:
                 line += f"  flips {record['flips']:.0f}  zeros {record['zero_fraction']:.1%}"
@@ -104,6 +111,8 @@ class PlainLines:
             self.say("memory  " + "  ".join(f"{role} {size}" for role, size in memory_cells(record).items()))
         elif record["kind"] == "eval":
             self.say(evaluation(record))
+        elif record["kind"] == "size":
+            self.say(sizing(record))
 
     def say(self, message: str) -> None:
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
@@ -154,6 +163,8 @@ class LiveLine:
         elif record["kind"] == "eval":
             self.best = min(self.best, record.get("bpb", math.inf))
             self.say(evaluation(record))
+        elif record["kind"] == "size":
+            self.say(sizing(record))
 
     def say(self, message: str) -> None:
         self.live.console.print(message, markup=False, highlight=False)
