@@ -633,6 +633,20 @@ def test_displays_show_skipped_steps_and_float_runs(terminal: bool):
     assert terminal or "left 1:15:00" in shown
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_by_the_clock_is_shown_by_the_clock(terminal: bool):
+    file = StringIO()
+    display = make_display(Console(file=file, force_terminal=terminal, width=120))
+    display.start(0, 10**9, 40.0)
+    record = {"kind": "train", "step": 50, "seconds": 10.0, "step_seconds": 0.2, "loss": 1.0, "bytes_per_second": 1.0}
+    display.record(record | {"skipped": 0})
+    display.record({"kind": "size", "step": 50, "bytes": 1200, "budget": 1000})
+    display.stop()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+    assert "000000" not in shown and "1,200 bytes when shipped, of 1,000, too many" in shown
+    assert ("step 50, 10 of 40 s" in shown and "25%" in shown) if terminal else "left 0:30" in shown
+
+
 @pytest.mark.parametrize("what", ["a trit", "what is no weight"])
 def test_an_artifact_that_differs_is_never_reported(what, small_config, tmp_path: Path, monkeypatch):
     def one_trit(model):

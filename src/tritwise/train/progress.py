@@ -126,24 +126,34 @@ class LiveLine:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.bar = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeRemainingColumn(),
             console=console,
         )
-        self.task = self.bar.add_task("train", total=1)
+        self.task = self.bar.add_task("", total=1)
+        self.total, self.seconds = 1, 0.0
         self.live = Live(self.bar, console=console, refresh_per_second=4, transient=True)
         self.best = math.inf
         self.memory: dict[str, str] = {}
 
     def start(self, done: int, total: int, seconds: float = 0.0) -> None:
-        self.bar.update(self.task, total=total, completed=done)
+        self.total, self.seconds = total, seconds
+        self._advance(done, 0.0)
         self.live.start()
+
+    def _advance(self, step: int, seconds: float) -> None:
+        """The bar at a step, so many seconds in; by the clock where that ends the run, which has no number of steps."""
+        if self.seconds:
+            said = f"step {step}, {seconds:.0f} of {self.seconds:.0f} s"
+            self.bar.update(self.task, description=said, total=self.seconds, completed=seconds)
+        else:
+            self.bar.update(self.task, description=f"step {step}/{self.total}", total=self.total, completed=step)
 
     def record(self, record: dict[str, Any]) -> None:
         if record["kind"] == "train":
-            self.bar.update(self.task, completed=record["step"])
+            self._advance(record["step"], record.get("seconds", 0.0))
             cells = _losses(record) | {"bytes/s": _amount(record["bytes_per_second"])}
             if record.get("flips") is not None:
                 cells["flips/step"] = f"{record['flips']:.0f}"
