@@ -337,7 +337,9 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.perf_counter()
     if options.out and options.out.exists():
         found = read_json(options.out)
-    known = {(row["study"], row["item"], row["size"]) for row in found["rows"] if not row.get("quick")}
+    known = {
+        (row["study"], row["item"], row["size"]) for row in found["rows"] if row.get("quick", False) == options.quick
+    }
     for name in STUDIES if options.study == "all" else [options.study]:
         for item, run in STUDIES[name](options):
             late = options.seconds and time.perf_counter() - began > options.seconds

@@ -9,7 +9,7 @@ import torch
 from tritwise import TritOptimizer
 from tritwise.data.collections import Example
 from tritwise.encoders import Features
-from tritwise.models import Arb, Denoiser, ModelConfig, PartsConfig, draw
+from tritwise.models import Arb, ByteLM, Denoiser, ModelConfig, PartsConfig, draw, skeleton
 from tritwise.models.arb import IGNORED
 from tritwise.models.denoiser import centred, pixels_of
 from tritwise.train import audit
@@ -49,6 +49,23 @@ def batch(kind: str, rows: int = 2):
     features = torch.randn(rows, 2 if kind == "vision" else 32, size, generator=g)
     letters = (torch.randint(97, 120, (rows, 4), generator=g), torch.tensor([4] * rows))
     return (kind, ids, targets, features, *(letters if kind == "audio" else ()))
+
+
+@pytest.mark.parametrize("weights", ["trit", "float"])
+@pytest.mark.parametrize("parts", [None, PARTS])
+def test_a_skeleton_has_the_names_and_sizes_of_its_model_and_none_of_its_numbers(weights, parts):
+    shape = {"loops": 2, "value_tables": 1, "gains": True, "ngrams": 2, "experts": 2, "max_moe_iters": 2, "graph": True}
+    config = ModelConfig(**SHAPE, weights=weights, **shape)
+    torch.manual_seed(0)
+    drawn = torch.get_rng_state()
+    bare = skeleton(config, parts)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    whole = ByteLM(config) if parts is None else Arb(config, parts)  # what was made without numbers spoils nothing
+    assert bare.state_dict().keys() == whole.state_dict().keys()
+    for name, tensor in whole.state_dict().items():
+        other = bare.state_dict()[name]
+        assert other.is_meta and not tensor.is_meta and (other.shape, other.dtype) == (tensor.shape, tensor.dtype)
+    assert torch.isfinite(whole.log_probs(torch.zeros(1, 8, dtype=torch.int64))).all()
 
 
 @pytest.mark.parametrize("weights", ["trit", "float"])

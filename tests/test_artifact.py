@@ -190,6 +190,7 @@ FOREIGN = {
 
 
 HUGE = [{"width": 64_000}, {"depth": 2_000}, {"ctx": 10**8}, {"experts": 1000}, {"loops": 10**9}, {"vocab": 10**9}]
+HUGE += [{"width": 2**33}, {"depth": 900, "experts": 900}]
 
 
 @pytest.mark.parametrize("change", HUGE, ids=str)

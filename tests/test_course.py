@@ -11,7 +11,7 @@ from tritwise.files import read_json_lines
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.nn import TritLinear
 from tritwise.optim import TritOptimizer, rate_factor
-from tritwise.train import TrainConfig, finish, loop, override, train
+from tritwise.train import Config, TrainConfig, finish, loop, override, train
 from tritwise.train.average import Average, changed_trits
 from tritwise.train.course import Course, Phase, plan_of_depth
 from tritwise.train.finish import ship_run
@@ -48,14 +48,34 @@ def test_a_plan_is_read():
         ("0:1,1:2", "rising shares"),
         ("0.4:2,0.9:3", "the last of them 1"),
         ("0.4:2,1:5", "repeats 5 times, and the model 4; set loops=5"),
-        ("0.4:0,1:4", "at least once"),
-        ("0.4:4,1:2", "end it with 1:4, or set loops=2"),
-        ("1:1", "end it with 1:4, or set loops=1"),
+        ("0.4:0,1:4", "must repeat 1 to 4 times"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(text, message):
     with pytest.raises(UserError, match=message):
         plan_of_depth(text, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"loops": 4, "depth_plan": "0.4:4,1:2"},
+            "ends with 2 repeats, .* scored with 4; end it with 1:4",
+        ),
+        ({"weight_decay": 0.1}, "weight_decay is of float optimizers"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_of_new_runs_alone(changes, message, small_config, tmp_path):
+    config = small_config(**changes)
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.MonkeyPatch.context() as patch:  # as a version did that did not ask
+        patch.setattr(Config, "require_sense", lambda self: None)
+        train(override(config, {"steps": 4}), tmp_path / "run")
+    assert train(override(config, {"steps": 6}), tmp_path / "run", resume=True)["steps"] == 6
+    assert ship_run(tmp_path / "run", tmp_path / "model")["bytes"]
 
 
 @pytest.mark.parametrize("steps", [20, 100, 1000])

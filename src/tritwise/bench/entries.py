@@ -26,6 +26,7 @@ directions of ternary ones have a fixed size. Those here are starting points: tu
 """
 
 import difflib
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -169,10 +170,11 @@ def _shape(base: Config, own: dict[str, Any], room: int) -> dict[str, int]:
     while fits < len(widths) and _fits(override(base, own | {"width": widths[fits]}), room):
         fits += 1
     if not fits:
-        least = shape_bytes(override(base, own | {"width": widths[0]}))
+        narrow = override(base, own | {"width": widths[0]})
+        least, base_weights = shape_bytes(narrow), narrow.model.weights
         raise UserError(
             f"not even {widths[0]} channels fit into {room:,} bytes, as they take about {least:,}; "
-            "give a larger --budget, or a smaller --set ship_small"
+            f"give a larger --budget{', or a smaller --set ship_small' * (base_weights == 'float')}"
         )
     found = deepest(widths[fits - 1], range(depth, depth + EXTRA + 1))
     if shape_bytes(override(base, own | found)) < ENOUGH * room and fits < len(widths):
@@ -197,7 +199,12 @@ def shape_bytes(config: Config) -> int:
     # auto is sized for the smallest of its ways, and a float that does not ship for nothing.
     way = "int8" if settings.ship_as == "none" else settings.ship_as
     tokenizer = Path(settings.tokenizer).stat().st_size if settings.tokenizer else 0
-    return estimate(skeleton(config.model), way, settings.ship_small)["total"] + tokenizer
+    return _model_bytes(config.model, way, settings.ship_small) + tokenizer
+
+
+@functools.cache
+def _model_bytes(config: ModelConfig, way: str, small: int) -> int:
+    return estimate(skeleton(config), way, small)["total"]
 
 
 def base_config(data: str, split: str, *, ctx: int, batch: int, steps: int, seconds: float, seed: int) -> Config:

@@ -13,7 +13,7 @@ from tritwise.cli.commands import Json, option, settings_given
 from tritwise.errors import UserError
 
 SHOWN = ("recipe", "steps", "bytes", "as", "before", "re-read", "n")  # what fits a terminal; table.md has all columns
-OF_ALL = ("budget", "seconds", "steps", "split", "seed")
+OF_ALL = {"budget": "budget", "seconds": "seconds", "steps": "steps", "split": "split", "seed": "seeds"}
 
 
 def budget(
@@ -55,7 +55,7 @@ def budget(
         alone = "=" in name or not colon
         key = (text if alone else rest).partition("=")[0].strip()
         if key in OF_ALL:
-            raise UserError(f"--set {text}: {key} is the same for all contestants; give --{key}")
+            raise UserError(f"--set {text}: {key} is the same for all contestants; give --{OF_ALL[key]}")
         if not alone and name not in own:
             raise UserError(f"--set {text} names no contestant; choose one of {', '.join(names)}")
         for chosen in names if alone else [name]:

@@ -202,12 +202,12 @@ def _manifest(folder: Path) -> Collection:
     place = folder / "manifest.jsonl"
     pairs: list[tuple[Path, str, Any]] = []
     for row in read_json_lines(place):
-        text = row.get("text", row.get("caption"))
-        if not isinstance(row.get("file"), str) or not isinstance(text, str):
-            raise UserError(
-                f"{place} has a line without {'text' if 'file' in row else 'file'}; every line needs file and text"
-            )
-        pairs.append((folder / row["file"], text, _split_of(row.get("split"), place)))
+        file, text = row.get("file"), row.get("text")
+        text = row.get("caption") if text is None else text
+        if not isinstance(file, str) or not isinstance(text, str):
+            lacks = "file" if not isinstance(file, str) else "text"
+            raise UserError(f"{place} has a line without {lacks}; every line needs file and text, in quotes")
+        pairs.append((folder / file, text, _split_of(row.get("split") or None, place)))
     return _files(folder, pairs)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from tritwise.errors import UserError
+from tritwise.models.config import MOST
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ class PartsConfig:
         for name in ("bridge_depth", "bridge_reach"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        for name in ("bridge_depth", "draw_depth"):
+            if getattr(self, name) > MOST["depth"]:
+                raise UserError(f"{name} is {getattr(self, name):,}; it must be at most {MOST['depth']:,}")
         if 32 % self.audio_stride:
             raise UserError(f"audio_stride is {self.audio_stride}; it must divide 32, the frames of a block of sound")
         if self.picture % self.patch:

@@ -12,8 +12,10 @@ from tritwise.nn.moe import MOST_ITERS
 from tritwise.nn.ngram import WORD_REACH
 from tritwise.nn.trit import WEIGHT_TRITS
 
-MOST = {"depth": 4096, "ctx": 1 << 20, "loops": 4096, "experts": 4096, "ngrams": 64, "value_tables": 64}
-"""What takes time or memory without a weight of its own, so that no file of a few bytes can ask for much of either."""
+MOST = {"depth": 1024, "ctx": 1 << 20, "loops": 1024, "experts": 4096, "ngrams": 64, "value_tables": 64}
+MOST_EXPERTS = 16_384
+"""What takes time or memory whether or not there are weights for it, and experts of all blocks together: so a file of a
+few bytes can ask for seconds, and no more."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class ModelConfig:
         for name, most in MOST.items():
             if getattr(self, name) > most:
                 raise UserError(f"{name} is {getattr(self, name):,}; it must be at most {most:,}")
+        if self.depth * self.experts > MOST_EXPERTS:
+            raise UserError(f"{self.depth} blocks of {self.experts} experts are too many; {MOST_EXPERTS:,} is the most")
         for name in ("heads", "kv_heads", "window", "experts", "ngram_width"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0 (0 derives it)")
@@ -175,7 +179,7 @@ class ModelConfig:
         """The layers that a pass with `loops` repeats runs, in order; 0: the config's. UserError beyond 1 … loops."""
         loops = loops or self.loops
         if not 1 <= loops <= self.loops:
-            raise UserError(f"the model repeats its core 1 to {self.loops} times; choose one of these, not {loops}")
+            raise UserError(f"the model repeats its core 1 to {self.loops} times, not {loops}; choose one of these")
         before, after = self.prelude, self.prelude + self.core * self.loops
         found = [Layer(block, block, 0) for block in range(before)]
         found += [

@@ -173,7 +173,7 @@ def read_artifact(path: Path) -> tuple[ByteLM | Arb, dict[str, Any]]:
         raise
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is no byte model this version understands ({error}); upgrade tritwise") from None
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # torch's, for a shape of more numbers than can be counted
         raise UserError(f"{path} does not fit the shape it names ({error}); ship it again from its run") from error
     model = ByteLM(config) if parts is None else Arb(config, parts)
     if header["packing"] != "base3":
@@ -222,7 +222,7 @@ def _checked(bare: ByteLM | Arb, header: dict[str, Any], streams: dict[str, byte
     else:
         streams = streams | unpacked(bare, streams, header["packing"], header["small"])
     for name, size in sizes.items():
-        if len(streams[name]) != size:
+        if len(streams[name] if size else streams.get(name, b"")) != size:
             raise ValueError(f"another number of {name} than it needs")
     return streams
 

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,9 @@ _LEVEL = 22
 
 
 class OverBudgetError(UserError):
-    """A file that would have more bytes than it may."""
+    """A file that would have more bytes than it may. found: what is known of the model that was to be in it."""
+
+    found: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

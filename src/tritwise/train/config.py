@@ -221,8 +221,6 @@ class Config:
             raise UserError(
                 "clip is for float gradients; the step of a ternary weight has a fixed size, so leave it out"
             )
-        if self.train.weight_decay and self.train.optimizer == "trit":
-            raise UserError("weight_decay is of float optimizers; a register's size has no meaning, so leave it out")
         if self.train.ship_average and not self.train.average_every:
             raise UserError("ship_average needs a mean; set average_every, for example to 50")
         plan_of_depth(self.train.depth_plan, self.model.loops)  # says what is wrong with a plan before anything runs
@@ -248,6 +246,18 @@ class Config:
             "model": dataclasses.asdict(self.model),
             "train": dataclasses.asdict(self.train),
         } | {name: dataclasses.asdict(own) for name in _ARB if (own := getattr(self, name)) != _PARTS[name]()}
+
+    def require_sense(self) -> None:
+        """Raises UserError for what does nothing, or not what was meant. Of new runs alone: older ones that had it are
+        read, shipped and gone on with."""
+        if self.train.weight_decay and self.train.optimizer == "trit":
+            raise UserError("weight_decay is of float optimizers; a register's size has no meaning, so leave it out")
+        last = plan_of_depth(self.train.depth_plan, self.model.loops)[-1].loops
+        if last != self.model.loops:
+            raise UserError(
+                f"depth_plan {self.train.depth_plan!r} ends with {last} repeats, and the model is scored with "
+                f"{self.model.loops}; end it with 1:{self.model.loops}, or set loops={last}"
+            )
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Config":

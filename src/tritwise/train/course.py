@@ -23,7 +23,7 @@ class Phase(NamedTuple):
 def plan_of_depth(text: str, loops: int) -> tuple[Phase, ...]:
     """ "0.4:2,0.65:3,1:4" as phases; an empty text is one phase of all `loops` repeats.
 
-    Raises UserError for a plan that cannot be read, does not end at 1 with all `loops`, or does not rise.
+    Raises UserError for a plan that cannot be read, does not end at 1, does not rise, or repeats more than `loops`.
     """
     if not text:
         return (Phase(1.0, loops),)
@@ -38,11 +38,8 @@ def plan_of_depth(text: str, loops: int) -> tuple[Phase, ...]:
     most = max(phase.loops for phase in phases)
     if most > loops:
         raise UserError(f"depth_plan {text!r} repeats {most} times, and the model {loops}; set loops={most}, or less")
-    if min(phase.loops for phase in phases) < 1 or phases[-1].loops != loops:
-        raise UserError(
-            f"depth_plan {text!r} must repeat at least once and end with all {loops} repeats, with which the model is "
-            f"scored; end it with 1:{loops}, or set loops={phases[-1].loops or 1}"
-        )
+    if min(phase.loops for phase in phases) < 1:
+        raise UserError(f"depth_plan {text!r} must repeat 1 to {loops} times; write for example 0.4:1,1:{loops}")
     return phases
 
 

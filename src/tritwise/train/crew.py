@@ -28,12 +28,19 @@ def _talking() -> Iterator[None]:
     """Within it processes wait for each other: whoever waits for one that has ended is told so, and not by a trace."""
     try:
         yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except RuntimeError as error:  # gloo has no error of its own
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+            raise  # of this process, and only told of here
+        said = str(error).strip().partition("\n")[0]
         raise UserError(
-            "another process of this run has ended, or cannot be reached; see what it said, then go on with --resume"
+            f"another process of this run has ended, or cannot be reached ({said}); see what it said, then go on with "
+            "--resume"
         ) from error
+
+
+def _part() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Crew:
@@ -61,7 +68,7 @@ class Crew:
         if not dist.is_initialized():
             with _talking():
                 dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-            atexit.register(dist.destroy_process_group)
+            atexit.register(_part)
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     def leave(self) -> None:

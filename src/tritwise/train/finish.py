@@ -42,8 +42,8 @@ def finish(
 
     `done` says what training did: steps, seconds, bytes_seen; `memory` what it took, by role. The score in the result
     is of the artifact, read back from disk. With an `average`, mean and last weights are both scored. A ternary model
-    and its artifact must agree to the last bit or this raises UserError; OverBudgetError if it has more bytes than it
-    may, of which refused.json then tells, score included.
+    and its artifact must agree to the last bit or this raises UserError; OverBudgetError, which knows the
+    score, if it has more bytes than it may.
     """
     began = time.perf_counter()
     val = parts["val"]
@@ -71,8 +71,7 @@ def finish(
             info, way, final = ship_and_reread(going, folder.artifact, config, val, done, device, tokenizer=tokenizer)
         except OverBudgetError as error:
             refused = before or scored(going)
-            result["before"] = {"nats": refused.nats, "bpb": refused.bpb}
-            folder.write("refused", result | {"error": str(error)})
+            error.found = {"before": {"nats": refused.nats, "bpb": refused.bpb}}
             raise
         # Of packing, and of reading it back and comparing; without the score of it.
         result["seconds_shipping"] = round(time.perf_counter() - shipping - final.seconds, 3)
@@ -104,7 +103,6 @@ def finish(
             result["averaged"]["changed_trits"] = changed_trits(model, mean)
     result["seconds_after"] = round(time.perf_counter() - began, 3)
     folder.write("result", result)
-    (folder.path / "refused.json").unlink(missing_ok=True)  # of an earlier try with a smaller budget
     return result
 
 
@@ -178,13 +176,18 @@ def raw_of(tokenizer: Tokenizer | None) -> bytes:
 
 def size_now(model: ByteLM | Arb, settings: TrainConfig, tokenizer: Tokenizer | None = None) -> int:
     """Bytes that the model would ship in now, quickly compressed: a little more than it will be. Float weights that may
-    ship in several ways: in the best whose estimate fits."""
+    ship in several ways: in the best that fits, of those whose estimate is near."""
     raw, small = raw_of(tokenizer), settings.ship_small
     if model.config.weights == "trit":
         return shipped_bytes(model, tokenizer=raw)
     ways = SEARCHED if settings.ship_as in ("none", "auto") else (settings.ship_as,)
-    fits = (way for way in ways if estimate(model, way, small, raw)["total"] <= settings.budget)
-    return shipped_bytes(model, next(fits, ways[-1]), small, tokenizer=raw)
+    near = (way for way in ways[:-1] if estimate(model, way, small, raw)["total"] <= 1.1 * settings.budget)
+    sizes = (shipped_bytes(model, way, small, tokenizer=raw) for way in (*near, ways[-1]))
+    size = 0
+    for size in sizes:
+        if size <= settings.budget:
+            break
+    return size
 
 
 def told_sizes(sizes: dict[str, int]) -> str:

@@ -66,6 +66,8 @@ def train(config: Config, out: Path | str, *, resume: bool = False, display: Dis
 def _train(
     config: Config, folder: RunFolder, crew: Crew, device: torch.device, resume: bool, display: Display
 ) -> dict[str, Any]:
+    if not resume:
+        config.require_sense()
     task = open_task(config, display.say)
     config, settings = task.config, task.config.train
     micros, course = crew.micros(settings.accum), course_of(config)
@@ -174,7 +176,8 @@ def _train(
             way = settings.ship_as if settings.ship_as != "none" else "auto"
             sizes = estimate(model, way, settings.ship_small, raw_of(task.tokenizer))
             event(f"about {sizes['total']:,} bytes when shipped, of {settings.budget:,}: {told_sizes(sizes)}")
-            if sizes["total"] > settings.budget:
+            ships = config.model.weights == "trit" or settings.ship_as != "none"
+            if crew.first and ships and size_now(model, settings, task.tokenizer) > settings.budget:
                 event(
                     "likely more than the budget, and then nothing ships: make the model smaller or the budget larger"
                 )
@@ -260,14 +263,19 @@ def _train(
             return {"interrupted": True, "steps": step, "seconds": seconds, "run": str(folder.path)}
     if warmed is not None:
         done |= {"warm_seconds": round(warmed, 3), "compiled_in_clock": graphs_compiled() - compiled}
+    refused = folder.path / "refused.json"
     try:
-        return task.finish(folder, model, optimizers, done, device, held, average)
+        result = task.finish(folder, model, optimizers, done, device, held, average)
+        refused.unlink(missing_ok=True)  # of an earlier try with a smaller budget
+        return result
     except OverBudgetError as error:
         if step > saved:
             save(alone=True)  # whatever --no-save said: nothing else is left of the training
+        folder.write(refused.stem, {"recipe": config.recipe, **done, **error.found, "error": str(error)})
+        (folder.path / "result.json").unlink(missing_ok=True)  # of an earlier end of this run
         raise OverBudgetError(
             f"{str(error).partition(';')[0]}; the training is kept: "
-            f"tritwise ship {folder.path} --budget N ships it, or train a smaller model"
+            f"tritwise ship {folder.path} --budget N --out FILE ships it, or train a smaller model"
         ) from error
 
 
