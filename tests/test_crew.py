@@ -133,6 +133,7 @@ try:
     crew.gather(torch.ones(1))
 except UserError as error:
     sys.stdout.write(f"rank {crew.rank}: {error}\\n")
+crew.leave()  # the first one is not held up by what has ended
 """
 
 

@@ -12,7 +12,7 @@ import atexit
 import datetime
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.distributed as dist
@@ -72,9 +72,10 @@ class Crew:
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     def leave(self) -> None:
-        """Wait until all have trained: a process that ends while others talk to it would end them."""
+        """Wait until all have trained: a process that ends while others talk to it would end them. The first one, which
+        has what is left to do, goes on if another has ended by now."""
         if self.size > 1:
-            with _talking():
+            with suppress(UserError) if self.first else nullcontext(), _talking():
                 dist.barrier()
 
     @property
