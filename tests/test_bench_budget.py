@@ -134,6 +134,17 @@ def test_records_come_from_the_files(tmp_path, cli, text):
         run_record(entry("flat-ternary", base(), BUDGET, {}), folders[0])
 
 
+def test_a_contestant_that_does_not_fit_keeps_no_other_from_running(cli, tmp_path):
+    words = ["bench", "budget", *QUICK, "--recipes", "flat-ternary,flat-float,recurrent-ternary"]
+    words += ["--set", "flat-ternary:width=512", "--set", "flat-float:width=128", "--out", tmp_path / "out"]
+    told = cli(*words)
+    assert told.code == 2 and "error: flat-ternary: the model's trits take" in told.err
+    assert "over the budget of 130,000" in told.err and "and 1 more do not fit" in told.err
+    assert "flat-float: " in told.out and "recurrent-ternary" in (tmp_path / "out/table.md").read_text()
+    alone = cli(*words[:-6], "--set", "flat-ternary:width=512", "--recipes", "flat-ternary", "--out", tmp_path / "no")
+    assert alone.code == 2 and not (tmp_path / "no/table.md").exists()
+
+
 def test_seeds_make_a_mean_with_its_spread():
     record = {
         "recipe": "flat-ternary",

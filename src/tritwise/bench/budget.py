@@ -14,6 +14,7 @@ from tritwise.errors import UserError
 from tritwise.files import canonical_json, read_json, sha256_of, write_json
 from tritwise.score import score
 from tritwise.ship import read_artifact
+from tritwise.ship.container import OverBudgetError
 from tritwise.train import Config, RunFolder, train
 from tritwise.train.config import tokenizer_of
 from tritwise.train.device import device_called, dtype_called
@@ -41,7 +42,7 @@ def run_record(
         try:
             result = train(config, folder, resume=begun, display=display)
         except UserError as error:
-            raise UserError(f"{config.recipe}: {error}") from error
+            raise type(error)(f"{config.recipe}: {error}") from error
         if result.get("interrupted"):
             raise UserError(f"stopped {config.recipe} at step {result['steps']}; give the same command again to go on")
     record = recorded(config, run, parts)
@@ -103,12 +104,23 @@ def recorded(config: Config, run: RunFolder, wanted: Sequence[str] = ("val", "te
 def run_budget(configs: Sequence[Config], out: Path, display: Display | None = None) -> Iterator[list[dict[str, Any]]]:
     """Run every config in its own folder under out/records; after each, all records so far.
 
-    A record that is there already is kept. Raises UserError as `run_record` does; the records before it stay.
+    A record that is there already is kept. Raises UserError as `run_record` does; the records before it stay. A model
+    that does not fit its budget keeps none of the others from running: OverBudgetError comes after them.
     """
-    records = []
+    records: list[dict[str, Any]] = []
+    refused: list[str] = []
     for config in configs:
-        records.append(run_record(config, out / "records" / folder_name(config), display))
+        try:
+            records.append(run_record(config, out / "records" / folder_name(config), display))
+        except OverBudgetError as error:
+            refused.append(str(error))
+            if display is not None:
+                display.say(str(error))
+            continue
         yield records
+    if refused:
+        more = f", and {len(refused) - 1} more do not fit" if len(refused) > 1 else ""
+        raise OverBudgetError(f"{refused[0]}{more}")
 
 
 def folder_name(config: Config) -> str:

@@ -43,6 +43,7 @@ def budget(
     from tritwise.files import atomic_write
     from tritwise.report.bench_markdown import markdown
     from tritwise.report.budget_tables import HEAD, table_of
+    from tritwise.ship.container import OverBudgetError
     from tritwise.train.crew import Crew
     from tritwise.train.progress import make_display
 
@@ -73,10 +74,18 @@ def budget(
                 raise UserError(f"{name}: {error}") from error
     console = output.console(json)
     records: list[dict[str, Any]] = []
-    for records in run_budget(configs, out, make_display(console)):
-        atomic_write(out / "table.md", f"{markdown(HEAD, table_of(records))}\n".encode())
+    refused: OverBudgetError | None = None
+    try:
+        for records in run_budget(configs, out, make_display(console)):
+            atomic_write(out / "table.md", f"{markdown(HEAD, table_of(records))}\n".encode())
+    except OverBudgetError as error:
+        refused = error
+    if refused is not None and not records:
+        raise refused
     rows = [[cell for at, cell in zip(HEAD, row, strict=True) if at in SHOWN] for row in table_of(records)]
     console.print(output.table("", [at for at in HEAD if at in SHOWN], rows))
     console.print(f"{out / 'records'} and {out / 'table.md'}")
+    if refused is not None:
+        raise refused
     if json:
         output.print_json({"records": records, "table": str(out / "table.md")})

@@ -46,12 +46,12 @@ def estimate(model: ByteLM | Arb, method: str = AUTO, small: int = SMALL, tokeni
 
 
 def require_room(model: ByteLM | Arb, budget: int) -> None:
-    """Raises UserError if ternary weights alone need more than `budget` bytes: then no training will make them fit."""
+    """Raises OverBudgetError if ternary weights alone need more than `budget` bytes: no training will make them fit."""
     if budget and model.config.weights == "trit":
         sizes = estimate(model)
         over = sizes["trits"] - budget
         if over > 0:
-            raise UserError(
+            raise OverBudgetError(
                 f"the model's trits take {sizes['trits']:,} bytes, {over:,} over the budget of {budget:,}; "
                 "make width or depth smaller"
             )
