@@ -171,10 +171,10 @@ def _shape(base: Config, own: dict[str, Any], room: int) -> dict[str, int]:
         fits += 1
     if not fits:
         narrow = override(base, own | {"width": widths[0]})
-        least, base_weights = shape_bytes(narrow), narrow.model.weights
+        smaller = ", or a smaller --set ship_small" if narrow.model.weights == "float" else ""
         raise UserError(
-            f"not even {widths[0]} channels fit into {room:,} bytes, as they take about {least:,}; "
-            f"give a larger --budget{', or a smaller --set ship_small' * (base_weights == 'float')}"
+            f"not even {widths[0]} channels fit into {room:,} bytes, as they take about {shape_bytes(narrow):,}; "
+            f"give a larger --budget{smaller}"
         )
     found = deepest(widths[fits - 1], range(depth, depth + EXTRA + 1))
     if shape_bytes(override(base, own | found)) < ENOUGH * room and fits < len(widths):

@@ -80,11 +80,10 @@ def budget(
             atomic_write(out / "table.md", f"{markdown(HEAD, table_of(records))}\n".encode())
     except OverBudgetError as error:
         refused = error
-    if refused is not None and not records:
-        raise refused
-    rows = [[cell for at, cell in zip(HEAD, row, strict=True) if at in SHOWN] for row in table_of(records)]
-    console.print(output.table("", [at for at in HEAD if at in SHOWN], rows))
-    console.print(f"{out / 'records'} and {out / 'table.md'}")
+    if records:
+        rows = [[cell for at, cell in zip(HEAD, row, strict=True) if at in SHOWN] for row in table_of(records)]
+        console.print(output.table("", [at for at in HEAD if at in SHOWN], rows))
+        console.print(f"{out / 'records'} and {out / 'table.md'}")
     if refused is not None:
         raise refused
     if json:

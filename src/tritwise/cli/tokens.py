@@ -39,7 +39,7 @@ def tokenize(
         raise UserError(f"there is no tokenizer at {place}; name one, or make one with --vocab 1024")
     made = train_tokenizer(parts.get("train") or next(iter(parts.values())), vocab) if vocab else b""
     make_folder(out)
-    if vocab:
+    if made:
         atomic_write(place, made)
     known, mark, rows, told = Tokenizer.open(place), unescaped(separator), [], {}
     for name, part in parts.items():

@@ -40,8 +40,8 @@ import numpy as np
 
 from tritwise.errors import UserError
 
-# With these the whole ladder takes less than a minute on two cores however long and whatever train is: 20 s for text.
 LADDER_BYTES = 16_000_000  # of a text beside which the ladder is drawn unasked; a longer one takes minutes
+# With these the whole ladder takes less than a minute on two cores however long and whatever train is: 20 s for text.
 NGRAM_TRAIN_LIMIT = 96 << 20  # the last bytes of train are counted; memory for each: 12 bytes for text, 100 for noise
 XZ_TRAIN_LIMIT = 12 << 20  # the last bytes of train stand before val, at about 24 bytes of memory each
 XZ_VAL_LIMIT = 6 << 20  # the first bytes of val are scored

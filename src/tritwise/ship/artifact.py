@@ -20,7 +20,7 @@ from tritwise.models import Arb, ByteLM, ModelConfig, PartsConfig, skeleton
 from tritwise.nn import TritModule, TritVector, trit_modules
 from tritwise.registers import PLACES, pack_base3, packed_bytes, to_trits, unpack_base3
 from tritwise.ship.container import container_bytes, read_container, write_container
-from tritwise.ship.floats import METHODS, fill_floats, float_streams, unpacked
+from tritwise.ship.floats import METHODS, fill_floats, float_streams, inflated, stream_sizes
 from tritwise.ship.quantise import SMALL
 
 KIND, ARB = "byte_lm", "arb"
@@ -220,7 +220,10 @@ def _checked(bare: ByteLM | Arb, header: dict[str, Any], streams: dict[str, byte
         if vectors:
             sizes["vectors"] = sum(layer.register.numel() for layer in vectors)
     else:
-        streams = streams | unpacked(bare, streams, header["packing"], header["small"])
+        packed = stream_sizes(bare, header["small"])
+        if METHODS[header["packing"]].zlib:
+            streams = streams | {name: inflated(streams[name], size) for name, size in packed.items()}
+        sizes |= packed
     for name, size in sizes.items():
         if len(streams[name] if size else streams.get(name, b"")) != size:
             raise ValueError(f"another number of {name} than it needs")

@@ -49,7 +49,7 @@ def float_streams(model: nn.Module, method: str, small: int = SMALL) -> dict[str
 
 
 def fill_floats(model: nn.Module, streams: dict[str, bytes], small: int) -> None:
-    """Put the `unpacked` streams into a model of the same shape."""
+    """Put the streams of `float_streams`, without zlib, into a model of the same shape."""
     codes, scales = _taker(streams["codes"], np.int8), _taker(streams["row_scales"], np.float16)
     rest = _taker(streams["small"], np.float16)
     with torch.no_grad():
@@ -61,27 +61,21 @@ def fill_floats(model: nn.Module, streams: dict[str, bytes], small: int) -> None
             parameter.copy_(found)
 
 
-def unpacked(model: nn.Module, streams: dict[str, bytes], method: str, small: int) -> dict[str, bytes]:
-    """The streams of `float_streams` without zlib, for a model of this shape, whose numbers are not looked at.
-
-    ValueError if one has another size than the model needs: what somebody made by hand takes no more memory than that.
-    """
-    sizes, found = {"codes": 0, "row_scales": 0, "small": 0}, {}
+def stream_sizes(model: nn.Module, small: int) -> dict[str, int]:
+    """Bytes of the streams of `float_streams`, without zlib, of a model of this shape."""
+    sizes = {"codes": 0, "row_scales": 0, "small": 0}
     for parameter in model.parameters():
         if _is_large(parameter, small):
             sizes["codes"] += parameter.numel()
             sizes["row_scales"] += 2 * parameter.shape[0]
         else:
             sizes["small"] += 2 * parameter.numel()
-    for name, size in sizes.items():
-        found[name] = _inflated(streams[name], size) if METHODS[method].zlib else streams[name]
-        if len(found[name]) != size:
-            raise ValueError(f"another number of {name} than it needs")
-    return found
+    return sizes
 
 
-def _inflated(raw: bytes, size: int) -> bytes:
-    """What is in a zlib stream, at most one byte more than `size`. ValueError if it is damaged or cut off."""
+def inflated(raw: bytes, size: int) -> bytes:
+    """What is in a zlib stream, at most one byte more than `size`: what somebody made by hand takes no more memory.
+    ValueError if it is damaged or cut off."""
     reader = zlib.decompressobj()
     try:
         found = reader.decompress(raw, size + 1)
@@ -125,11 +119,6 @@ def code_bytes(bits: int, columns: int) -> float:
 
 def float_estimate(model: nn.Module, method: str, small: int = SMALL) -> dict[str, int]:
     """About how many bytes each stream takes."""
-    sizes = {"codes": 0.0, "row_scales": 0.0, "small": 0.0}
-    for parameter in model.parameters():
-        if _is_large(parameter, small):
-            sizes["codes"] += code_bytes(METHODS[method].bits, parameter.shape[1]) * parameter.numel()
-            sizes["row_scales"] += 2 * parameter.shape[0]
-        else:
-            sizes["small"] += 2 * parameter.numel()
-    return {name: round(size) for name, size in sizes.items()}
+    large = [parameter for parameter in model.parameters() if _is_large(parameter, small)]
+    codes = sum(code_bytes(METHODS[method].bits, parameter.shape[1]) * parameter.numel() for parameter in large)
+    return stream_sizes(model, small) | {"codes": round(codes)}

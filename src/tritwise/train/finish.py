@@ -96,9 +96,7 @@ def finish(
     if mean is not None and average is not None:
         known = before or final  # of what was shipped, before it was
         other = other or scored(mean)
-        of_mean, of_last = (known, other) if going is mean else (other, known)
-        told = {"bpb": of_mean.bpb, "bpb_unaveraged": of_last.bpb}
-        result["averaged"] = {"count": average.count, "shipped": going is mean, **told}
+        result["averaged"] = {"count": average.count, **_compared(known, other, going is mean)}
         if ternary:
             result["averaged"]["changed_trits"] = changed_trits(model, mean)
     result["seconds_after"] = round(time.perf_counter() - began, 3)
@@ -113,6 +111,12 @@ def chosen(
     are equal); its score, and that of the other."""
     of_last, of_mean = scored(model), scored(mean)
     return (mean, of_mean, of_last) if of_mean.bpb < of_last.bpb else (model, of_last, of_mean)
+
+
+def _compared(shipped: Score, other: Score, mean_ships: bool) -> dict[str, Any]:
+    """The scores of mean and last weights, of which one ships."""
+    of_mean, of_last = (shipped, other) if mean_ships else (other, shipped)
+    return {"bpb": of_mean.bpb, "bpb_unaveraged": of_last.bpb, "shipped": mean_ships}
 
 
 def ship_and_reread(
@@ -181,13 +185,11 @@ def size_now(model: ByteLM | Arb, settings: TrainConfig, tokenizer: Tokenizer | 
     if model.config.weights == "trit":
         return shipped_bytes(model, tokenizer=raw)
     ways = SEARCHED if settings.ship_as in ("none", "auto") else (settings.ship_as,)
-    near = (way for way in ways[:-1] if estimate(model, way, small, raw)["total"] <= 1.1 * settings.budget)
-    sizes = (shipped_bytes(model, way, small, tokenizer=raw) for way in (*near, ways[-1]))
-    size = 0
-    for size in sizes:
-        if size <= settings.budget:
-            break
-    return size
+    for way in ways[:-1]:
+        near = estimate(model, way, small, raw)["total"] <= 1.1 * settings.budget
+        if near and (size := shipped_bytes(model, way, small, tokenizer=raw)) <= settings.budget:
+            return size
+    return shipped_bytes(model, ways[-1], small, tokenizer=raw)
 
 
 def told_sizes(sizes: dict[str, int]) -> str:
@@ -240,9 +242,9 @@ def ship_run(
     config, model, _, checkpoint = load_run(run)
     config = config if ship_small is None else override(config, {"ship_small": ship_small})
     about = {"steps": checkpoint.step, "seconds": checkpoint.meta["seconds"]}
-    cpu, how = torch.device("cpu"), {"budget": budget, "ship_as": ship_as}
+    how: dict[str, Any] = {"about": about, "device": torch.device("cpu"), "budget": budget, "ship_as": ship_as}
     if "text" not in config.media.shares():
-        info, way, _ = ship_and_read(model, Path(out), config, about, cpu, **how)  # type: ignore[arg-type]
+        info, way, _ = ship_and_read(model, Path(out), config, **how)
         return _told(info, way, config, budget)
     tokenizer = tokenizer_of(config)[1]
     val = open_parts(config.train.data, config.train.split, tokenizer)["val"][: count or None]
@@ -253,9 +255,7 @@ def ship_run(
     mean = averaged_of(checkpoint, model) if config.train.ship_average else None
     last = model
     model, before, other = (model, scored(model), None) if mean is None else chosen(model, mean, scored)
-    info, way, final = ship_and_reread(
-        model, Path(out), config, val, about, cpu, budget=budget, ship_as=ship_as, tokenizer=tokenizer
-    )
+    info, way, final = ship_and_reread(model, Path(out), config, val, tokenizer=tokenizer, **how)
     scores: dict[str, Any] = {
         "bpb_before": before.bpb,
         "bpb_reread": final.bpb,
@@ -263,8 +263,7 @@ def ship_run(
         "scored": final.bytes,
     }
     if other is not None:
-        of_mean, of_last = (other, before) if model is last else (before, other)
-        scores["averaged"] = {"bpb": of_mean.bpb, "bpb_unaveraged": of_last.bpb, "shipped": model is not last}
+        scores["averaged"] = _compared(before, other, model is not last)
     return _told(info, way, config, budget) | scores
 
 

@@ -177,7 +177,8 @@ def _train(
             sizes = estimate(model, way, settings.ship_small, raw_of(task.tokenizer))
             event(f"about {sizes['total']:,} bytes when shipped, of {settings.budget:,}: {told_sizes(sizes)}")
             ships = config.model.weights == "trit" or settings.ship_as != "none"
-            if crew.first and ships and size_now(model, settings, task.tokenizer) > settings.budget:
+            fits = config.model.weights == "trit" and sizes["total"] <= settings.budget  # an estimate never too small
+            if crew.first and ships and not fits and size_now(model, settings, task.tokenizer) > settings.budget:
                 event(
                     "likely more than the budget, and then nothing ships: make the model smaller or the budget larger"
                 )

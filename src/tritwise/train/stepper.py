@@ -229,9 +229,9 @@ class Stepper:
             loss = loss.detach()
         else:
             loss = recording(batch).clone()  # the next replay writes over it
-            made = recording.port_grads
-            self._kept = {layer: grad for layer, grad in made.items() if layer in self._optional}
-            _deliver(self.optimizers, {layer: made[layer] for layer in made if layer not in self._kept}, self.crew)
+            made = dict(recording.port_grads)
+            self._kept = {layer: made.pop(layer) for layer in list(made) if layer in self._optional}
+            _deliver(self.optimizers, made, self.crew)
         if self._optional:
             self._exchange_kept()
         return loss
@@ -259,9 +259,9 @@ class Stepper:
                     grad = kept.get(layer)
                     if grad is None:
                         grad = torch.zeros(layer.register.shape, device=layer.register.device)
-                    told = self.crew.gather(grad)
-                    for rank in (rank for rank, has in enumerate(who) if has):
-                        optimizer.consume([layer], [told[rank]])
+                    for has, given in zip(who, self.crew.gather(grad), strict=True):
+                        if has:
+                            optimizer.consume([layer], [given])
 
     def _fill_in(self) -> None:
         """Float parameters of which another process has a gradient get one of zeros, to be added up with."""
