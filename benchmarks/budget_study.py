@@ -43,7 +43,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tritwise.bench.budget import folder_name, run_record
+from tritwise.bench.budget import StoppedError, folder_name, run_record
 from tritwise.bench.entries import ENTRIES, PARTS, base_config, entry
 from tritwise.cli.commands import settings_given
 from tritwise.data.source import describe, locate
@@ -248,7 +248,7 @@ def run_cell(study: Study, stage: str, name: str) -> int:
         record = run_record(config, folder, PlainLines(Console(highlight=False, soft_wrap=True)), parts)
         write_json(folder / "record.json", tagged(record, stage))
     except UserError as error:  # one that does not fit, or diverged, is told and does not end the others
-        if (folder / "config.json").exists() and not str(error).startswith("stopped at step"):
+        if (folder / "config.json").exists() and not isinstance(error, StoppedError):
             write_json(folder / "failed.json", {"error": str(error)})
         print(f"FAILED: {error}")
         return 1

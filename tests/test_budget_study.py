@@ -1,5 +1,6 @@
 """The script of the study under a budget: its cells, and that it can be cut off and taken up."""
 
+import dataclasses
 import importlib
 import importlib.util
 import sys
@@ -206,3 +207,17 @@ def test_a_cell_that_cannot_work_is_not_tried_again(study, small_text, tmp_path,
     assert cells.open(config) and study.run_cell(cells, "tune", study.folder_name(config)) == 1
     assert "is a run with other settings" in read_json(cells.folder(config) / "failed.json")["error"]
     assert not cells.open(config)
+
+
+def test_a_stopped_cell_goes_on(study, small_text, tmp_path, monkeypatch, stop_at):
+    cells = study.Study(str(small_text), tmp_path, tiny=True)
+    told = cells.small()[0]
+    config = dataclasses.replace(told, train=dataclasses.replace(told.train, log_interval=1))
+    monkeypatch.setattr(cells, "small", lambda: [config])
+    name, folder = study.folder_name(config), cells.folder(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "PlainLines", lambda *_: stop_at(2))
+        assert study.run_cell(cells, "small", name) == 1
+    assert cells.open(config) and not (folder / "failed.json").exists() and (folder / "checkpoints").exists()
+    assert study.run_cell(cells, "small", name) == 0
+    assert not cells.open(config) and read_json(folder / "record.json")["steps"] > 2

@@ -21,6 +21,10 @@ from tritwise.train.device import device_called, dtype_called
 from tritwise.train.progress import Display
 
 
+class StoppedError(UserError):
+    """A run that was told to stop before its end, and saved: the same call goes on with it."""
+
+
 def run_record(
     config: Config, folder: Path, display: Display | None = None, parts: Sequence[str] = ("val", "test")
 ) -> dict[str, Any]:
@@ -28,7 +32,8 @@ def run_record(
 
     parts: of the text that are scored, if it has them; val must be one.
 
-    Raises UserError for a folder with another config, and for a model that does not fit its budget.
+    Raises UserError for a folder with another config, and for a model that does not fit its budget, StoppedError for
+    a run that was told to stop.
     """
     config, place, run = tokenizer_of(config)[0], folder / "record.json", RunFolder(folder)
     if (folder / "config.json").exists() and run.config() != config:
@@ -44,7 +49,9 @@ def run_record(
         except UserError as error:
             raise type(error)(f"{config.recipe}: {error}") from error
         if result.get("interrupted"):
-            raise UserError(f"stopped {config.recipe} at step {result['steps']}; give the same command again to go on")
+            raise StoppedError(
+                f"stopped {config.recipe} at step {result['steps']}; give the same command again to go on"
+            )
     record = recorded(config, run, parts)
     write_json(place, record)
     return record
