@@ -19,7 +19,7 @@ from tritwise.data.sampler import Sampler
 from tritwise.models import ByteLM, ModelConfig
 from tritwise.ops import backend_table
 from tritwise.optim import rate_factor
-from tritwise.score import NoNumberError, Score, score
+from tritwise.score import score_unless_diverged
 from tritwise.score.ladder import NGram, count_ngrams
 from tritwise.train.audit import audit, peak_bytes
 from tritwise.train.optimizers import set_rates
@@ -95,7 +95,7 @@ class Bench:
             timer = PhaseTimer(model, optimizers)
             for step in range(2):
                 timer.step(*self.sampler.batch_at(step))
-            self._score(model, self.val[:64])
+            score_unless_diverged(model, self.val[:64], self.task.ctx, self.device)
 
     def best_of(self, name: str, rates: list[float]) -> dict[str, Any]:
         """The row of the rate with the least val loss; its "rates_tried" lists [rate, val loss] of every one."""
@@ -131,7 +131,9 @@ class Bench:
                 curve.append([(step + 1) * task.batch * task.ctx, statistics.fmean(recent)])
                 show_loss(self.console, step + 1, task.steps, curve[-1][1])
         seconds, peak = time.perf_counter() - began, peak_bytes()
-        found = self._score(model, self.val) if math.isfinite(losses[-1]) else None
+        found = (
+            score_unless_diverged(model, self.val, self.task.ctx, self.device) if math.isfinite(losses[-1]) else None
+        )
         report, where = audit(model, optimizers), surroundings(self.device)
         held, weights, phases = report["bytes_by_role"], report["weights"], timer.median_ms()
         bytes_seen = len(losses) * task.batch * task.ctx
@@ -192,13 +194,6 @@ class Bench:
             shape, self._settings(name) | {"rate": rate}, task.seed, torch.float32, task.steps, self.device
         )
         return model, optimizers if task.updates else []
-
-    def _score(self, model: ByteLM, val: np.ndarray) -> Score | None:
-        """The score in windows of ctx, or None if the model's probabilities are no numbers."""
-        try:
-            return score(model, val, stride=self.task.ctx, device=self.device)
-        except NoNumberError:  # diverged; a broken guard is an error
-            return None
 
     def _switches(self, name: str) -> dict[str, Any]:
         """What the flags say about this configuration; a float model has no ternary operations to choose for."""

@@ -27,9 +27,9 @@ from tritwise.data.source import BUNDLED_NAMES, describe
 from tritwise.data.split import Split, named_part, split
 from tritwise.errors import UserError
 from tritwise.files import canonical_json, finite
-from tritwise.models import ByteLM, ModelConfig
+from tritwise.models import ModelConfig
 from tritwise.optim import TritOptimizer, rate_factor
-from tritwise.score import NoNumberError, Score, score
+from tritwise.score import score_unless_diverged
 from tritwise.train.audit import audit
 from tritwise.train.device import DTYPES, batch_on
 from tritwise.train.optimizers import set_rates
@@ -193,14 +193,14 @@ def run_cell(
         if cell.eval_interval and done % cell.eval_interval == 0 and done < cell.steps:
             clock.forget()
             paused = time.perf_counter()
-            if told := _score(model, cell, parts["val"], device):
+            if told := score_unless_diverged(model, parts["val"], cell.stride or cell.ctx, device):
                 evals.append([done * bytes_a_step, told.bpb])
             away += time.perf_counter() - paused
     clock.mark(done, watched=bool(watch.looks))
     seconds = time.perf_counter() - began - away
     course = losses[:done].tolist()
     diverged = _diverged(course)
-    final = None if diverged else _score(model, cell, parts["val"], device)
+    final = None if diverged else score_unless_diverged(model, parts["val"], cell.stride or cell.ctx, device)
     if final is not None:
         evals.append([done * bytes_a_step, final.bpb])
     report, where = audit(model, optimizers), surroundings(device)
@@ -237,14 +237,6 @@ def run_cell(
         "evals": evals,
     }
     return finite(row)
-
-
-def _score(model: ByteLM, cell: Cell, val: np.ndarray, device: torch.device) -> Score | None:
-    """The score of the whole val part, or None if the model's probabilities are no numbers."""
-    try:
-        return score(model, val, stride=cell.stride or cell.ctx, device=device)
-    except NoNumberError:  # diverged; a broken guard is an error
-        return None
 
 
 def _diverged(course: list[float]) -> bool:

@@ -3,7 +3,7 @@
 from tritwise.score.guards import NoNumberError
 from tritwise.score.ladder import LADDER_BYTES, ladder
 from tritwise.score.protocol import EndlessStream, Predictor, Stream, stream_of
-from tritwise.score.scorer import Score, score, score_stream
+from tritwise.score.scorer import Score, score, score_stream, score_unless_diverged
 
 __all__ = [
     "LADDER_BYTES",
@@ -15,5 +15,6 @@ __all__ = [
     "ladder",
     "score",
     "score_stream",
+    "score_unless_diverged",
     "stream_of",
 ]

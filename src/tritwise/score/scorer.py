@@ -25,7 +25,15 @@ import torch
 from torch import Tensor
 
 from tritwise.errors import UserError
-from tritwise.score.guards import Tally, check_again, check_predictor, check_stream, check_sums, check_told
+from tritwise.score.guards import (
+    NoNumberError,
+    Tally,
+    check_again,
+    check_predictor,
+    check_stream,
+    check_sums,
+    check_told,
+)
 from tritwise.score.protocol import START, EndlessStream, Predictor, Stream, fit_window, stream_of
 from tritwise.score.windows import documents_of, rows_of, windows_of
 
@@ -132,6 +140,19 @@ def score(
         return _result(tally, about, began, guarded)
     size = int(alphabet.sizes(data).sum(dtype=np.int64))
     return _result(tally, about | {"unit": "tokens", "tokens": len(data)}, began, guarded, size)
+
+
+def score_unless_diverged(
+    model: Predictor, data: np.ndarray, stride: int, device: torch.device | str = "cpu"
+) -> Score | None:
+    """`score` in sliding windows, or None if the model's probabilities are no numbers, as after training that diverged.
+
+    A model that breaks a condition of the guards is an error, as there.
+    """
+    try:
+        return score(model, data, stride=stride, device=device)
+    except NoNumberError:
+        return None
 
 
 def score_stream(
