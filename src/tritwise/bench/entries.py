@@ -23,6 +23,8 @@ flat-ternary-experts-ngrams   with both
 
 Float rates of recurrent models are about a third of a flat one's, as shared weights get the sum of all gradients;
 directions of ternary ones have a fixed size. Those here are starting points: tune them with --set NAME:rate=….
+So is the part of the bytes that tables get: a run that reads its text many times wants wider matrices, fewer entries:
+--set NAME:width=… (docs/LOG.md).
 """
 
 import difflib
