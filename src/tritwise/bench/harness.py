@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -166,6 +167,7 @@ def run_cell(
     watch = FlipWatch(model, tail, cell.seed)
     losses = torch.full((cell.steps,), math.nan, device=device)
     clock, evals, away = _Blocks(device), [], 0.0
+    scored = partial(score_unless_diverged, model, parts["val"], cell.stride or cell.ctx, device)
     bytes_a_step, glance = cell.batch * cell.ctx, max(1, cell.steps // 20)
     began = time.perf_counter()
     batch = batch_on(device, sampler, 0, 0)
@@ -193,14 +195,14 @@ def run_cell(
         if cell.eval_interval and done % cell.eval_interval == 0 and done < cell.steps:
             clock.forget()
             paused = time.perf_counter()
-            if told := score_unless_diverged(model, parts["val"], cell.stride or cell.ctx, device):
+            if told := scored():
                 evals.append([done * bytes_a_step, told.bpb])
             away += time.perf_counter() - paused
     clock.mark(done, watched=bool(watch.looks))
     seconds = time.perf_counter() - began - away
     course = losses[:done].tolist()
     diverged = _diverged(course)
-    final = None if diverged else score_unless_diverged(model, parts["val"], cell.stride or cell.ctx, device)
+    final = None if diverged else scored()
     if final is not None:
         evals.append([done * bytes_a_step, final.bpb])
     report, where = audit(model, optimizers), surroundings(device)

@@ -324,9 +324,7 @@ def _show(console: Any, out: Path, found: "Sweep", json: bool) -> None:
 
 
 def _narrow(title: str, entries: Any) -> Any:
-    """The columns of a table that a terminal has room for; table.md has them all."""
+    """The table of the rules, as a terminal has room for it; table.md has all columns."""
     from tritwise.report.bench_tables import table
 
-    head, rows = table(entries)
-    keep = [head.index(name) for name in SHOWN if name in head]
-    return output.table(title, [head[column] for column in keep], [[row[column] for column in keep] for row in rows])
+    return output.narrow_table(title, SHOWN, *table(entries))

@@ -81,8 +81,7 @@ def budget(
     except OverBudgetError as error:
         refused = error
     if records:
-        rows = [[cell for at, cell in zip(HEAD, row, strict=True) if at in SHOWN] for row in table_of(records)]
-        console.print(output.table("", [at for at in HEAD if at in SHOWN], rows))
+        console.print(output.narrow_table("", SHOWN, HEAD, table_of(records)))
         console.print(f"{out / 'records'} and {out / 'table.md'}")
     if refused is not None:
         raise refused

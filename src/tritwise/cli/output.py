@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -28,6 +29,12 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def narrow_table(title: str, shown: Sequence[str], columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """The `shown` of a table's columns, those that a terminal has room for; a file beside it has them all."""
+    keep = [columns.index(name) for name in shown if name in columns]
+    return table(title, [columns[at] for at in keep], [[row[at] for at in keep] for row in rows])
 
 
 def score_table(name: str, nats: float, ladder: list[dict[str, Any]]) -> Table:
